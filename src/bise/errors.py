@@ -1,0 +1,80 @@
+"""Every exception that bise raises on purpose.
+
+Tree (exit code for the command line in brackets; everything else is a bug and exits 1):
+
+    BiseError
+    ├── UserError [2]          the caller can fix it: the message says what is wrong and the way out
+    │   ├── ConfigError        a configuration field has a bad value
+    │   ├── ModelFileError     a model file is malformed, incomplete or unsupported
+    │   ├── RequestError       a request cannot be honoured as asked
+    │   │   └── ContextOverflowError   prompt + max_tokens exceed the context
+    │   └── MemoryPlanError    the work does not fit the memory that was granted
+    ├── QueueFullError [1]     the engine refuses work for now
+    └── EngineError [1]        the engine or the model failed while it ran
+        └── NonFiniteError     the model produced NaN or infinity
+"""
+
+
+class BiseError(Exception):
+    """Root of all deliberate errors; `str(error)` is one line for a person."""
+
+    code = "internal_error"
+    exit_code = 1
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(" ".join(message.split()))
+        self.field = field
+        """The offending field, file or flag, when there is one."""
+
+
+class UserError(BiseError):
+    """A mistake of the caller, with the way out in the message."""
+
+    code = "invalid_request"
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration value is missing, of the wrong type or out of range."""
+
+    code = "invalid_config"
+
+
+class ModelFileError(UserError):
+    """A model file is malformed, incomplete, unsupported or does not match its configuration."""
+
+    code = "invalid_model_file"
+
+
+class RequestError(UserError):
+    """A generation request cannot be honoured as asked."""
+
+
+class ContextOverflowError(RequestError):
+    """The prompt and the tokens asked for do not fit the context."""
+
+    code = "context_overflow"
+
+
+class MemoryPlanError(UserError):
+    """The memory needed is more than the memory granted."""
+
+    code = "out_of_memory_plan"
+
+
+class QueueFullError(BiseError):
+    """The engine's queue is full; try again later."""
+
+    code = "queue_full"
+
+
+class EngineError(BiseError):
+    """The engine failed while it ran."""
+
+    code = "engine_error"
+
+
+class NonFiniteError(EngineError):
+    """The model's logits contain NaN or infinity, so the weights or the arithmetic are broken."""
+
+    code = "non_finite_logits"

@@ -1,0 +1,163 @@
+"""The torch backend: any device, any float dtype, differentiable; in float64 the oracle for every other backend.
+
+Plain formulas on purpose: this file defines what the ops mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bise.kernels import BLOCK_SIZE, AttentionMeta
+
+_KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchPages:
+    """K and V of one layer, [slots, G, D] each, in the compute dtype unless a narrower one is asked for."""
+
+    def __init__(self, slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.k = torch.zeros(slots, heads, width, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+
+class TorchOps:
+    """Ops over torch tensors; see `bise.kernels.Ops` for the contracts."""
+
+    name = "torch"
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        """Compute in `dtype` on `device`; weights of another dtype are cast at each use (and get gradients)."""
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._masks: dict[tuple[int, int], Tensor] = {}
+
+    def weight(self, array: npt.NDArray[np.generic] | Tensor) -> Tensor:
+        """See `Ops.weight`."""
+        return torch.as_tensor(array, device=self.device).to(self.dtype)
+
+    vector = weight
+
+    def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> TorchPages:
+        """See `Ops.pages`; float64 keeps K and V in float64 whatever the format."""
+        dtype = self.dtype if self.dtype == torch.float64 else _KV_DTYPES[kv_format]
+        return TorchPages(num_blocks * BLOCK_SIZE, num_kv_heads, head_dim, dtype, self.device)
+
+    def rope(
+        self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Ops.rope`; cos and sin are [T, 1, D / 2]."""
+        angles = torch.as_tensor(positions.astype(np.float64)[:, None, None] * inv_freq, device=self.device)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def embed(self, table: Tensor, token_ids: npt.NDArray[np.int32]) -> Tensor:
+        """See `Ops.embed`."""
+        ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
+        return functional.embedding(ids, table).to(self.dtype)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Ops.norm`; the reduction is float32 at least."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale * weight.to(wide.dtype)).to(x.dtype)
+
+    def add_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Ops.add_norm`."""
+        total = x + y
+        return total, self.norm(total, weight, eps)
+
+    def linear(self, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """See `Ops.linear`."""
+        return [functional.linear(x, weight.to(x.dtype)) for weight in weights]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        meta: AttentionMeta,
+        pages: TorchPages | None,
+        head_dim: int,
+        window: int | None,
+    ) -> Tensor:
+        """See `Ops.attend`."""
+        q3 = _rotate(q.view(q.shape[0], -1, head_dim), rope)
+        k3 = _rotate(k.view(k.shape[0], -1, head_dim), rope)
+        v3 = v.view(v.shape[0], -1, head_dim)
+        if pages is None:
+            return self._attend_rows(q3, k3, v3, len(meta.q_pos), window)
+        slots = torch.as_tensor(meta.slots, dtype=torch.int64, device=self.device)
+        pages.k[slots] = k3.to(pages.k.dtype)
+        pages.v[slots] = v3.to(pages.v.dtype)
+        outputs: list[Tensor] = []
+        for index, first in enumerate(meta.q_pos.tolist()):
+            start, end = int(meta.q_start[index]), int(meta.q_start[index + 1])
+            low = max(0, first - (window or first + 1) + 1)
+            positions = np.arange(low, first + end - start)
+            blocks = meta.block_table[index, positions // BLOCK_SIZE].astype(np.int64)
+            rows = torch.as_tensor(blocks * BLOCK_SIZE + positions % BLOCK_SIZE, device=self.device)
+            query = torch.arange(first, first + end - start, device=self.device)[:, None]
+            key = torch.as_tensor(positions, device=self.device)[None, :]
+            mask = (key <= query) & (key > query - (window or 1 << 30))
+            keys, values = pages.k[rows].to(q3.dtype), pages.v[rows].to(q3.dtype)
+            outputs.append(_attention(q3[start:end][None], keys[None], values[None], mask)[0])
+        return torch.cat(outputs)
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: int | None) -> Tensor:
+        length = q.shape[0] // num_sequences
+        key = (length, window or 0)
+        if key not in self._masks:
+            position = torch.arange(length, device=self.device)
+            distance = position[:, None] - position[None, :]
+            self._masks[key] = (distance >= 0) & (distance < (window or length))
+        q, k, v = (t.view(num_sequences, length, -1, t.shape[-1]) for t in (q, k, v))
+        return _attention(q, k, v, self._masks[key]).reshape(num_sequences * length, -1)
+
+    def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """See `Ops.mlp`."""
+        left, right = self.linear(x, (gate, up))
+        return self.linear(functional.silu(left) * right, (down,))[0]
+
+    def moe(self, x: Tensor, router: Tensor, experts: Sequence[tuple[Tensor, Tensor, Tensor]], top_k: int) -> Tensor:
+        """See `Ops.moe`."""
+        scores = self.linear(x, (router,))[0]
+        ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
+        chosen = ranked.indices[:, :top_k]
+        share = torch.softmax(ranked.values[:, :top_k].to(_wide(x.dtype)), -1).to(x.dtype)
+        parts = torch.zeros(top_k, *x.shape, dtype=x.dtype, device=x.device)
+        for index, expert in enumerate(experts):
+            rows, rank = torch.nonzero(chosen == index, as_tuple=True)
+            if len(rows):
+                parts = parts.index_put((rank, rows), self.mlp(x[rows], *expert) * share[rows, rank, None])
+        return parts.sum(0)
+
+    def logits(self, x: Tensor, head: Tensor) -> Tensor:
+        """See `Ops.logits`."""
+        scores = self.linear(x, (head,))[0]
+        return scores.to(_wide(scores.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    left, right = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return attention [S, Lq, H*D] of q [S, Lq, H, D] over k and v [S, Lk, G, D] under a mask [Lq, Lk]."""
+    share = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(share, dim=2) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,48 @@
+"""The input of one forward pass. The model owns the type it consumes; the runner fills it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bise.kernels import AttentionMeta
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A ragged step: rows of several sequences laid end to end."""
+
+    token_ids: IntArray
+    """[T] token of each row."""
+    positions: IntArray
+    """[T] absolute position of each row."""
+    attention: tuple[AttentionMeta, ...]
+    """One per window group of the model, in the order of `ModelConfig.window_groups`."""
+    logit_rows: IntArray
+    """[R] rows whose logits are wanted, ascending."""
+
+
+def training_batch(token_ids: npt.NDArray[np.int32], num_groups: int) -> Batch:
+    """Return a batch of equal-length rows [S, L] for a pass without a cache; logits for every row.
+
+    Example: [[5, 6, 7], [8, 9, 10]] gives token_ids [5, 6, 7, 8, 9, 10], positions [0, 1, 2, 0, 1, 2] and
+    q_start [0, 3, 6].
+    """
+    num_sequences, length = token_ids.shape
+    rows = num_sequences * length
+    meta = AttentionMeta(
+        q_start=np.arange(0, rows + 1, length, dtype=np.int32),
+        q_pos=np.zeros(num_sequences, np.int32),
+        block_table=np.zeros((num_sequences, 0), np.int32),
+        slots=np.zeros(0, np.int32),
+    )
+    return Batch(
+        token_ids=np.ascontiguousarray(token_ids, np.int32).reshape(-1),
+        positions=np.tile(np.arange(length, dtype=np.int32), num_sequences),
+        attention=(meta,) * num_groups,
+        logit_rows=np.arange(rows, dtype=np.int32),
+    )

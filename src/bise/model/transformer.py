@@ -1,0 +1,123 @@
+"""The Mistral-family network, once: embeddings, blocks, norm, logits.
+
+It knows the order of operations and nothing of devices, packing or threads: those belong to `kernels`.
+Weight names are bise's own (see `weight_shapes`); `checkpoint` and `gguf` translate from every source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from bise.config import ModelConfig
+from bise.kernels import Array, Ops, Pages, Weight
+from bise.model.batch import Batch
+from bise.model.rope import rope_frequencies
+
+
+class LayerPages(Protocol):
+    """What the model needs of a KV cache."""
+
+    def layer(self, index: int) -> Pages:
+        """Return the pages of a layer."""
+        ...
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return every weight's name and shape, in file order; matrices are [N, K], applied as x W^T.
+
+    RoPE rows of wq and wk are in the halves layout: dimension i of a head turns with i + D/2.
+    """
+    dim, hidden = config.dim, config.hidden_dim
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (config.vocab_size, dim)}
+    for index in range(config.num_layers):
+        layer = f"layers.{index}."
+        shapes[layer + "attn_norm"] = (dim,)
+        shapes[layer + "wq"] = (config.q_dim, dim)
+        shapes[layer + "wk"] = (config.kv_dim, dim)
+        shapes[layer + "wv"] = (config.kv_dim, dim)
+        shapes[layer + "wo"] = (dim, config.q_dim)
+        shapes[layer + "ffn_norm"] = (dim,)
+        prefixes = [layer]
+        if config.is_moe:
+            shapes[layer + "router"] = (config.num_experts, dim)
+            prefixes = [f"{layer}experts.{expert}." for expert in range(config.num_experts)]
+        for prefix in prefixes:
+            shapes[prefix + "w1"] = (hidden, dim)
+            shapes[prefix + "w3"] = (hidden, dim)
+            shapes[prefix + "w2"] = (dim, hidden)
+    shapes["norm"] = (dim,)
+    if not config.tied_embeddings:
+        shapes["output"] = (config.vocab_size, dim)
+    return shapes
+
+
+class Block:
+    """One transformer block: attention and feed-forward, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, index: int, weights: Mapping[str, Weight], ops: Ops) -> None:
+        prefix = f"layers.{index}."
+        self._ops = ops
+        self._head_dim = config.head_dim
+        self._top_k = config.experts_per_token
+        self.window = config.windows[index]
+        self.attn_norm: Array = weights[prefix + "attn_norm"]
+        self.ffn_norm: Array = weights[prefix + "ffn_norm"]
+        self._qkv: Sequence[Weight] = [weights[prefix + name] for name in ("wq", "wk", "wv")]
+        self._wo: Sequence[Weight] = [weights[prefix + "wo"]]
+        self._router: Weight | None = weights.get(prefix + "router")
+        experts = [f"{prefix}experts.{expert}." for expert in range(config.num_experts)] or [prefix]
+        self._ffn: Sequence[tuple[Weight, Weight, Weight]] = [
+            (weights[name + "w1"], weights[name + "w3"], weights[name + "w2"]) for name in experts
+        ]
+
+    def attention(self, x: Array, rope: Array, batch: Batch, group: int, pages: Pages | None) -> Array:
+        """Return the attention output [T, E] of normed rows x [T, E]; stores their K and V."""
+        q, k, v = self._ops.linear(x, self._qkv)
+        mixed = self._ops.attend(q, k, v, rope, batch.attention[group], pages, self._head_dim, self.window)
+        return self._ops.linear(mixed, self._wo)[0]
+
+    def feed_forward(self, x: Array) -> Array:
+        """Return the feed-forward output [T, E] of normed rows x [T, E]."""
+        if self._router is None:
+            return self._ops.mlp(x, *self._ffn[0])
+        return self._ops.moe(x, self._router, self._ffn, self._top_k)
+
+
+class Transformer:
+    """A model ready to run on one backend."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], ops: Ops) -> None:
+        """Take `weights` by the names of `weight_shapes`, already in the backend's form."""
+        self.config = config
+        self._ops = ops
+        self._eps = config.norm_eps
+        self._inv_freq, self._rope_factor = rope_frequencies(config)
+        self._embeddings: Weight = weights["tok_embeddings"]
+        self._blocks = [Block(config, index, weights, ops) for index in range(config.num_layers)]
+        groups = config.window_groups
+        self._groups = [groups.index(block.window) for block in self._blocks]
+        self._norm: Array = weights["norm"]
+        self._head: Weight = weights["tok_embeddings" if config.tied_embeddings else "output"]
+
+    def forward(self, batch: Batch, cache: LayerPages | None = None) -> Array:
+        """Return the normed hidden states [T, E] of all rows; K and V are stored in `cache`.
+
+        Without a cache the rows of each sequence see only one another (training, scoring of whole texts).
+        """
+        ops = self._ops
+        rope = ops.rope(self._inv_freq, batch.positions, self._rope_factor)
+        x = ops.embed(self._embeddings, batch.token_ids)
+        h = ops.norm(x, self._blocks[0].attn_norm, self._eps)
+        for index, block in enumerate(self._blocks):
+            pages = None if cache is None else cache.layer(index)
+            y = block.attention(h, rope, batch, self._groups[index], pages)
+            x, h = ops.add_norm(x, y, block.ffn_norm, self._eps)
+            y = block.feed_forward(h)
+            last = index + 1 == len(self._blocks)
+            x, h = ops.add_norm(x, y, self._norm if last else self._blocks[index + 1].attn_norm, self._eps)
+        return h
+
+    def logits(self, hidden: Array) -> Array:
+        """Return scores [R, V] of hidden rows [R, E]."""
+        return self._ops.logits(hidden, self._head)
