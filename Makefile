@@ -1,0 +1,65 @@
+# bise: everything a person or CI runs. `make help` lists the targets.
+SHELL := /bin/sh
+BIN := .venv/bin
+BUILD_INPUTS := pyproject.toml tools/build_backend.py $(shell find native -type f 2>/dev/null)
+SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+# A development install is editable, so it serves `make chat` too.
+INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
+CODE := src tests tools recipes benchmarks
+.PHONY: help chat test test-slow check fmt lint types layers budget docs docs-check bench sanitize wheel clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+chat: $(INSTALLED) ## Chat with the embedded model (ARGS="..." adds arguments; piped input is answered line by line)
+	@$(BIN)/bise chat $(ARGS)
+
+test: .venv/.dev ## Run the test suite
+	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-slow: .venv/.dev ## Run the tests that take long, too
+	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
+
+check: .venv/.dev fmt-check lint types layers budget docs-check ## Everything CI checks besides the tests
+
+fmt: .venv/.dev ## Format the code
+	@$(BIN)/ruff format -q $(wildcard $(CODE)) && $(BIN)/ruff check -q --fix --select I $(wildcard $(CODE))
+
+fmt-check: .venv/.dev
+	@$(BIN)/ruff format --check $(wildcard $(CODE))
+
+lint: .venv/.dev
+	@$(BIN)/ruff check $(wildcard $(CODE))
+
+types: .venv/.dev
+	@$(BIN)/pyright
+
+layers: .venv/.dev
+	@$(BIN)/lint-imports --no-cache
+
+budget: .venv/.dev
+	@$(BIN)/python tools/budget.py
+
+docs: .venv/.dev ## Regenerate docs/cli.md from --help
+	@$(BIN)/python tools/cli_page.py
+
+docs-check: .venv/.dev
+	@$(BIN)/python tools/cli_page.py --check
+
+bench: .venv/.dev ## Measure speed on this machine
+	@$(BIN)/python benchmarks/engine.py $(ARGS)
+
+sanitize: .venv/.dev ## Build the native tests with ASan and UBSan and run them
+	@sh native/sanitize.sh
+
+wheel: .venv/.dev ## Build a wheel and an sdist into dist/
+	@$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
+
+clean: ## Remove what the build and the tests left (not .venv)
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+
+.venv/.run: $(BUILD_INPUTS) $(SOURCES) tools/make_venv.sh
+	@sh tools/make_venv.sh run
+
+.venv/.dev: $(BUILD_INPUTS) tools/make_venv.sh
+	@sh tools/make_venv.sh dev
