@@ -1,7 +1,7 @@
 """Strict, bounded JSON for files that strangers wrote: one reader for every model file.
 
-Refuses what `json.loads` lets pass: duplicate keys, NaN and Infinity, numbers of absurd length, deep nesting, lone
-surrogates, invalid UTF-8, and anything that is not a regular file.
+Refuses what `json.loads` lets pass: duplicate keys, NaN and Infinity, numbers of absurd length, deep nesting,
+lone surrogates, invalid UTF-8, and anything that is not a regular file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import NoReturn, cast
@@ -30,8 +30,8 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 def read_bytes(path: Path, *, max_bytes: int) -> bytes:
     """Return the content of a regular file of at most `max_bytes`.
 
-    Raises ModelFileError for a missing file, a FIFO, a device, a directory, a symlink loop or a larger file; never
-    blocks and never allocates more than `max_bytes`.
+    Raises ModelFileError for a missing file, a FIFO, a device, a directory, a symlink loop or a larger file;
+    never blocks and never allocates more than `max_bytes`.
     """
     try:
         # O_NONBLOCK: opening a FIFO without a writer must not hang.
@@ -57,7 +57,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> object:
-    """Return the JSON value of a file (dict, list, str, int, float, bool or None); ModelFileError when it is not clean."""
+    """Return the JSON value of a file; ModelFileError when it is not clean."""
     return parse_json(read_bytes(path, max_bytes=max_bytes), str(path))
 
 
@@ -72,8 +72,8 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, obj
 def parse_json(data: bytes | bytearray | memoryview, name: str, *, max_depth: int = MAX_DEPTH) -> object:
     """Return the JSON value of UTF-8 `data`; errors start with `name` (a path, or a path and a part of it).
 
-    Raises ModelFileError on invalid UTF-8 or JSON, duplicate keys, NaN or Infinity, numbers of more than `MAX_DIGITS`
-    characters, nesting deeper than `max_depth`, and escapes that are half of a surrogate pair.
+    Raises ModelFileError on invalid UTF-8 or JSON, duplicate keys, NaN or Infinity, numbers of more than
+    `MAX_DIGITS` characters, nesting deeper than `max_depth`, and escapes that are half of a surrogate pair.
     """
     content = bytes(data)
 
@@ -156,19 +156,20 @@ def _decoder(refuse: Callable[[str], NoReturn]) -> json.JSONDecoder:
     )
 
 
-def _children(value: object) -> Iterable[object]:
+def _children(value: object) -> list[object]:
+    """Return the values inside an object or an array, [] for anything else."""
     if isinstance(value, dict):
-        return cast(dict[str, object], value).values()
-    return cast(list[object], value)
+        return list(cast(dict[str, object], value).values())
+    return cast(list[object], value) if isinstance(value, list) else []
 
 
 def _is_deeper_than(value: object, max_depth: int) -> bool:
-    level = [value] if isinstance(value, dict | list) else []
+    level: list[object] = [value]
     for _ in range(max_depth):
+        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
         if not level:
             return False
-        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
-    return bool(level)
+    return True
 
 
 def _has_lone_surrogate(value: object) -> bool:
@@ -180,7 +181,5 @@ def _has_lone_surrogate(value: object) -> bool:
                 return True
         elif isinstance(item, dict):
             stack.extend(cast(dict[str, object], item))
-            stack.extend(_children(cast(object, item)))
-        elif isinstance(item, list):
-            stack.extend(cast(list[object], item))
+        stack.extend(_children(cast(object, item)))
     return False
