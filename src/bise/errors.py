@@ -78,3 +78,9 @@ class NonFiniteError(EngineError):
     """The model's logits contain NaN or infinity, so the weights or the arithmetic are broken."""
 
     code = "non_finite_logits"
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """Return a value from a file as printable, bounded text for a message: control characters are escaped."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

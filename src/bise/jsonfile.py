@@ -7,14 +7,14 @@ lone surrogates, invalid UTF-8, and anything that is not a regular file.
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections.abc import Callable
+from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import NoReturn, cast
 
+from bise.diskfile import read_bounded
 from bise.errors import ModelFileError
 
 MAX_DEPTH = 64
@@ -23,7 +23,10 @@ MAX_DIGITS = 40
 """Characters of one number at most."""
 MAX_BYTES = 64 << 20
 """Default size limit of a JSON file."""
+MAX_VALUES = 8_000_000
+"""Default limit on the values in one file; 200,000 pieces with their merges are about a million."""
 
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -33,27 +36,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
     Raises ModelFileError for a missing file, a FIFO, a device, a directory, a symlink loop or a larger file;
     never blocks and never allocates more than `max_bytes`.
     """
-    try:
-        # O_NONBLOCK: opening a FIFO without a writer must not hang.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: cannot be opened ({_reason(error)})", field=str(path)) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelFileError(f"{path}: is not a regular file", field=str(path))
-        if status.st_size > max_bytes:
-            raise ModelFileError(
-                f"{path}: {status.st_size} bytes is more than the {max_bytes} bytes such a file may have",
-                field=str(path),
-            )
-        try:
-            data = file.read(max_bytes + 1)
-        except OSError as error:
-            raise ModelFileError(f"{path}: cannot be read ({_reason(error)})", field=str(path)) from error
-    if len(data) > max_bytes:
-        raise ModelFileError(f"{path}: grew past {max_bytes} bytes while it was read", field=str(path))
-    return data
+    return read_bounded(path, max_bytes)
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> object:
@@ -69,17 +52,25 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, obj
     return cast(dict[str, object], value)
 
 
-def parse_json(data: bytes | bytearray | memoryview, name: str, *, max_depth: int = MAX_DEPTH) -> object:
+def parse_json(
+    data: bytes | bytearray | memoryview,
+    name: str,
+    *,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+) -> object:
     """Return the JSON value of UTF-8 `data`; errors start with `name` (a path, or a path and a part of it).
 
     Raises ModelFileError on invalid UTF-8 or JSON, duplicate keys, NaN or Infinity, numbers of more than
-    `MAX_DIGITS` characters, nesting deeper than `max_depth`, and escapes that are half of a surrogate pair.
+    `MAX_DIGITS` characters, nesting deeper than `max_depth`, more than `max_values` values, and escapes
+    that are half of a surrogate pair. Depth and count are checked before anything is built.
     """
     content = bytes(data)
 
     def refuse(reason: str) -> NoReturn:
         raise ModelFileError(f"{name}: {reason}", field=name)
 
+    _check_budget(content, max_depth, max_values, refuse)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -94,8 +85,6 @@ def parse_json(data: bytes | bytearray | memoryview, name: str, *, max_depth: in
         ) from error
     except RecursionError as error:
         raise ModelFileError(f"{name}: is nested deeper than {max_depth} levels", field=name) from error
-    if _is_deeper_than(value, max_depth):
-        refuse(f"is nested deeper than {max_depth} levels")
     if _SURROGATE_ESCAPE.search(content) and _has_lone_surrogate(value):
         refuse("has a string with half of a surrogate pair")
     return value
@@ -116,8 +105,20 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
+def _check_budget(content: bytes, max_depth: int, max_values: int, refuse: Callable[[str], NoReturn]) -> None:
+    """Count values and brackets outside strings, in linear time and without building anything."""
+    if content.count(b'"') > 4 * max_values:
+        refuse(f"has more than {2 * max_values} strings")
+    if b"\\" in content:
+        content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside = b"".join(content.split(b'"')[::2])
+    if sum(outside.count(mark) for mark in (b",", b"[", b"{")) > max_values:
+        refuse(f"has more than {max_values} values")
+    brackets = outside.translate(None, _NOT_BRACKETS)
+    # A close bracket in excess is invalid anyway; this bounds the work of the line below.
+    depths = accumulate(1 if bracket in b"[{" else -1 for bracket in brackets[: 2 * max_values])
+    if max(depths, default=0) > max_depth:
+        refuse(f"is nested deeper than {max_depth} levels")
 
 
 def _decoder(refuse: Callable[[str], NoReturn]) -> json.JSONDecoder:
@@ -161,15 +162,6 @@ def _children(value: object) -> list[object]:
     if isinstance(value, dict):
         return list(cast(dict[str, object], value).values())
     return cast(list[object], value) if isinstance(value, list) else []
-
-
-def _is_deeper_than(value: object, max_depth: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(max_depth):
-        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
-        if not level:
-            return False
-    return True
 
 
 def _has_lone_surrogate(value: object) -> bool:
