@@ -196,6 +196,16 @@ def bise_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "bise"
 
 
+def colour_wanted() -> bool:
+    """Return False when `NO_COLOR` is set to anything (no-color.org)."""
+    return not os.environ.get("NO_COLOR")
+
+
+def debug_enabled() -> bool:
+    """Return True when `BISE_DEBUG=1` asks for tracebacks."""
+    return os.environ.get("BISE_DEBUG") == "1"
+
+
 def default_threads() -> int:
     """Worker threads of the CPU backend: `BISE_THREADS`, else the processors this process may use."""
     if text := os.environ.get("BISE_THREADS"):
