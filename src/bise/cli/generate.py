@@ -1,0 +1,62 @@
+"""`bise generate`: continue a prompt, as text while it comes or as one JSON object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from bise.cli.answer import ask, logprob_rows
+from bise.cli.options import (
+    load_options,
+    model_argument,
+    pop_load_options,
+    pop_sampling_options,
+    read_stdin_text,
+    sampling_options,
+    text,
+)
+from bise.cli.output import aside, on_terminal, write_json, write_text
+from bise.cli.session import model_name, open_model, plain_ids
+
+
+@click.command("generate")
+@model_argument
+@click.option("--prompt", "-p", required=True, type=text, help="The text to continue; - reads standard input.")
+@click.option("--max-tokens", "-n", default=256, show_default=True, help="Tokens to produce at most.")
+@sampling_options
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
+@click.option("--logprobs", type=int, help="With --json: log-probs of each token and of the N likeliest (0 to 20).")
+@load_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def command(model: str | None, **values: Any) -> None:
+    """Continue a prompt.
+
+    The prompt is taken as it is, without a chat template (see `bise chat --message`).
+    """
+    from bise.engine.request import FinishReason, Request
+
+    load, sampling = pop_load_options(values), pop_sampling_options(values)
+    prompt: str = values["prompt"]
+    as_json: bool = values["as_json"]
+    if values["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    params = sampling.params(
+        max_tokens=values["max_tokens"], logprobs=values["logprobs"], ignore_eos=values["ignore_eos"]
+    )
+    if prompt == "-":
+        prompt = read_stdin_text("--prompt")
+    with open_model(model, load) as loaded:
+        request = Request(token_ids=plain_ids(loaded, prompt), params=params)
+        answer = ask(loaded, request, None if as_json else write_text)
+        if as_json:
+            fields: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids}
+            if values["logprobs"] is not None:
+                fields["logprobs"] = logprob_rows(answer.logprobs)
+            write_json(fields | answer.report() | {"model": model_name(loaded), "seed": sampling.seed})
+            return
+        write_text("\n")
+        if answer.finish_reason == FinishReason.LENGTH:
+            aside(f"(stopped by the limit of {len(answer.token_ids)} tokens; --max-tokens raises it)")
+        if on_terminal(click.get_text_stream("stderr")):
+            aside(answer.speed_line(loaded.context))

@@ -1,0 +1,71 @@
+"""`bise models`: what can be run here, and the aliases that are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bise.cli.output import write_json, write_table
+
+
+@click.command("models")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    """List the models on this machine and the known aliases."""
+    from bise.hub.registry import gigabytes, known_models, models_dir
+
+    here = _local()
+    known = [
+        {
+            "alias": model.alias,
+            "repo": model.repo,
+            "licence": model.licence,
+            "parameters": model.config.num_params,
+            "bytes_bf16": model.bf16_bytes,
+            "bytes_q4": model.q4_bytes,
+            "chat": model.chat,
+            "here": any(entry["name"] == model.alias for entry in here),
+        }
+        for model in known_models()
+    ]
+    if as_json:
+        write_json({"local": here, "known": known}, indent=2)
+        return
+    rows = [[entry["name"], gigabytes(entry["bytes"]), entry["path"]] for entry in here]
+    if rows:
+        write_table(["ON THIS MACHINE", "SIZE", "PATH"], rows)
+        click.echo()
+    write_table(
+        ["ALIAS", "16 BIT", "4 BIT", "LICENCE", "PUBLISHED AS"],
+        [
+            [m["alias"], gigabytes(m["bytes_bf16"]), gigabytes(m["bytes_q4"]), m["licence"], m["repo"]]
+            for m in known
+        ],
+    )
+    click.echo(
+        f"\nbise does not download yet. Put a model's directory or .gguf at {models_dir()}/ALIAS, "
+        "or give its path: bise chat PATH"
+    )
+
+
+def _local() -> list[dict[str, Any]]:
+    from bise.errors import ModelFileError
+    from bise.hub.embedded import NAME, embedded_path
+    from bise.hub.registry import local_models
+
+    entries: list[tuple[str, Path]] = []
+    try:
+        entries.append((f"{NAME} (embedded)", embedded_path()))
+    except ModelFileError:
+        pass  # `bise doctor` tells; a list of models need not fail for it
+    entries += [(path.stem if path.suffix == ".gguf" else path.name, path) for path in local_models()]
+    return [{"name": name, "path": str(path), "bytes": size_on_disk(path)} for name, path in entries]
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files directly in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.stat().st_size for entry in path.iterdir() if entry.is_file())
