@@ -1,0 +1,194 @@
+"""The copy of a tokenizer.json document that encodes user text: the same rules, but no control token can match.
+
+Knows the document's structure; knows nothing of files around it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import cast
+
+from bise.errors import ModelFileError, RequestError
+from bise.jsonfile import kind_of
+from bise.text.pieces import byte_alphabet
+from bise.text.rust_tokenizer import build_encoder
+
+
+def text_encoder(
+    document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str], file: Path
+) -> Callable[[str, bool], list[int]]:
+    """Return the encoder of (text, at the start of a sequence) that never yields a token of `guarded`.
+
+    `vocab` holds every piece and added token with its id. Raises ModelFileError when the document is malformed.
+    """
+    nonce = secrets.token_hex(16)
+    renamed = {text: f"\U000f0000{nonce}:{index}" for index, text in enumerate(sorted(guarded))}
+    model = cast(dict[str, object], document["model"])
+    plain: dict[str, object] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _text_tokens(document.get("added_tokens"), guarded),
+        "normalizer": document.get("normalizer"),
+        "pre_tokenizer": document.get("pre_tokenizer"),
+        "post_processor": None,
+        "decoder": None,
+        "model": _plain_model(model, vocab, renamed, file),
+    }
+    _check_charsmaps(document.get("normalizer"), file)
+    encode = build_encoder(plain, str(file))
+    encode_inner = encode
+    later, changed = _without_first_prefix(plain["pre_tokenizer"])
+    if changed:
+        encode_inner = build_encoder(plain | {"pre_tokenizer": later}, str(file))
+    if _loses_bytes(document, vocab, guarded):
+        encode = _refusing_losses(encode, _byte_counts(vocab), str(file))
+        encode_inner = encode
+    return lambda text, start: encode(text) if start else encode_inner(text)
+
+
+def _text_tokens(added: object, guarded: Collection[str]) -> list[dict[str, object]]:
+    """Return the added tokens that are text (runs of spaces, say); their form was checked by the reader."""
+    entries = cast(list[dict[str, object]], added or [])
+    return [
+        {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+        | entry
+        | {"special": False}
+        for entry in entries
+        if entry["content"] not in guarded
+    ]
+
+
+def _plain_model(
+    model: Mapping[str, object], vocab: Mapping[str, int], renamed: Mapping[str, str], file: Path
+) -> dict[str, object]:
+    if model.get("type") == "Unigram":
+        scores = [cast(list[object], entry)[1] for entry in cast(list[object], model["vocab"])]
+        pieces: list[list[object]] = [[f"\U000f0000{index}", 0.0] for index in range(max(vocab.values()) + 1)]
+        for text, token_id in vocab.items():
+            pieces[token_id] = [renamed.get(text, text), scores[token_id] if token_id < len(scores) else 0.0]
+        return dict(model) | {"vocab": pieces}
+    merges = model.get("merges", [])
+    if not isinstance(merges, list):
+        raise ModelFileError(
+            f"{file}: model.merges must be an array, not {kind_of(merges)}", field="model.merges"
+        )
+    unknown = model.get("unk_token")
+    return dict(model) | {
+        "type": "BPE",
+        "vocab": {renamed.get(text, text): token_id for text, token_id in vocab.items()},
+        "merges": _plain_merges(cast(list[object], merges), renamed, file),
+        "unk_token": renamed.get(unknown, unknown) if isinstance(unknown, str) else unknown,
+    }
+
+
+def _plain_merges(merges: list[object], renamed: Mapping[str, str], file: Path) -> list[list[str]]:
+    """Return the merges as pairs, without those that touch a guarded piece."""
+    result: list[list[str]] = []
+    for index, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(cast(list[object], pair)) != 2:
+            raise ModelFileError(
+                f"{file}: model.merges[{index}] must be two pieces, got {str(merge)[:60]!r}",
+                field="model.merges",
+            )
+        left, right = cast(list[object], pair)
+        if not isinstance(left, str) or not isinstance(right, str):
+            raise ModelFileError(f"{file}: model.merges[{index}] must be two strings", field="model.merges")
+        if not (left in renamed or right in renamed or left + right in renamed):
+            result.append([left, right])
+    return result
+
+
+def _without_first_prefix(component: object) -> tuple[object, bool]:
+    """Return a pre-tokenizer that puts no dummy prefix anywhere, and whether it differs: "first" becomes "never"."""
+    if not isinstance(component, dict):
+        return component, False
+    fields = cast(dict[str, object], component)
+    if fields.get("type") == "Metaspace" and fields.get("prepend_scheme") == "first":
+        return fields | {"prepend_scheme": "never"}, True
+    parts = fields.get("pretokenizers")
+    if fields.get("type") != "Sequence" or not isinstance(parts, list):
+        return component, False
+    rewritten = [_without_first_prefix(part) for part in cast(list[object], parts)]
+    return fields | {"pretokenizers": [part for part, _ in rewritten]}, any(
+        changed for _, changed in rewritten
+    )
+
+
+def _check_charsmaps(component: object, file: Path) -> None:
+    """Refuse a malformed SentencePiece character map before the library sees it: it aborts on one, noisily."""
+    if not isinstance(component, dict):
+        return
+    fields = cast(dict[str, object], component)
+    for part in (
+        cast(list[object], fields.get("normalizers") or []) if fields.get("type") == "Sequence" else []
+    ):
+        _check_charsmaps(part, file)
+    if fields.get("type") != "Precompiled":
+        return
+    reason = "is not base64 text"
+    value = fields.get("precompiled_charsmap")
+    if isinstance(value, str):
+        try:
+            reason = _charsmap_fault(base64.b64decode(value, validate=True))
+        except binascii.Error:
+            pass
+    if reason:
+        raise ModelFileError(
+            f"{file}: normalizer.precompiled_charsmap {reason}", field="normalizer.precompiled_charsmap"
+        )
+
+
+def _charsmap_fault(data: bytes) -> str:
+    """Return what is wrong with a character map, "" when it is sound.
+
+    Layout: size of the trie in bytes (uint32), the trie (uint32 each), then zero-terminated UTF-8 replacements.
+    """
+    if len(data) < 4:
+        return "is too short"
+    size = int.from_bytes(data[:4], "little")
+    if size % 4 or size == 0 or size > len(data) - 4:
+        return f"claims a trie of {size} bytes in {len(data)}"
+    try:
+        text = data[4 + size :].decode("utf-8")
+    except UnicodeDecodeError:
+        return "has replacements that are not UTF-8"
+    return "" if text.endswith("\0") or not text else "has a replacement without end"
+
+
+def _loses_bytes(document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str]) -> bool:
+    """Say whether a byte-level vocabulary lacks bytes and has no unknown token, so that text could get lost."""
+    model = cast(dict[str, object], document["model"])
+    decoder = document.get("decoder")
+    byte_level = isinstance(decoder, dict) and cast(dict[str, object], decoder).get("type") == "ByteLevel"
+    return (
+        byte_level
+        and model.get("unk_token") is None
+        and not all(char in vocab and char not in guarded for char in byte_alphabet())
+    )
+
+
+def _byte_counts(vocab: Mapping[str, int]) -> dict[int, int]:
+    """Return the number of bytes of each id of a byte-level vocabulary: one per character of the alphabet."""
+    alphabet = byte_alphabet()
+    return {
+        token_id: len(text) if all(char in alphabet for char in text) else len(text.encode("utf-8"))
+        for text, token_id in vocab.items()
+    }
+
+
+def _refusing_losses(
+    encode: Callable[[str], list[int]], byte_counts: Mapping[int, int], name: str
+) -> Callable[[str], list[int]]:
+    def checked(text: str) -> list[int]:
+        ids = encode(text)
+        if sum(byte_counts[token_id] for token_id in ids) < len(text.encode("utf-8")):
+            raise RequestError(f"{name}: the vocabulary lacks bytes of this text, which would get lost")
+        return ids
+
+    return checked

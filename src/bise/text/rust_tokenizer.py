@@ -1,0 +1,55 @@
+"""The `tokenizers` library behind a guard: whatever a file makes it do becomes one ModelFileError.
+
+Knows the library's own JSON; knows nothing of where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from bise.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RustTokenizer
+
+T = TypeVar("T")
+
+_MAX_REASON = 160
+
+
+def build_encoder(specification: dict[str, object], name: str) -> Callable[[str], list[int]]:
+    """Return the function from text to ids of a `tokenizer.json` document; errors start with `name`.
+
+    Raises ModelFileError when the library refuses the document or panics on it.
+    """
+    from tokenizers import Tokenizer as RustTokenizer
+
+    document = json.dumps(specification, ensure_ascii=False)
+    tokenizer: RustTokenizer = guarded(lambda: RustTokenizer.from_str(document), f"{name}: is refused")
+
+    def encode(text: str) -> list[int]:
+        return guarded(
+            lambda: tokenizer.encode(text, add_special_tokens=False).ids, f"{name}: fails on a text"
+        )
+
+    return encode
+
+
+def guarded(call: Callable[[], T], what: str) -> T:
+    """Return `call()`; ModelFileError "`what` (reason)" when the Rust side raises or panics."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001  # the library raises bare Exception for every refusal
+        raise ModelFileError(f"{what} ({_one_line(error)})", field="tokenizer") from error
+    except BaseException as error:
+        # A Rust panic is no Exception in Python; pyo3 offers no class to import, so it is known by its name.
+        if type(error).__module__ != "pyo3_runtime" or type(error).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"{what} ({_one_line(error)})", field="tokenizer") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."
