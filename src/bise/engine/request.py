@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isfinite
 
-from bise.errors import BiseError
+from bise.errors import BiseError, RequestError
+
+MAX_TOP_LOGPROBS = 20
+"""Most rivals reported per token."""
 
 
 class FinishReason(StrEnum):
@@ -28,6 +32,8 @@ class SamplingParams:
 
     Order: logit bias and penalties on the logits, then temperature, then the truncations top_k, top_p, min_p,
     typical_p on the tempered distribution (each on what the one before left), then one draw.
+
+    Raises RequestError, with the field, for a value out of range.
     """
 
     temperature: float = 1.0
@@ -41,7 +47,8 @@ class SamplingParams:
     typical_p: float = 1.0
     """Locally typical sampling (arXiv 2202.00666): keep the tokens nearest to the entropy up to this mass."""
     repetition_penalty: float = 1.0
-    """Divides positive (multiplies negative) logits of tokens seen in prompt or output (arXiv 1909.05858)."""
+    """Divides positive (multiplies negative) logits of tokens seen in prompt or output (arXiv 1909.05858); in
+    [0.01, 100]."""
     presence_penalty: float = 0.0
     """Subtracted from logits of tokens in the output; in [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -49,9 +56,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     """Added to logits by token id; -100 .. 100."""
     seed: int | None = None
-    """A draw depends on the seed and the position of the token alone; None takes a random seed."""
+    """A draw depends on the seed (0 .. 2^64 - 1) and the position of the token alone; None takes a random
+    seed.
+    """
     max_tokens: int | None = None
-    """Tokens to produce at most; None: up to the context."""
+    """Tokens to produce at most; None: up to the context; 0: score the prompt only."""
     min_tokens: int = 0
     """End-of-text and stop tokens are masked until this many tokens were produced."""
     stop: tuple[str, ...] = ()
@@ -61,8 +70,53 @@ class SamplingParams:
     ignore_eos: bool = False
     """Do not end at the model's end-of-text."""
     logprobs: int | None = None
-    """None: no log-probs. n: the chosen token's and the n most likely ones' (n <= 20), natural log, of the model's
-    own distribution (before temperature, bias and penalties)."""
+    """None: no log-probs. n: the chosen token's and the n most likely ones' (n <= 20), natural log, of the
+    model's own distribution (before temperature, bias and penalties)."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, 5)
+        for name, share in (("top_p", self.top_p), ("typical_p", self.typical_p)):
+            _check_number(name, share, 0, 1)
+            if share == 0:
+                raise RequestError(f"{name} must be above 0 and at most 1, got {share}", field=name)
+        _check_number("min_p", self.min_p, 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        for token_id, bias in self.logit_bias.items():
+            _check_integer("logit_bias", token_id, 0)
+            _check_number("logit_bias", bias, -100, 100)
+        _check_integer("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, (1 << 64) - 1)
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 0)
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if isinstance(self.stop, str):
+            raise RequestError("stop must be a list of strings, got a single string", field="stop")
+        if any(not text for text in self.stop):
+            raise RequestError(f"stop strings must not be empty, got {list(self.stop)!r}", field="stop")
+        for token_id in self.stop_token_ids:
+            _check_integer("stop_token_ids", token_id, 0)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not good or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
+        raise RequestError(f"{name} must be a number from {low} to {high}, got {value!r}", field=name)
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name} must be a whole number {bounds}, got {value!r}", field=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +130,10 @@ class Request:
     """Also return the log-prob of every prompt token given those before it (first None)."""
     priority: int = 0
     """Lower runs first."""
+    continuation: bool = False
+    """The output goes on in the middle of a text, so that a leading space of SentencePiece vocabularies is
+    real.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +179,40 @@ class Delta:
     usage: Usage | None = None
     timings: Timings | None = None
     error: BiseError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """All deltas of one request put together."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    stop_match: str | int | None = None
+
+
+def collect(deltas: Iterable[Delta]) -> Completion:
+    """Return what `deltas`, a whole request's, add up to. Raises the request's own error when it ended with
+    one.
+    """
+    parts = list(deltas)
+    last = parts[-1]
+    if last.error is not None:
+        raise last.error
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    assert last.timings is not None
+    return Completion(
+        token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+        text="".join(part.text for part in parts),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timings=last.timings,
+        logprobs=tuple(entry for part in parts for entry in part.logprobs),
+        prompt_logprobs=tuple(entry for part in parts for entry in part.prompt_logprobs),
+        stop_match=last.stop_match,
+    )

@@ -1,0 +1,410 @@
+"""The engine: takes requests from any thread, steps the model on its own thread, tells each caller what was
+produced.
+
+The thread that steps owns all sequence state. Two crossings: the inbox in, `RequestHandle.push` out. A
+request's own failure ends that request; the model's failure ends the requests of that step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from bise.cache.pages import KVCache, plan_num_blocks
+from bise.cache.pool import BlockPool
+from bise.config import ModelConfig
+from bise.engine.handle import RequestHandle
+from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
+from bise.engine.runner import Logits, Model, Runner, score_rows
+from bise.engine.sampling import Sampler, check_finite, token_logprob
+from bise.engine.scheduler import Scheduler, Step, StepRow
+from bise.engine.sequence import Sequence, Status
+from bise.errors import (
+    BiseError,
+    ConfigError,
+    ContextOverflowError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+)
+from bise.kernels import Array, Ops
+from bise.text.stream import TextStream
+from bise.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+PromptLogprobs = tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A glance at the engine; read from another thread it may be one step old."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_blocks: tuple[int, ...]
+    """KV blocks per window group."""
+    num_free_blocks: tuple[int, ...]
+    kv_bytes: int
+    """Size of all KV pages."""
+
+
+class Engine:
+    """Runs requests on one model; see `submit`. Use it as a context manager, or `close` it."""
+
+    def __init__(
+        self,
+        transformer: Model,
+        ops: Ops,
+        *,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        kv_format: str = "f16",
+        num_blocks: int | SequenceOf[int] | None = None,
+        kv_memory_bytes: int | None = None,
+        max_step_tokens: int = 512,
+        max_sequences: int = 32,
+        max_queue: int = 256,
+        threaded: bool = True,
+    ) -> None:
+        """Allocate the KV cache and, unless `threaded` is False, start the engine's thread.
+
+        Give either `num_blocks` (per window group, or one number for all) or `kv_memory_bytes`. Without a
+        tokenizer deltas carry no text. Without a thread, iterating a handle or calling `step` does the work.
+        Raises ConfigError, and MemoryPlanError when the memory holds no block.
+        """
+        if (num_blocks is None) == (kv_memory_bytes is None):
+            raise ConfigError(
+                "give either num_blocks or kv_memory_bytes to the engine", field="kv_memory_bytes"
+            )
+        if max_queue < 1:
+            raise ConfigError(f"max_queue must be at least 1, got {max_queue}", field="max_queue")
+        groups = config.window_groups
+        if kv_memory_bytes is not None:
+            blocks = plan_num_blocks(
+                config,
+                kv_memory_bytes,
+                kv_format,
+                max_step_tokens=max_step_tokens,
+                max_sequences=max_sequences,
+            )
+        else:
+            assert num_blocks is not None
+            blocks = (num_blocks,) * len(groups) if isinstance(num_blocks, int) else tuple(num_blocks)
+        if len(blocks) != len(groups) or min(blocks) < 1:
+            raise ConfigError(
+                f"num_blocks must be {len(groups)} positive numbers, got {blocks}", field="num_blocks"
+            )
+        self._config = config
+        self._tokenizer = tokenizer
+        self._pools = [BlockPool(count) for count in blocks]
+        self._scheduler = Scheduler(
+            self._pools, groups, max_step_tokens=max_step_tokens, max_sequences=max_sequences
+        )
+        self.max_context = self._scheduler.longest(config.max_context)
+        """Most tokens, prompt and output, of one request: the model's context, or less where the cache is
+        smaller.
+        """
+        self._cache = KVCache(config, ops, blocks, kv_format)
+        self._runner = Runner(transformer, self._cache)
+        self._max_queue = max_queue
+        self._arrivals = itertools.count()
+        self._wake = threading.Condition()
+        self._arrived: deque[Sequence] = deque()
+        self._cancelled: deque[Sequence] = deque()
+        self._num_queued = 0
+        self._is_closing = False
+        self._aborts_all = False
+        self._thread = (
+            threading.Thread(target=self._run, name="bise-engine", daemon=True) if threaded else None
+        )
+        if self._thread is not None:
+            self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Callers' side: any thread.
+
+    def submit(self, request: Request) -> RequestHandle:
+        """Queue a request and return its handle at once.
+
+        Raises RequestError, ContextOverflowError or MemoryPlanError for a request that cannot be honoured as
+        asked, QueueFullError when `max_queue` requests wait already, EngineError after `close`.
+        """
+        sequence = self._prepare(request)
+        with self._wake:
+            if self._is_closing:
+                raise EngineError("the engine is closed")
+            if self._num_queued >= self._max_queue:
+                raise QueueFullError(f"{self._num_queued} requests are waiting already; try again later")
+            self._num_queued += 1
+            self._arrived.append(sequence)
+            self._wake.notify()
+        return sequence.handle
+
+    def close(self, *, drain: bool = False) -> None:
+        """Stop: abort what is there, or with `drain` finish it first; later `submit` raises. Waits for the
+        thread.
+        """
+        with self._wake:
+            self._is_closing = True
+            self._aborts_all = self._aborts_all or not drain
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            return
+        while not self._aborts_all and self.step():
+            pass
+        self._take_inbox()
+
+    def stats(self) -> EngineStats:
+        """Return counts for people and for metrics."""
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting) + len(self._arrived),
+            num_preemptions=self._scheduler.num_preemptions,
+            num_blocks=self._cache.num_blocks,
+            num_free_blocks=tuple(pool.num_free for pool in self._pools),
+            kv_bytes=self._cache.size_bytes,
+        )
+
+    def _prepare(self, request: Request) -> Sequence:
+        params = request.params
+        vocab_size = self._config.vocab_size
+        if not request.token_ids:
+            raise RequestError("the prompt is empty; give at least one token (BOS)", field="token_ids")
+        low, high = min(request.token_ids), max(request.token_ids)
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"token {wrong} is outside the vocabulary of {vocab_size}", field="token_ids")
+        sequence = Sequence(request, next(self._arrivals), self._resolve_max_tokens(request))
+        eos_ids = (
+            frozenset[int]() if params.ignore_eos or self._tokenizer is None else self._tokenizer.stop_ids
+        )
+        sequence.stop_ids = eos_ids.union(params.stop_token_ids)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequence.sampler = Sampler(
+            params, vocab_size=vocab_size, prompt=request.token_ids, stop_ids=sequence.stop_ids, seed=seed
+        )
+        if self._tokenizer is not None:
+            sequence.stream = TextStream(self._tokenizer, params.stop, continuation=request.continuation)
+        elif params.stop:
+            raise RequestError("stop strings need a tokenizer, and this engine has none", field="stop")
+        advance = self.step if self._thread is None else None
+        sequence.handle = RequestHandle(seed, partial(self._cancel, sequence), advance)
+        sequence.submitted_s = time.perf_counter()
+        return sequence
+
+    def _resolve_max_tokens(self, request: Request) -> int:
+        """Return how many tokens a request may produce; raises when prompt and output do not fit."""
+        num_prompt, context = len(request.token_ids), self._config.max_context
+        wanted = request.params.max_tokens
+        # Without a limit there must be room for one token at least.
+        if num_prompt + (1 if wanted is None else wanted) > context:
+            asked = "at least 1 more token" if wanted is None else f"max_tokens {wanted}"
+            raise ContextOverflowError(
+                f"a prompt of {num_prompt} tokens and {asked} exceed the context of {context} tokens; "
+                "shorten the prompt or ask for fewer tokens",
+                field="max_tokens",
+            )
+        self._scheduler.check_fits(num_prompt + (1 if wanted is None else wanted))
+        return self.max_context - num_prompt if wanted is None else wanted
+
+    def _cancel(self, sequence: Sequence) -> None:
+        with self._wake:
+            self._cancelled.append(sequence)
+            self._wake.notify()
+        if self._thread is None:
+            self._take_inbox()
+
+    # Engine's side: the one thread that steps.
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not (
+                        self._arrived or self._cancelled or self._scheduler.has_work or self._is_closing
+                    ):
+                        self._wake.wait()
+                if not self.step() and self._is_closing and not self._arrived:
+                    return
+        except Exception as error:  # thread root: a bug of ours must not leave callers waiting for ever
+            logger.exception("event=engine_died")
+            with self._wake:
+                self._is_closing = True
+            self._end_all(FinishReason.ERROR, _as_engine_error(error))
+
+    def step(self) -> bool:
+        """Run one step; False when there was nothing to do. Only for engines without a thread."""
+        self._take_inbox()
+        step = self._scheduler.plan()
+        if step is None:
+            return False
+        for row in step.rows:
+            if not row.sequence.started_s:
+                self._start(row.sequence)
+        try:
+            hidden, wanted = self._runner.forward(step)
+            logits = self._runner.logits(hidden, wanted) if len(wanted) else None
+        except Exception as error:  # whatever the model raises, the engine goes on with the other requests
+            logger.exception("event=step_failed sequences=%d tokens=%d", len(step.rows), step.num_tokens)
+            for row in step.rows:
+                self._end(row.sequence, FinishReason.ERROR, error=_as_engine_error(error))
+            return True
+        self._scheduler.complete(step)
+        self._commit(step, hidden, logits)
+        return True
+
+    def _take_inbox(self) -> None:
+        while self._arrived:
+            self._scheduler.add(self._arrived.popleft())
+        while self._cancelled:
+            sequence = self._cancelled.popleft()
+            if sequence.status is not Status.FINISHED:
+                self._end(sequence, FinishReason.ABORT)
+        if self._aborts_all:
+            self._end_all(FinishReason.ABORT)
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.started_s = time.perf_counter()
+        with self._wake:
+            self._num_queued -= 1
+
+    def _commit(self, step: Step, hidden: Array, logits: Logits | None) -> None:
+        """Score prompts, choose tokens, tell the callers; each sequence fails on its own."""
+        start = sampled = 0
+        for row in step.rows:
+            sequence = row.sequence
+            try:
+                scores = self._score_prompt(row, start, hidden) if row.score_stop > row.score_start else ()
+                if row.num_samples:
+                    assert logits is not None
+                    self._choose(sequence, logits[sampled], scores)
+                elif sequence.max_tokens == 0 and not sequence.num_pending:
+                    self._end(sequence, FinishReason.LENGTH, prompt_logprobs=self._lead(sequence, scores))
+                elif scores:
+                    sequence.handle.push(Delta(prompt_logprobs=scores))
+            except BiseError as error:
+                self._end(sequence, FinishReason.ERROR, error=error)
+            except Exception as error:  # a failure in one sequence's text or choice ends that sequence only
+                logger.exception("event=request_failed arrival=%d", sequence.arrival)
+                self._end(sequence, FinishReason.ERROR, error=_as_engine_error(error))
+            start += row.num_tokens
+            sampled += row.num_samples
+
+    def _score_prompt(self, row: StepRow, start: int, hidden: Array) -> PromptLogprobs:
+        """Return log-probs of the prompt tokens after positions [score_start, score_stop), a few rows at a
+        time.
+        """
+        sequence = row.sequence
+        num_top = sequence.params.logprobs or 0
+        scores: list[TokenLogprob | None] = [None] if row.score_start == 0 else []
+        position = row.score_start
+        for rows in score_rows(row, start):
+            for logits in self._runner.logits(hidden, rows):
+                check_finite(logits)
+                position += 1
+                scores.append(token_logprob(logits, sequence.token_ids[position], num_top))
+        return tuple(scores)
+
+    def _lead(self, sequence: Sequence, scores: PromptLogprobs) -> PromptLogprobs:
+        """Return scores, with the None of the first token where a prompt of one token scored nothing."""
+        alone = sequence.request.prompt_logprobs and sequence.num_prompt == 1 and sequence.num_output == 0
+        return (None,) if alone else scores
+
+    def _choose(self, sequence: Sequence, logits: Logits, prompt_logprobs: PromptLogprobs) -> None:
+        """Choose one token from a row of logits, test whether it ends the text, and tell the caller."""
+        params = sequence.params
+        if sequence.num_prompt == 1:
+            prompt_logprobs = self._lead(sequence, prompt_logprobs)
+        token_id = sequence.sampler.choose(logits, len(sequence.token_ids), sequence.num_output)
+        logprobs = () if params.logprobs is None else (token_logprob(logits, token_id, params.logprobs),)
+        sequence.token_ids.append(token_id)
+        sequence.sampler.accept(token_id)
+        if not sequence.first_token_s:
+            sequence.first_token_s = time.perf_counter()
+        stream = sequence.stream
+        text, reason, match = "", None, None
+        if token_id in sequence.stop_ids:
+            reason, match = FinishReason.STOP, token_id
+        elif stream is not None:
+            text = stream.push((token_id,))
+            if stream.stopped is not None:
+                reason, match = FinishReason.STOP, stream.stopped
+        if reason is None and sequence.num_output >= sequence.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is None:
+            sequence.handle.push(
+                Delta(token_ids=(token_id,), text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+            )
+            return
+        self._end(sequence, reason, (token_id,), text, logprobs, prompt_logprobs, match)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+        prompt_logprobs: PromptLogprobs = (),
+        stop_match: str | int | None = None,
+        *,
+        error: BiseError | None = None,
+    ) -> None:
+        """Free a sequence's blocks and send its last delta."""
+        self._scheduler.finish(sequence)
+        if not sequence.started_s:
+            self._start(sequence)
+        if sequence.stream is not None and error is None:
+            text += sequence.stream.finish()
+            # A stop string may turn out to be complete only when no longer match is possible any more.
+            if sequence.stream.stopped is not None and reason is not FinishReason.ABORT:
+                reason, stop_match = FinishReason.STOP, sequence.stream.stopped
+        now = time.perf_counter()
+        first = sequence.first_token_s or now
+        sequence.handle.push(
+            Delta(
+                token_ids=token_ids,
+                text=text,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=reason,
+                stop_match=stop_match,
+                usage=Usage(
+                    prompt_tokens=sequence.num_prompt, cached_tokens=0, completion_tokens=sequence.num_output
+                ),
+                timings=Timings(
+                    queue_s=sequence.started_s - sequence.submitted_s,
+                    prefill_s=first - sequence.started_s,
+                    decode_s=now - first,
+                ),
+                error=error,
+            )
+        )
+
+    def _end_all(self, reason: FinishReason, error: BiseError | None = None) -> None:
+        while self._arrived:
+            self._scheduler.add(self._arrived.popleft())
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            self._end(sequence, reason, error=error)
+
+
+def _as_engine_error(error: Exception) -> BiseError:
+    if isinstance(error, BiseError):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {error}")

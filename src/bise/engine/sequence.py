@@ -1,0 +1,93 @@
+"""The mutable state of one request while it lives in the engine. One writer: the thread that steps the
+engine.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from bise.cache.table import BlockTable
+from bise.engine.request import Request
+
+if TYPE_CHECKING:
+    from bise.engine.handle import RequestHandle
+    from bise.engine.sampling import Sampler
+    from bise.text.stream import TextStream
+
+
+class Status(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    """Holds no blocks: new, or preempted."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Tokens and counters of one request.
+
+    There is no prefill and no decode, only tokens whose keys and values are not in the cache yet:
+
+        token_ids      p p p p p p o o o          prompt, then output
+        num_computed   ------->|                  in the cache
+        num_pending            |<------>          what the next steps compute; 1 while decoding
+        num_scored     ----->|                    prompt positions whose successor's log-prob was reported
+    """
+
+    __slots__ = (
+        "arrival",
+        "first_token_s",
+        "handle",
+        "max_tokens",
+        "num_computed",
+        "num_prompt",
+        "num_scored",
+        "params",
+        "rank",
+        "request",
+        "sampler",
+        "started_s",
+        "status",
+        "stop_ids",
+        "stream",
+        "submitted_s",
+        "tables",
+        "token_ids",
+    )
+
+    sampler: Sampler
+    handle: RequestHandle
+
+    def __init__(self, request: Request, arrival: int, max_tokens: int) -> None:
+        """Start a sequence that may produce `max_tokens`; `arrival` counts requests in order."""
+        self.request = request
+        self.params = request.params
+        self.arrival = arrival
+        self.rank = (request.priority, arrival)
+        """Order of service; whoever comes later gives way."""
+        self.max_tokens = max_tokens
+        self.stream: TextStream | None = None
+        self.token_ids = list(request.token_ids)
+        self.num_prompt = len(request.token_ids)
+        self.num_computed = 0
+        self.num_scored = 0
+        self.status = Status.WAITING
+        self.tables: tuple[BlockTable, ...] = ()
+        """One per window group while running."""
+        self.stop_ids: frozenset[int] = frozenset()
+        """Tokens that end the text."""
+        self.submitted_s = 0.0
+        self.started_s = 0.0
+        self.first_token_s = 0.0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose keys and values are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Tokens produced so far."""
+        return len(self.token_ids) - self.num_prompt
