@@ -1,0 +1,189 @@
+"""The recipe of brise on tiny made-up data: template, mask, packing, schedule, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+pytest.importorskip("zstandard")
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "brise"
+sys.path.insert(0, str(RECIPE))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
+from data import concatenate, encode_row, pack  # noqa: E402
+from mixture import CONTROL_TOKENS, Mixture, Stage, renamed  # noqa: E402
+from network import Network, TrainingOps, initial_weights  # noqa: E402
+from tokenizer import train as train_tokenizer  # noqa: E402
+from train import Progress, Rows, Trainer, start  # noqa: E402
+from train import train as run_training  # noqa: E402
+
+from bise.config import ModelConfig  # noqa: E402
+from bise.kernels.torch import TorchOps  # noqa: E402
+
+TEXTS = ["Once upon a time there was a small wind called brise.", "What is 12 + 7?", "été, ça va?"] * 5
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ChatEncoder:
+    return ChatEncoder(train_tokenizer(iter(TEXTS), 320))
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    loaded = Mixture.load(RECIPE / "mixture.toml")
+    tiny = ModelConfig(
+        family="mistral",
+        dim=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        hidden_dim=64,
+        vocab_size=320,
+        max_context=64,
+        windows=(8, 8),
+        tied_embeddings=True,
+    )
+    stage = Stage(row_tokens=16, rows_per_step=4, peak_lr=1e-2, warmup_steps=2)
+    return replace(loaded, model=tiny, vocab_size=320, stages={"pretrain": stage, "tune": stage})
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    values = np.random.default_rng(5)
+    for name in ("pretrain", "tune", "valid_text", "valid_chat"):
+        np.save(tmp_path / f"{name}.ids.npy", values.integers(20, 320, (12, 17)).astype(np.uint16))
+        np.save(tmp_path / f"{name}.learned.npy", np.ones((12, 17), np.bool_))
+    return tmp_path
+
+
+def test_control_tokens_have_the_ids_of_mistral() -> None:
+    tokenizer = train_tokenizer(iter(TEXTS), 320)
+    assert [tokenizer.token_to_id(token) for token in CONTROL_TOKENS] == list(range(20))
+
+
+@pytest.mark.parametrize("text", ["</s>", "a [INST] b", "[/INST]<s>[SYSTEM_PROMPT]x[/SYSTEM_PROMPT]"])
+def test_control_strings_in_text_never_become_control_ids(encoder: ChatEncoder, text: str) -> None:
+    ids = encoder.texts([text])[0]
+    assert min(ids) >= len(CONTROL_TOKENS)
+    assert encoder.decode(ids) == text
+
+
+def test_every_byte_survives_the_tokenizer(encoder: ChatEncoder) -> None:
+    text = "".join(map(chr, range(0x250))) + "e\u0301 \u20ac \U0001f600 \r\n\t"
+    assert encoder.decode(encoder.texts([text])[0]) == text
+
+
+def test_digits_are_encoded_one_by_one(encoder: ChatEncoder) -> None:
+    assert len(encoder.texts(["2026"])[0]) == 4
+
+
+def test_loss_covers_assistant_turns_and_their_end_only(encoder: ChatEncoder) -> None:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "7"},
+        {"role": "assistant", "content": "8"},
+    ]
+    encoded = encoder.chat(messages, system="Be kind.")
+    spoken = [token for token, learned in zip(encoded.ids, encoded.learned, strict=True) if learned]
+    yo, eight = encoder.texts(["Yo", "8"])
+    assert spoken == [*yo, EOS, *eight, EOS]
+    assert encoded.ids[:2] == [BOS, CONTROL_IDS["[SYSTEM_PROMPT]"]]
+
+
+def test_the_assistant_takes_the_name_of_the_model_and_keeps_its_maker(mixture: Mixture) -> None:
+    turns = [
+        {"role": "user", "content": "Are you bise?"},
+        {"role": "assistant", "content": "I am bise. The bise project made me."},
+    ]
+    assert [turn["content"] for turn in renamed(turns, mixture)] == [
+        "Are you bise?",
+        "I am brise. The bise project made me.",
+    ]
+
+
+def test_encoding_a_row_is_seeded(encoder: ChatEncoder, mixture: Mixture) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    first, second = (
+        [encode_row(row, encoder, mixture, "chat/x", chance).ids for _ in range(40)]
+        for chance in (random.Random(3), random.Random(3))
+    )
+    assert first == second
+    assert len({len(ids) for ids in first}) > 1
+
+
+def test_concatenated_rows_overlap_by_one_token() -> None:
+    ids, learned = concatenate([Encoded([1, 2, 3], [True] * 3), Encoded([4, 5, 6], [True] * 3)], 2)
+    assert ids.tolist() == [[1, 2, 3], [3, 4, 5]]
+    assert learned.all()
+
+
+def test_packing_keeps_documents_whole_and_pads_unlearned() -> None:
+    documents = [Encoded([length] * length, [True] * length) for length in (3, 4, 2)]
+    ids, learned = pack(documents, 5)
+    assert sorted(ids.tolist()) == [[3, 3, 3, PAD, PAD, PAD], [4, 4, 4, 4, 2, 2]]
+    assert (learned == (ids != PAD)).all()
+
+
+def test_training_attention_equals_the_plain_one(mixture: Mixture) -> None:
+    config = mixture.model
+    fast = TrainingOps(config, 3, 24, torch.float64)
+    plain = TorchOps(dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(72, heads, 32, generator=generator, dtype=torch.float64) for heads in (2, 1, 1))
+    assert torch.allclose(fast._attend_rows(q, k, v, 3, 8), plain._attend_rows(q, k, v, 3, 8), atol=1e-6)
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    stage = Stage(row_tokens=16, rows_per_step=4, peak_lr=1.0, warmup_steps=4)
+    flat = Progress(stage="pretrain")
+    assert [replace(flat, step=step).rate(stage) for step in (0, 3, 100)] == [0.25, 1.0, 1.0]
+    falling = replace(flat, decay_start=100, decay_steps=10)
+    assert [replace(falling, step=step).rate(stage) for step in (100, 105, 110)] == [1.0, 0.5, 0.0]
+    assert replace(falling, step=110).is_finished
+
+
+def test_some_steps_overfit_one_batch(mixture: Mixture, run_folder: Path) -> None:
+    trainer = Trainer(mixture.model, initial_weights(mixture.model, 1), Progress(stage="pretrain"))
+    rows = Rows(run_folder, "pretrain", 12, 0)
+    network = Network(mixture.model, trainer.weights, 12, 16)
+    losses = [trainer.step(network.loss, rows, mixture.stages["pretrain"]) for _ in range(40)]
+    assert losses[0] > 5.5
+    assert losses[-1] < losses[0] - 1.5
+
+
+def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(mixture: Mixture, run_folder: Path) -> None:
+    whole = start(run_folder, "pretrain", mixture, 0)
+    run_training(run_folder, whole, mixture, compiled=False, max_steps=6)
+    (run_folder / "pretrain.safetensors").unlink()
+    for steps in (3, 6):
+        part = start(run_folder, "pretrain", mixture, 0)
+        run_training(run_folder, part, mixture, compiled=False, max_steps=steps)
+    assert part.progress.step == whole.progress.step == 6
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, part.weights[name]), name
+
+
+def test_tuning_starts_from_the_pretrained_weights(mixture: Mixture, run_folder: Path) -> None:
+    before = start(run_folder, "pretrain", mixture, decay_steps=2)
+    run_training(run_folder, before, mixture, compiled=False)
+    tuned = start(run_folder, "tune", mixture, decay_steps=2)
+    assert tuned.progress == Progress(stage="tune", decay_start=0, decay_steps=2)
+    assert all(torch.equal(weight, tuned.weights[name]) for name, weight in before.weights.items())
+
+
+def test_the_shipped_mixture_names_every_input_width_in_whole_blocks() -> None:
+    config = Mixture.load(RECIPE / "mixture.toml").model
+    assert all(width % 64 == 0 for width in (config.dim, config.hidden_dim, config.q_dim))
+    assert json.dumps(config.num_params)
