@@ -32,7 +32,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context."""
 
     kind: str
-    """`linear`, `yarn` or `llama3`."""
+    """`linear`, `yarn`, `llama3` or `factors`."""
     factor: float
     """Context extension factor, >= 1."""
     original_context: int = 0
@@ -47,9 +47,11 @@ class RopeScaling:
     """yarn: rotations below which a dimension is stretched."""
     attention_factor: float | None = None
     """yarn: factor on cos and sin; None means 0.1 ln(factor) + 1."""
+    factors: tuple[float, ...] = ()
+    """factors: divisor of each inverse frequency [D / 2], as a GGUF's rope_freqs tensor lists them."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "yarn", "llama3"):
+        if self.kind not in ("linear", "yarn", "llama3", "factors"):
             raise ConfigError(
                 f"rope scaling '{self.kind}' is not supported; known: linear, yarn, llama3", field="rope_scaling"
             )
@@ -59,13 +61,18 @@ class RopeScaling:
             "high_freq_factor": self.high_freq_factor,
             "beta_fast": self.beta_fast,
             "beta_slow": self.beta_slow,
+            "attention_factor": 1.0 if self.attention_factor is None else self.attention_factor,
         }
         for name, value in positive.items():
             if not (isfinite(value) and value > 0):
                 raise ConfigError(f"rope_scaling.{name} must be a positive number, got {value}", field="rope_scaling")
         if self.factor < 1:
             raise ConfigError(f"rope_scaling.factor must be >= 1, got {self.factor}", field="rope_scaling")
-        if self.kind != "linear" and self.original_context < 1:
+        if (self.kind == "factors") != bool(self.factors) or not all(
+            isfinite(value) and value > 0 for value in self.factors
+        ):
+            raise ConfigError("rope_scaling.factors must be positive numbers", field="rope_scaling")
+        if self.kind in ("yarn", "llama3") and self.original_context < 1:
             raise ConfigError(
                 f"rope_scaling of kind {self.kind} needs original_max_position_embeddings >= 1",
                 field="rope_scaling",
@@ -113,6 +120,14 @@ class ModelConfig:
         for name, value in (("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)):
             if not (isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value}", field=name)
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta must be above 1, got {self.rope_theta}", field="rope_theta")
+        factors = self.rope_scaling.factors if self.rope_scaling else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope_scaling.factors has {len(factors)} values, not head_dim / 2 = {self.head_dim // 2}",
+                field="rope_scaling",
+            )
         if self.norm_eps >= 1:
             raise ConfigError(f"norm_eps must be below 1, got {self.norm_eps}", field="norm_eps")
         if bool(self.num_experts) != bool(self.experts_per_token):

@@ -2,8 +2,8 @@
 
 There is one description per format: `decompose` splits rows into a `Blocks` value, and `dequantize` is the
 float32 arithmetic over it. The order of operations is that of the published formats, so the result is equal
-bit for bit to the `gguf` package's (a NaN's payload aside): first the sub-block's scale in float32 (superblock
-scale times integer scale), then scale times code, then minus the minimum.
+bit for bit to the `gguf` package's (a NaN's payload aside): first the sub-block's scale in float32, which is
+the superblock's scale times an integer; then scale times code; then minus the minimum.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Frequencies, float]:
         return inv_freq, 1.0
     if scaling.kind == "linear":
         return inv_freq / scaling.factor, 1.0
+    if scaling.kind == "factors":
+        return inv_freq / np.array(scaling.factors, np.float64), 1.0
     if scaling.kind == "llama3":
         return _llama3(inv_freq, scaling), 1.0
     factor = scaling.attention_factor
