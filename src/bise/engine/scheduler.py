@@ -250,11 +250,11 @@ def _holds(pool: BlockPool, window: int) -> bool:
     return pool.num_blocks >= blocks_needed(1 << 30, window)
 
 
-def _row(sequence: Sequence, count: int) -> StepRow:
+def _row(sequence: Sequence, num_tokens: int) -> StepRow:
     first = sequence.num_computed
-    end = first + count
+    end = first + num_tokens
     samples = int(end == len(sequence.token_ids) and sequence.max_tokens > 0)
-    if not sequence.request.prompt_logprobs:
-        return StepRow(sequence, first, count, samples, 0, 0)
-    start = max(first, sequence.num_scored)
-    return StepRow(sequence, first, count, samples, start, max(start, min(end, sequence.num_prompt - 1)))
+    start, stop = max(first, sequence.num_scored), min(end, sequence.num_prompt - 1)
+    if not sequence.request.prompt_logprobs or start >= stop:
+        start = stop = 0
+    return StepRow(sequence, first, num_tokens, samples, start, stop)

@@ -1,0 +1,84 @@
+"""BlockPool: no block is lost or owned twice, whatever is allocated, shared and freed in whatever order."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from bise.cache.pool import BlockPool
+
+
+class PoolMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.pool = BlockPool(7)
+        self.held: list[int] = []
+
+    @precondition(lambda self: self.pool.num_free)
+    @rule()
+    def allocate(self):
+        block = self.pool.allocate()
+        assert block not in self.held
+        self.held.append(block)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def share(self, data):
+        block = data.draw(st.sampled_from(self.held))
+        self.pool.share(block)
+        self.held.append(block)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def free(self, data):
+        block = data.draw(st.sampled_from(self.held))
+        self.pool.free(block)
+        self.held.remove(block)
+
+    @invariant()
+    def every_block_is_accounted_for(self):
+        self.pool.check_integrity(self.held)
+        assert self.pool.num_used == len(set(self.held))
+        assert all(self.pool.num_owners(block) == self.held.count(block) for block in range(7))
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_block_that_is_shared_stays_until_its_last_owner_frees_it():
+    pool = BlockPool(1)
+    block = pool.allocate()
+    pool.share(block)
+    pool.free(block)
+    assert pool.num_free == 0
+    pool.free(block)
+    assert pool.num_free == 1
+
+
+def test_freeing_twice_is_caught():
+    pool = BlockPool(2)
+    block = pool.allocate()
+    pool.free(block)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(block)
+
+
+def test_sharing_a_free_block_is_caught():
+    with pytest.raises(AssertionError, match="cannot be shared"):
+        BlockPool(2).share(0)
+
+
+def test_integrity_check_notices_a_lost_block():
+    pool = BlockPool(3)
+    pool.allocate()
+    with pytest.raises(AssertionError, match="0 owners hold it, 1 are recorded"):
+        pool.check_integrity([])
+
+
+def test_the_block_freed_last_is_handed_out_first():
+    pool = BlockPool(4)
+    first, second = pool.allocate(), pool.allocate()
+    pool.free(second)
+    pool.free(first)
+    assert pool.allocate() == first

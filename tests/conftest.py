@@ -1,0 +1,136 @@
+"""Shared by all tests: a tokenizer of bytes, and a model made of a hash that reads its history through the KV pages."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from bise.config import ModelConfig
+from bise.kernels import BLOCK_SIZE
+from bise.model.batch import Batch
+
+
+class ByteTokenizer:
+    """Ids 0 .. 255 are bytes, 256 is BOS, 257 ends a text."""
+
+    vocab_size = 258
+    bos_id = 256
+    adds_bos = True
+    stop_ids = frozenset({257})
+    space_prefix = False
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def control_id(self, name: str) -> int | None:
+        return {"<s>": 256, "</s>": 257}.get(name)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
+
+
+class HashOps:
+    """Pages are plain arrays of token ids; nothing else is needed by `HashModel`."""
+
+    name = "hash"
+
+    def pages(self, num_blocks, num_kv_heads, head_dim, kv_format):
+        return np.full(num_blocks * BLOCK_SIZE, -1, np.int64)
+
+
+class HashModel:
+    """A model whose logits are a hash of the tokens that each layer's window shows, read through the block tables.
+
+    A wrong slot, a block freed too early or a row out of order changes the logits. `script` maps a token to the token
+    that must follow; `broken` lists tokens whose row of logits is NaN; `fail` makes the next pass raise.
+    """
+
+    def __init__(self, config: ModelConfig, script: dict[int, int] | None = None, broken: Sequence[int] = ()):
+        self.config = config
+        self.script = script or {}
+        self.broken = set(broken)
+        self.fail: Exception | None = None
+        self.batches: list[Batch] = []
+        self.most_logit_rows = 0
+
+    def forward(self, batch, cache):
+        self.batches.append(batch)
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+        hidden = np.zeros((len(batch.token_ids), 2), np.int64)
+        hidden[:, 1] = batch.token_ids
+        for layer, window in enumerate(self.config.windows):
+            meta = batch.attention[self.config.window_groups.index(window)]
+            pages = cache.layer(layer)
+            pages[meta.slots] = batch.token_ids
+            for index in range(len(meta.q_pos)):
+                for row in range(meta.q_start[index], meta.q_start[index + 1]):
+                    position = batch.positions[row]
+                    assert position == meta.q_pos[index] + row - meta.q_start[index]
+                    seen = np.arange(max(0, position - (window or 1 << 30) + 1), position + 1)
+                    blocks = meta.block_table[index, seen // BLOCK_SIZE]
+                    assert (blocks >= 0).all(), "a visible block is absent"
+                    keys = pages[blocks * BLOCK_SIZE + seen % BLOCK_SIZE]
+                    hidden[row, 0] = zlib.crc32(keys.tobytes(), int(hidden[row, 0]))
+        return hidden
+
+    def logits(self, hidden):
+        self.most_logit_rows = max(self.most_logit_rows, len(hidden))
+        rows = [np.random.default_rng(int(seed)).standard_normal(self.config.vocab_size) * 3 for seed in hidden[:, 0]]
+        for row, token in zip(rows, hidden[:, 1], strict=True):
+            if int(token) in self.script:
+                row[self.script[int(token)]] = 100.0
+            if int(token) in self.broken:
+                row[3] = np.nan
+        return np.array(rows, np.float32).reshape(-1, self.config.vocab_size)
+
+
+def hash_config(*windows: int | None, max_context: int = 512) -> ModelConfig:
+    """Return the configuration of a hash model over the byte vocabulary, one layer per window."""
+    return ModelConfig(
+        family="mistral",
+        dim=8,
+        num_layers=len(windows),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        hidden_dim=8,
+        vocab_size=ByteTokenizer.vocab_size,
+        max_context=max_context,
+        windows=windows,
+    )
+
+
+@pytest.fixture
+def byte_tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def hash_engine(byte_tokenizer):
+    """Return a function that makes an engine without a thread over a hash model: (windows, **engine options)."""
+    from bise.engine.engine import Engine
+
+    engines: list[Engine] = []
+
+    def make(
+        *windows: int | None, script=None, broken=(), max_context: int = 512, num_blocks=64, tokenizer=byte_tokenizer, **options
+    ) -> tuple[Engine, HashModel]:
+        model = HashModel(hash_config(*(windows or (None,)), max_context=max_context), script, broken)
+        options = {"threaded": False, **options}
+        if "kv_memory_bytes" not in options:
+            options["num_blocks"] = num_blocks
+        engine = Engine(model, HashOps(), config=model.config, tokenizer=tokenizer, **options)
+        engines.append(engine)
+        return engine, model
+
+    yield make
+    for engine in engines:
+        engine.close()
