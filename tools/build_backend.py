@@ -1,7 +1,7 @@
-"""PEP 517 build backend: scikit-build-core builds the native extension; the web app, when there is one, is built first.
+"""PEP 517 build backend: scikit-build-core builds the native extension; the web app, if any, is built first.
 
-`pip install .` needs Python, its headers and a C++20 compiler. cmake and ninja are fetched into the isolated build
-environment when the machine has none; node likewise, and only when `web/` exists and its bundle is stale.
+`pip install .` needs Python, its headers and a C++20 compiler. cmake and ninja are fetched into the isolated
+build environment when the machine has none; node likewise, and only when `web/` has a stale bundle.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def web_hash() -> str:
 
 
 def web_is_stale() -> bool:
-    """Return True when `web/` exists and the bundle was not made from it; an sdist brings its bundle and no `web/`."""
+    """Return True when `web/` exists and the bundle was not made from it (an sdist has only the bundle)."""
     if not (WEB / "package.json").is_file() or os.environ.get("BISE_SKIP_WEB") == "1":
         return False
     stamp = BUNDLE / ".stamp"
@@ -60,9 +60,11 @@ def build_web() -> None:
     if not web_is_stale():
         return
     for command in (["npm", "ci", "--no-audit", "--no-fund"], ["npm", "run", "build"]):
-        subprocess.run(command, cwd=WEB, check=True)  # noqa: S607 (npm is found on PATH on purpose)
+        subprocess.run(command, cwd=WEB, check=True)
     if not (BUNDLE / "index.html").is_file():
-        raise SystemExit(f"the web build left no {BUNDLE / 'index.html'}; set BISE_SKIP_WEB=1 to go without it")
+        raise SystemExit(
+            f"the web build left no {BUNDLE / 'index.html'}; set BISE_SKIP_WEB=1 to go without it"
+        )
     (BUNDLE / ".stamp").write_text(web_hash())
 
 

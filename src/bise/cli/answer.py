@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bise.errors import EngineError
-
 if TYPE_CHECKING:
+    from bise.engine.handle import RequestHandle
     from bise.engine.load import LoadedModel
     from bise.engine.request import Delta, Request, TokenLogprob
 
@@ -47,7 +46,9 @@ class Answer:
     @property
     def finish_reason(self) -> str:
         """Why it ended: stop, length, abort or error."""
-        return "abort" if self.last is None or self.last.finish_reason is None else self.last.finish_reason.value
+        return (
+            "abort" if self.last is None or self.last.finish_reason is None else self.last.finish_reason.value
+        )
 
     def speed_line(self, context: int) -> str:
         """Return `12 tokens, 85.3 tok/s, first token after 0.04 s, 134 of 2048 context`."""
@@ -81,23 +82,13 @@ class Answer:
         }
 
 
-def ask(loaded: LoadedModel, request: Request, on_text: Callable[[str], None] | None = None) -> Answer:
+def ask(loaded: LoadedModel, request: Request, on_text: Callable[[str], None]) -> Answer:
     """Run a request to its end and return the answer, calling `on_text` with each piece of text as it comes.
 
-    Ctrl-C and any failure of `on_text` cancel the request before the exception goes on.
+    Ctrl-C, and any failure of `on_text`, end the request before the exception goes on.
     """
     answer = Answer(started=time.monotonic())
-    handle = loaded.engine.submit(request)
-    try:
-        for delta in handle:
-            answer.add(delta)
-            if on_text is not None and delta.text:
-                on_text(delta.text)
-    except BaseException:
-        handle.cancel()
-        raise
-    if answer.last is None:
-        raise EngineError("the engine ended a request without saying why")
+    _follow(loaded.engine.submit(request), answer, on_text)
     return answer
 
 
@@ -106,16 +97,23 @@ def ask_until_interrupted(loaded: LoadedModel, request: Request, on_text: Callab
     answer = Answer(started=time.monotonic())
     handle = loaded.engine.submit(request)
     try:
-        for delta in handle:
-            answer.add(delta)
-            if delta.text:
-                on_text(delta.text)
+        _follow(handle, answer, on_text)
     except KeyboardInterrupt:
         handle.cancel()
-    except BaseException:
-        handle.cancel()
-        raise
+        _follow(handle, answer, on_text)
     return answer
+
+
+def _follow(handle: RequestHandle, answer: Answer, on_text: Callable[[str], None]) -> None:
+    # Leaving this loop early makes the handle abort the request.
+    for delta in handle:
+        answer.add(delta)
+        if delta.text:
+            on_text(delta.text)
+
+
+def ignore_text(_: str) -> None:
+    """Take a piece of text and show nothing."""
 
 
 def logprob_rows(logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:

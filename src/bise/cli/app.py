@@ -58,7 +58,8 @@ class LazyGroup(click.Group):
 def bise() -> None:
     """Run Mistral-family models on the machine you own.
 
-    MODEL is a directory (safetensors), a .gguf file or an alias; without one, the small embedded model answers.
+    MODEL is a directory (safetensors), a .gguf file or an alias; without one, the small embedded model
+    answers.
     """
 
 
@@ -68,8 +69,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command line; return the exit code. Prints at most one line per error, a traceback never
-    (unless BISE_DEBUG=1)."""  # fmt: skip
+    """Run the command line; return the exit code.
+
+    Prints one line per error, and a traceback only with BISE_DEBUG=1.
+    """
     try:
         colour = None if colour_wanted() else False
         result: Any = bise.main(args=args, prog_name="bise", standalone_mode=False, color=colour)
@@ -125,7 +128,7 @@ def _say(line: str) -> None:
 
 
 def _reader_is_gone() -> int:
-    # The interpreter flushes stdout once more at exit; without this it would complain about the closed pipe there.
+    # The interpreter flushes stdout once more at exit; it would complain about the closed pipe there.
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

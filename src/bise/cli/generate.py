@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from bise.cli.answer import ask, logprob_rows
+from bise.cli.answer import ask, ignore_text, logprob_rows
 from bise.cli.options import (
     load_options,
     model_argument,
@@ -22,11 +22,15 @@ from bise.cli.session import model_name, open_model, plain_ids
 
 @click.command("generate")
 @model_argument
-@click.option("--prompt", "-p", required=True, type=text, help="The text to continue; - reads standard input.")
+@click.option(
+    "--prompt", "-p", required=True, type=text, help="The text to continue; - reads standard input."
+)
 @click.option("--max-tokens", "-n", default=256, show_default=True, help="Tokens to produce at most.")
 @sampling_options
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
-@click.option("--logprobs", type=int, help="With --json: log-probs of each token and of the N likeliest (0 to 20).")
+@click.option(
+    "--logprobs", type=int, help="With --json: log-probs of each token and of the N likeliest (0 to 20)."
+)
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def command(model: str | None, **values: Any) -> None:
@@ -47,8 +51,8 @@ def command(model: str | None, **values: Any) -> None:
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
     with open_model(model, load) as loaded:
-        request = Request(token_ids=plain_ids(loaded, prompt), params=params)
-        answer = ask(loaded, request, None if as_json else write_text)
+        request = Request(token_ids=plain_ids(loaded, prompt), params=params, continuation=bool(prompt))
+        answer = ask(loaded, request, ignore_text if as_json else write_text)
         if as_json:
             fields: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids}
             if values["logprobs"] is not None:
@@ -59,4 +63,4 @@ def command(model: str | None, **values: Any) -> None:
         if answer.finish_reason == FinishReason.LENGTH:
             aside(f"(stopped by the limit of {len(answer.token_ids)} tokens; --max-tokens raises it)")
         if on_terminal(click.get_text_stream("stderr")):
-            aside(answer.speed_line(loaded.context))
+            aside(answer.speed_line(loaded.engine.max_context))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,8 @@ def _local() -> list[dict[str, Any]]:
     from bise.hub.registry import local_models
 
     entries: list[tuple[str, Path]] = []
-    try:
+    with suppress(ModelFileError):  # `bise doctor` tells; a list of models need not fail for it
         entries.append((f"{NAME} (embedded)", embedded_path()))
-    except ModelFileError:
-        pass  # `bise doctor` tells; a list of models need not fail for it
     entries += [(path.stem if path.suffix == ".gguf" else path.name, path) for path in local_models()]
     return [{"name": name, "path": str(path), "bytes": size_on_disk(path)} for name, path in entries]
 

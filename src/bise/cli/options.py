@@ -38,7 +38,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are chosen, as given on the command line; the seed is always known, so a run can be repeated."""
+    """How tokens are chosen, as given on the command line; the seed is always known, for repeating a run."""
 
     temperature: float
     top_p: float
@@ -51,7 +51,9 @@ class SamplingOptions:
     seed: int
     stop: tuple[str, ...]
 
-    def params(self, *, max_tokens: int | None, logprobs: int | None = None, ignore_eos: bool = False) -> SamplingParams:
+    def params(
+        self, *, max_tokens: int | None, logprobs: int | None = None, ignore_eos: bool = False
+    ) -> SamplingParams:
         """Return the engine's parameters; the engine's own checks refuse what is out of range."""
         from bise.engine.request import SamplingParams
 
@@ -81,34 +83,79 @@ def load_options(function: F) -> F:
     """Add the options that say how to load a model; `pop_load_options` gathers them."""
     decorators = [
         click.option(
-            "--quant", default="auto", show_default=True,
+            "--quant",
+            default="auto",
+            show_default=True,
             type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
             help="Weights: auto keeps the stored width; none computes with the stored values in float32.",
         ),
         click.option(
-            "--kv", default="auto", show_default=True, type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
+            "--kv",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
             help="Storage of the key/value cache.",
         ),
-        click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: BISE_THREADS or all cores]"),
-        click.option("--context", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's own]"),
-    ]  # fmt: skip
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 1024),
+            help="Worker threads.  [default: BISE_THREADS or all cores]",
+        ),
+        click.option(
+            "--context", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's own]"
+        ),
+    ]
     return _apply(decorators, function)
 
 
 def sampling_options(function: F) -> F:
     """Add the options that say how tokens are chosen; `pop_sampling_options` gathers them."""
     decorators = [
-        click.option("--temperature", default=0.7, show_default=True, help="Randomness; 0 always takes the likeliest token."),
-        click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens up to this probability mass."),
-        click.option("--top-k", default=0, show_default=True, help="Keep the k likeliest tokens; 0 keeps all."),
-        click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below this share of the likeliest one's probability."),
-        click.option("--typical-p", default=1.0, show_default=True, help="Keep the most typical tokens up to this mass."),
-        click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1, seen tokens become less likely."),
-        click.option("--presence-penalty", default=0.0, show_default=True, help="Subtracted once from produced tokens' logits."),
-        click.option("--frequency-penalty", default=0.0, show_default=True, help="Subtracted per occurrence."),
+        click.option(
+            "--temperature",
+            default=0.7,
+            show_default=True,
+            help="Randomness; 0 always takes the likeliest token.",
+        ),
+        click.option(
+            "--top-p",
+            default=1.0,
+            show_default=True,
+            help="Keep the likeliest tokens up to this probability mass.",
+        ),
+        click.option(
+            "--top-k", default=0, show_default=True, help="Keep the k likeliest tokens; 0 keeps all."
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            show_default=True,
+            help="Drop tokens below this share of the likeliest one's probability.",
+        ),
+        click.option(
+            "--typical-p",
+            default=1.0,
+            show_default=True,
+            help="Keep the most typical tokens up to this mass.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            show_default=True,
+            help="Above 1, seen tokens become less likely.",
+        ),
+        click.option(
+            "--presence-penalty",
+            default=0.0,
+            show_default=True,
+            help="Subtracted once from produced tokens' logits.",
+        ),
+        click.option(
+            "--frequency-penalty", default=0.0, show_default=True, help="Subtracted per occurrence."
+        ),
         click.option("--seed", type=int, help="Same seed, same text.  [default: random, reported by --json]"),
         click.option("--stop", multiple=True, type=text, help="End at this text; may be repeated."),
-    ]  # fmt: skip
+    ]
     return _apply(decorators, function)
 
 
@@ -141,4 +188,6 @@ def read_stdin_text(option: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{option} -: standard input is not UTF-8 (byte {error.start})", field=option) from error
+        raise UserError(
+            f"{option} -: standard input is not UTF-8 (byte {error.start})", field=option
+        ) from error

@@ -20,7 +20,7 @@ PROGRESS_DELAY_S = 1.0
 """A bar appears only when the work takes longer than this."""
 
 _CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-_CONTROL |= {code: 0xFFFD for code in range(127, 160)}
+_CONTROL |= dict.fromkeys(range(127, 160), 65533)
 
 
 def on_terminal(stream: TextIO | Any) -> bool:
@@ -72,7 +72,9 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write an aligned table; columns that hold only numbers lean right, nothing is cut."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
-    numeric = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column) for column in zip(*cells, strict=True)]
+    numeric = [
+        all(cell[:1].isdigit() or cell in ("", "-") for cell in column) for column in zip(*cells, strict=True)
+    ]
     click.echo(click.style(_align(columns, widths, numeric), bold=True))
     for row in cells:
         click.echo(_align(row, widths, numeric))
@@ -87,7 +89,7 @@ def _align(row: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -
 
 
 class ProgressBar:
-    """A bar on standard error: `bar(stage, fraction)` moves it; silent in a pipe and for work under a second."""
+    """A bar on standard error, moved by calling it; silent in a pipe and for work under a second."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

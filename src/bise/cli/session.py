@@ -1,4 +1,4 @@
-"""A loaded model for the length of one command: resolve the name, load with a progress bar, close at the end."""
+"""A loaded model for the length of one command: resolve the name, load with a bar, close at the end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def plain_ids(loaded: LoadedModel, text: str) -> tuple[int, ...]:
     prefix = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     ids = (*prefix, *tokenizer.encode(text))
     if not ids:
-        raise RequestError("the prompt is empty, and this model starts no text by itself; give it a word", field="prompt")
+        raise RequestError(
+            "the prompt is empty, and this model starts no text by itself; give it a word", field="prompt"
+        )
     return ids
 
 
@@ -59,6 +61,7 @@ def chat_ids(loaded: LoadedModel, messages: Sequence[Message]) -> tuple[int, ...
     """Return the ids of a conversation in the model's own format; RequestError for a model that has none."""
     if loaded.template is None:
         raise RequestError(
-            f"{model_name(loaded)} has no chat template (a base model?); use `bise generate --prompt TEXT`", field="model"
+            f"{model_name(loaded)} has no chat template (a base model?); use `bise generate --prompt TEXT`",
+            field="model",
         )
     return tuple(loaded.template.encode(messages))

@@ -32,7 +32,7 @@ def is_embedded(path: Path) -> bool:
 
 
 def damaged_files() -> list[str]:
-    """Return the names of shipped files that are missing or differ from their recorded hash; [] when all is well."""
+    """Return the names of shipped files that are missing or differ from their recorded hash."""
     path = embedded_path()
     listing = path / CHECKSUMS
     if not listing.is_file():

@@ -43,8 +43,8 @@ class KnownModel:
 
 def _mistral_7b(*, vocab: int = 32768, context: int = 32768, window: int | None = None) -> ModelConfig:
     return ModelConfig(
-        family="mistral", dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, hidden_dim=14336,
-        vocab_size=vocab, max_context=context, windows=(window,) * 32,
+        family="mistral", dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        hidden_dim=14336, vocab_size=vocab, max_context=context, windows=(window,) * 32,
         rope_theta=1e4 if window else 1e6,
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def known_models() -> tuple[KnownModel, ...]:
 
 
 def models_dir() -> Path:
-    """Return the directory under BISE_HOME where a model with an alias lies, one folder or .gguf per alias."""
+    """Return the directory under BISE_HOME where models lie by name, one folder or .gguf each."""
     return bise_home() / "models"
 
 
@@ -117,7 +117,7 @@ def local_models() -> list[Path]:
 
 
 def resolve(name: str | None) -> Path:
-    """Return the path that a MODEL argument means: a path, a name under `models_dir()`, an alias; None: embedded.
+    """Return the path that a MODEL argument means: a path, a name under `models_dir()`; None: embedded.
 
     Raises UserError with the way out when there is no such thing on this machine.
     """
@@ -146,14 +146,16 @@ def _refuse(name: str) -> Path:
     if model := known.get(name):
         raise UserError(
             f"{model.alias} is not on this machine and bise does not download yet: fetch {model.repo} "
-            f"({gigabytes(model.bf16_bytes)} at 16 bits, licence {model.licence}), then name its directory or .gguf "
-            f"file, or put it at {models_dir() / model.alias}"
+            f"({gigabytes(model.bf16_bytes)} at 16 bits, licence {model.licence}), then name its directory "
+            f"or .gguf file, or put it at {models_dir() / model.alias}"
         )
     if "/" in name or name.endswith((".gguf", ".safetensors", ".json")):
         raise UserError(f"{name}: no such file or directory")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"'{name}' is not a file, a directory or a known alias; {hint}`bise models` lists the aliases")
+    raise UserError(
+        f"'{name}' is not a file, a directory or a known alias; {hint}`bise models` lists the aliases"
+    )
 
 
 def gigabytes(size_bytes: float) -> str:
