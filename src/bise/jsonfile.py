@@ -105,6 +105,14 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def shown(value: object) -> str:
+    """Return a value as a message may quote it: short, and containers by their kind alone."""
+    if isinstance(value, dict | list):
+        return kind_of(cast(object, value))
+    text = repr(value) if isinstance(value, str) and len(value) <= 60 else str(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 def _check_budget(content: bytes, max_depth: int, max_values: int, refuse: Callable[[str], NoReturn]) -> None:
     """Count values and brackets outside strings, in linear time and without building anything."""
     if content.count(b'"') > 4 * max_values:
