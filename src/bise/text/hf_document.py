@@ -9,17 +9,17 @@ import base64
 import binascii
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import cast
 
 from bise.errors import ModelFileError, RequestError
-from bise.jsonfile import kind_of
+from bise.jsonfile import kind_of, shown
 from bise.text.pieces import byte_alphabet
 from bise.text.rust_tokenizer import build_encoder
 
 
 def text_encoder(
-    document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str], file: Path
+    document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str], name: str
 ) -> Callable[[str, bool], list[int]]:
     """Return the encoder of (text, at the start of a sequence) that never yields a token of `guarded`.
 
@@ -37,16 +37,16 @@ def text_encoder(
         "pre_tokenizer": document.get("pre_tokenizer"),
         "post_processor": None,
         "decoder": None,
-        "model": _plain_model(model, vocab, renamed, file),
+        "model": _plain_model(model, vocab, renamed, name),
     }
-    _check_charsmaps(document.get("normalizer"), file)
-    encode = build_encoder(plain, str(file))
+    _check_charsmaps(document.get("normalizer"), name)
+    encode = build_encoder(plain, name)
     encode_inner = encode
     later, changed = _without_first_prefix(plain["pre_tokenizer"])
     if changed:
-        encode_inner = build_encoder(plain | {"pre_tokenizer": later}, str(file))
+        encode_inner = build_encoder(plain | {"pre_tokenizer": later}, name)
     if _loses_bytes(document, vocab, guarded):
-        encode = _refusing_losses(encode, _byte_counts(vocab), str(file))
+        encode = _refusing_losses(encode, _byte_counts(vocab), name)
         encode_inner = encode
     return lambda text, start: encode(text) if start else encode_inner(text)
 
@@ -64,7 +64,7 @@ def _text_tokens(added: object, guarded: Collection[str]) -> list[dict[str, obje
 
 
 def _plain_model(
-    model: Mapping[str, object], vocab: Mapping[str, int], renamed: Mapping[str, str], file: Path
+    model: Mapping[str, object], vocab: Mapping[str, int], renamed: Mapping[str, str], name: str
 ) -> dict[str, object]:
     if model.get("type") == "Unigram":
         scores = [cast(list[object], entry)[1] for entry in cast(list[object], model["vocab"])]
@@ -75,30 +75,30 @@ def _plain_model(
     merges = model.get("merges", [])
     if not isinstance(merges, list):
         raise ModelFileError(
-            f"{file}: model.merges must be an array, not {kind_of(merges)}", field="model.merges"
+            f"{name}: model.merges must be an array, not {kind_of(merges)}", field="model.merges"
         )
     unknown = model.get("unk_token")
     return dict(model) | {
         "type": "BPE",
         "vocab": {renamed.get(text, text): token_id for text, token_id in vocab.items()},
-        "merges": _plain_merges(cast(list[object], merges), renamed, file),
+        "merges": _plain_merges(cast(list[object], merges), renamed, name),
         "unk_token": renamed.get(unknown, unknown) if isinstance(unknown, str) else unknown,
     }
 
 
-def _plain_merges(merges: list[object], renamed: Mapping[str, str], file: Path) -> list[list[str]]:
+def _plain_merges(merges: list[object], renamed: Mapping[str, str], name: str) -> list[list[str]]:
     """Return the merges as pairs, without those that touch a guarded piece."""
     result: list[list[str]] = []
     for index, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(cast(list[object], pair)) != 2:
             raise ModelFileError(
-                f"{file}: model.merges[{index}] must be two pieces, got {str(merge)[:60]!r}",
+                f"{name}: model.merges[{index}] must be two pieces, got {shown(merge)}",
                 field="model.merges",
             )
         left, right = cast(list[object], pair)
         if not isinstance(left, str) or not isinstance(right, str):
-            raise ModelFileError(f"{file}: model.merges[{index}] must be two strings", field="model.merges")
+            raise ModelFileError(f"{name}: model.merges[{index}] must be two strings", field="model.merges")
         if not (left in renamed or right in renamed or left + right in renamed):
             result.append([left, right])
     return result
@@ -107,20 +107,20 @@ def _plain_merges(merges: list[object], renamed: Mapping[str, str], file: Path) 
 def _without_first_prefix(component: object) -> tuple[object, bool]:
     """Return a pre-tokenizer that puts no dummy prefix anywhere, and whether it differs: "first" becomes "never"."""
     if not isinstance(component, dict):
-        return component, False
+        return cast(object, component), False
     fields = cast(dict[str, object], component)
     if fields.get("type") == "Metaspace" and fields.get("prepend_scheme") == "first":
         return fields | {"prepend_scheme": "never"}, True
     parts = fields.get("pretokenizers")
     if fields.get("type") != "Sequence" or not isinstance(parts, list):
-        return component, False
+        return fields, False
     rewritten = [_without_first_prefix(part) for part in cast(list[object], parts)]
     return fields | {"pretokenizers": [part for part, _ in rewritten]}, any(
         changed for _, changed in rewritten
     )
 
 
-def _check_charsmaps(component: object, file: Path) -> None:
+def _check_charsmaps(component: object, name: str) -> None:
     """Refuse a malformed SentencePiece character map before the library sees it: it aborts on one, noisily."""
     if not isinstance(component, dict):
         return
@@ -128,19 +128,17 @@ def _check_charsmaps(component: object, file: Path) -> None:
     for part in (
         cast(list[object], fields.get("normalizers") or []) if fields.get("type") == "Sequence" else []
     ):
-        _check_charsmaps(part, file)
+        _check_charsmaps(part, name)
     if fields.get("type") != "Precompiled":
         return
     reason = "is not base64 text"
     value = fields.get("precompiled_charsmap")
     if isinstance(value, str):
-        try:
+        with suppress(binascii.Error):
             reason = _charsmap_fault(base64.b64decode(value, validate=True))
-        except binascii.Error:
-            pass
     if reason:
         raise ModelFileError(
-            f"{file}: normalizer.precompiled_charsmap {reason}", field="normalizer.precompiled_charsmap"
+            f"{name}: normalizer.precompiled_charsmap {reason}", field="normalizer.precompiled_charsmap"
         )
 
 

@@ -6,16 +6,16 @@ the document in which no control token can match: each is renamed to a string th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from bise.errors import ModelFileError
-from bise.jsonfile import kind_of, read_json_object
+from bise.jsonfile import kind_of, read_json_object, shown
 from bise.text.hf_document import text_encoder
 from bise.text.pieces import (
+    BRACKETED,
     ControlString,
     PieceTokenizer,
     byte_alphabet,
@@ -23,8 +23,6 @@ from bise.text.pieces import (
     sentencepiece_bytes,
 )
 
-_BRACKETED = re.compile(r"<\S+>|\[\S+\]")
-"""Added tokens that look like markup are never made from text, even when the file does not call them special."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 
 
@@ -82,7 +80,7 @@ def load_hf_tokenizer(path: Path, vocab_size: int) -> PieceTokenizer:
     _check_ids(vocab, vocab_size, file)
     names = {kind: text for kind, text in around.names.items() if _is_known(kind, text, vocab, path)}
     hidden = _hidden_tokens(vocab, added, names, around.eos_ids, path)
-    guarded = hidden | {item.content for item in added if _BRACKETED.fullmatch(item.content)}
+    guarded = hidden | {item.content for item in added if BRACKETED.fullmatch(item.content)}
     decoding = _read_decoder(document, file)
     flags = {item.content: item for item in added}
     return PieceTokenizer(
@@ -98,9 +96,11 @@ def load_hf_tokenizer(path: Path, vocab_size: int) -> PieceTokenizer:
         ),
         bos_id=_bos_id(document, names, vocab, file),
         adds_bos=_adds_bos(document, around, file),
-        stop_ids=frozenset(around.eos_ids) | ({vocab[names["eos_token"]]} if "eos_token" in names else set()),
+        stop_ids=frozenset(
+            [*around.eos_ids, *(vocab[text] for kind, text in names.items() if kind == "eos_token")]
+        ),
         space_prefix=decoding.space_prefix,
-        encoder=text_encoder(document, vocab, guarded, file),
+        encoder=text_encoder(document, vocab, guarded, str(file)),
     )
 
 
@@ -130,7 +130,7 @@ def _read_vocab(model: Mapping[str, object], file: Path) -> dict[str, int]:
     for piece, token_id in vocab.items():
         if type(token_id) is not int or token_id < 0:
             raise ModelFileError(
-                f"{file}: model.vocab gives {piece[:40]!r} the id {str(token_id)[:40]}, not a whole number from 0",
+                f"{file}: model.vocab gives {piece[:40]!r} the id {shown(token_id)}, not a whole number from 0",
                 field="model.vocab",
             )
     return cast(dict[str, int], vocab).copy()
@@ -142,7 +142,7 @@ def _unigram_vocab(raw: list[object], file: Path) -> dict[str, int]:
         pair = cast(list[object], entry) if isinstance(entry, list) else []
         if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) not in (int, float):
             raise ModelFileError(
-                f"{file}: model.vocab[{token_id}] must be [piece, score], got {str(entry)[:60]}",
+                f"{file}: model.vocab[{token_id}] must be [piece, score], got {shown(entry)}",
                 field="model.vocab",
             )
         if vocab.setdefault(pair[0], token_id) != token_id:
@@ -166,7 +166,7 @@ def _added(entry: object, file: Path, name: str, token_id: int | None = None) ->
         raise ModelFileError(f"{file}: {name}.content must be a string that is not empty", field=name)
     if type(number) is not int or number < 0:
         raise ModelFileError(
-            f"{file}: {name}.id must be a whole number from 0, got {str(number)[:40]}", field=name
+            f"{file}: {name}.id must be a whole number from 0, got {shown(number)}", field=name
         )
     for key, flag in flags.items():
         if not isinstance(flag, bool):
@@ -235,7 +235,7 @@ def _read_surroundings(path: Path) -> _Surroundings:
     for entry in entries:
         if type(entry) is not int or entry < 0:
             raise ModelFileError(
-                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, got {str(eos)[:60]}",
+                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, got {shown(eos)}",
                 field="eos_token_id",
             )
     return _Surroundings(

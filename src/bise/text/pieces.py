@@ -14,6 +14,9 @@ from bise.errors import RequestError
 SPACE_MARK = "\u2581"
 """SentencePiece's visible stand-in for a space."""
 
+BRACKETED = re.compile(r"<\S+>|\[\S+\]")
+"""Tokens that look like markup are never made from text, even when their file calls them ordinary."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -42,6 +45,10 @@ class PieceTokenizer:
     space_prefix: bool
     encoder: Callable[[str, bool], list[int]]
     """Ids of (text, is it the start of a sequence); never a control token."""
+    chat_format: str | None = None
+    """The chat format that the source names, such as `v3` or `v7-tekken`; None when it names none."""
+    model_settings: str = ""
+    """JSON text of the model settings that chat prompts carry by default (v15); "" for none."""
     controls: Mapping[str, int] = field(init=False)
     _pattern: re.Pattern[str] | None = field(init=False, repr=False)
 

@@ -41,7 +41,7 @@ def guarded(call: Callable[[], T], what: str) -> T:
     """Return `call()`; ModelFileError "`what` (reason)" when the Rust side raises or panics."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001  # the library raises bare Exception for every refusal
+    except Exception as error:  # the library raises bare Exception for every refusal
         raise ModelFileError(f"{what} ({_one_line(error)})", field="tokenizer") from error
     except BaseException as error:
         # A Rust panic is no Exception in Python; pyo3 offers no class to import, so it is known by its name.

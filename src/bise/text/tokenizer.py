@@ -83,13 +83,13 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     from bise.text.mistral_tokenizer import find_mistral_file, load_mistral_tokenizer
 
     if mistral := find_mistral_file(path):
-        return load_mistral_tokenizer(mistral.path, vocab_size)
+        return load_mistral_tokenizer(mistral, vocab_size)
     if (path / "tokenizer.json").exists() or (path / "tokenizer.json").is_symlink():
         from bise.text.hf_tokenizer import load_hf_tokenizer
 
         return load_hf_tokenizer(path, vocab_size)
     if mistral := find_mistral_file(path, unversioned=True):
-        return load_mistral_tokenizer(mistral.path, vocab_size)
+        return load_mistral_tokenizer(mistral, vocab_size)
     raise ModelFileError(
         f"{path}: has no tokenizer; known files: tokenizer.json, tekken.json, tokenizer.model, tokenizer.model.v3",
         field="tokenizer",
