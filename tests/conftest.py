@@ -1,4 +1,6 @@
-"""Shared by all tests: a tokenizer of bytes, and a model made of a hash that reads its history through the KV pages."""
+"""Shared by all tests: a tokenizer of bytes, and a model made of a hash that reads its history through the KV
+pages.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,12 @@ class HashOps:
 
 
 class HashModel:
-    """A model whose logits are a hash of the tokens that each layer's window shows, read through the block tables.
+    """A model whose logits are a hash of the tokens that each layer's window shows, read through the block
+    tables.
 
-    A wrong slot, a block freed too early or a row out of order changes the logits. `script` maps a token to the token
-    that must follow; `broken` lists tokens whose row of logits is NaN; `fail` makes the next pass raise.
+    A wrong slot, a block freed too early or a row out of order changes the logits. `script` maps a token to
+    the token that must follow; `broken` lists tokens whose row of logits is NaN; `fail` makes the next pass
+    raise.
     """
 
     def __init__(self, config: ModelConfig, script: dict[int, int] | None = None, broken: Sequence[int] = ()):
@@ -83,7 +87,8 @@ class HashModel:
 
     def logits(self, hidden):
         self.most_logit_rows = max(self.most_logit_rows, len(hidden))
-        rows = [np.random.default_rng(int(seed)).standard_normal(self.config.vocab_size) * 3 for seed in hidden[:, 0]]
+        size = self.config.vocab_size
+        rows = [np.random.default_rng(int(seed)).standard_normal(size) * 3 for seed in hidden[:, 0]]
         for row, token in zip(rows, hidden[:, 1], strict=True):
             if int(token) in self.script:
                 row[self.script[int(token)]] = 100.0
@@ -115,13 +120,21 @@ def byte_tokenizer() -> ByteTokenizer:
 
 @pytest.fixture
 def hash_engine(byte_tokenizer):
-    """Return a function that makes an engine without a thread over a hash model: (windows, **engine options)."""
+    """Return a function that makes an engine without a thread over a hash model: (windows, **engine
+    options).
+    """
     from bise.engine.engine import Engine
 
     engines: list[Engine] = []
 
     def make(
-        *windows: int | None, script=None, broken=(), max_context: int = 512, num_blocks=64, tokenizer=byte_tokenizer, **options
+        *windows: int | None,
+        script=None,
+        broken=(),
+        max_context: int = 512,
+        num_blocks=64,
+        tokenizer=byte_tokenizer,
+        **options,
     ) -> tuple[Engine, HashModel]:
         model = HashModel(hash_config(*(windows or (None,)), max_context=max_context), script, broken)
         options = {"threaded": False, **options}

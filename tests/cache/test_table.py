@@ -1,4 +1,6 @@
-"""BlockTable: positions keep their slots while they are visible; blocks that slid out are given back at once."""
+"""BlockTable: positions keep their slots while they are visible; blocks that slid out are given back at
+once.
+"""
 
 import pytest
 from hypothesis import given, settings

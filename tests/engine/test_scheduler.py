@@ -1,4 +1,6 @@
-"""Scheduler: everyone finishes, no block is lost or owned twice, steps keep to their budget and to the order."""
+"""Scheduler: everyone finishes, no block is lost or owned twice, steps keep to their budget and to the
+order.
+"""
 
 import random
 import subprocess
