@@ -28,6 +28,9 @@ Rope = Any
 Pages = Any
 """A backend's own K and V pages of one layer."""
 
+Experts = Any
+"""A backend's own bank of feed-forward weights: (gate, up, down) of one dense layer or of each expert."""
+
 BLOCK_SIZE = 32
 """Tokens in one KV block (a page); block b of a sequence holds positions [32 b, 32 b + 32)."""
 
@@ -78,7 +81,9 @@ class Ops(Protocol):
         """Allocate K and V pages of one layer; `kv_format` is f32, f16, bf16 or q8 (one scale per token and head)."""
         ...
 
-    def rope(self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float) -> Rope:
+    def rope(
+        self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
+    ) -> Rope:
         """Return cos and sin of positions [T] x inv_freq [D / 2], times `factor`; angles are formed in float64."""
         ...
 
@@ -117,11 +122,15 @@ class Ops(Protocol):
         """
         ...
 
-    def mlp(self, x: Array, gate: Weight, up: Weight, down: Weight) -> Array:
-        """Return (silu(x gate^T) * (x up^T)) down^T, x [T, E]."""
+    def experts(self, experts: Sequence[tuple[Weight, Weight, Weight]]) -> Experts:
+        """Return the bank of (gate [F, E], up [F, E], down [E, F]) of each expert; a dense layer has one."""
         ...
 
-    def moe(self, x: Array, router: Weight, experts: Sequence[tuple[Weight, Weight, Weight]], top_k: int) -> Array:
+    def mlp(self, x: Array, bank: Experts) -> Array:
+        """Return (silu(x gate^T) * (x up^T)) down^T with the only expert of `bank`, x [T, E]."""
+        ...
+
+    def moe(self, x: Array, router: Weight, bank: Experts, top_k: int) -> Array:
         """Return the sum over the top_k experts of each row, weighted by a softmax over their router scores.
 
         Experts are ranked by score, ties by lower index; contributions are added in rank order.

@@ -69,6 +69,9 @@ def dequantize(format_name: str, raw: Bytes) -> Floats:
         return raw.view("<f2").astype(np.float32)
     if format_name == "BF16":
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if not len(raw):
+        entry = FORMATS[format_name]
+        return np.empty((0, raw.shape[1] // entry.block_bytes * entry.block_length), np.float32)
     return recompose(decompose(format_name, raw))
 
 
@@ -90,7 +93,7 @@ def recompose(blocks: Blocks) -> Floats:
 
 
 def decompose(format_name: str, raw: Bytes) -> Blocks:
-    """Return rows `raw` [n, row bytes] of a quantised format as codes and scales."""
+    """Return rows `raw` [n, row bytes] of a quantised format as codes and scales; n is at least 1."""
     splitter = _SPLITTERS.get(format_name)
     if splitter is None:
         raise ValueError(f"{format_name} is not a quantised format; known: {', '.join(_SPLITTERS)}")

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from bise.kernels import BLOCK_SIZE, AttentionMeta
 
+Bank = list[tuple[Tensor, Tensor, Tensor]]
+
 _KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -120,22 +122,27 @@ class TorchOps:
         q, k, v = (t.view(num_sequences, length, -1, t.shape[-1]) for t in (q, k, v))
         return _attention(q, k, v, self._masks[key]).reshape(num_sequences * length, -1)
 
-    def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def experts(self, experts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Bank:
+        """See `Ops.experts`."""
+        return list(experts)
+
+    def mlp(self, x: Tensor, bank: Bank) -> Tensor:
         """See `Ops.mlp`."""
+        gate, up, down = bank[0]
         left, right = self.linear(x, (gate, up))
         return self.linear(functional.silu(left) * right, (down,))[0]
 
-    def moe(self, x: Tensor, router: Tensor, experts: Sequence[tuple[Tensor, Tensor, Tensor]], top_k: int) -> Tensor:
+    def moe(self, x: Tensor, router: Tensor, bank: Bank, top_k: int) -> Tensor:
         """See `Ops.moe`."""
         scores = self.linear(x, (router,))[0]
         ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
         chosen = ranked.indices[:, :top_k]
         share = torch.softmax(ranked.values[:, :top_k].to(_wide(x.dtype)), -1).to(x.dtype)
         parts = torch.zeros(top_k, *x.shape, dtype=x.dtype, device=x.device)
-        for index, expert in enumerate(experts):
+        for index, expert in enumerate(bank):
             rows, rank = torch.nonzero(chosen == index, as_tuple=True)
             if len(rows):
-                parts = parts.index_put((rank, rows), self.mlp(x[rows], *expert) * share[rows, rank, None])
+                parts = parts.index_put((rank, rows), self.mlp(x[rows], [expert]) * share[rows, rank, None])
         return parts.sum(0)
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:

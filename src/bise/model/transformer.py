@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from bise.config import ModelConfig
-from bise.kernels import Array, Ops, Pages, Weight
+from bise.kernels import Array, Experts, Ops, Pages, Weight
 from bise.model.batch import Batch
 from bise.model.rope import rope_frequencies
 
@@ -67,9 +67,9 @@ class Block:
         self._wo: Sequence[Weight] = [weights[prefix + "wo"]]
         self._router: Weight | None = weights.get(prefix + "router")
         experts = [f"{prefix}experts.{expert}." for expert in range(config.num_experts)] or [prefix]
-        self._ffn: Sequence[tuple[Weight, Weight, Weight]] = [
-            (weights[name + "w1"], weights[name + "w3"], weights[name + "w2"]) for name in experts
-        ]
+        self._bank: Experts = ops.experts(
+            [(weights[name + "w1"], weights[name + "w3"], weights[name + "w2"]) for name in experts]
+        )
 
     def attention(self, x: Array, rope: Array, batch: Batch, group: int, pages: Pages | None) -> Array:
         """Return the attention output [T, E] of normed rows x [T, E]; stores their K and V."""
@@ -80,8 +80,8 @@ class Block:
     def feed_forward(self, x: Array) -> Array:
         """Return the feed-forward output [T, E] of normed rows x [T, E]."""
         if self._router is None:
-            return self._ops.mlp(x, *self._ffn[0])
-        return self._ops.moe(x, self._router, self._ffn, self._top_k)
+            return self._ops.mlp(x, self._bank)
+        return self._ops.moe(x, self._router, self._bank, self._top_k)
 
 
 class Transformer:

@@ -1,0 +1,296 @@
+#include "context.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pack.h"
+
+namespace bise {
+
+namespace {
+
+// Bytes of weights that a thread keeps in its L2 while it walks over the row tiles.
+constexpr int64_t kGroupBytes = 384 * 1024;
+
+}  // namespace
+
+Context::Context(int threads) : ops_(chosen_ops()), pool_(threads) {}
+
+// Rows are cut into tiles of 16, 8, 4, 2 and 1; a short last tile is padded where that costs less than a second pass.
+std::vector<Context::Tile> Context::tiles_of(int64_t rows) {
+  std::vector<Tile> tiles;
+  int64_t padded = 0;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row;
+    const int mt = left > 12 ? 16 : left > 4 ? 8 : left > 2 ? 4 : int(left);
+    const int used = int(std::min<int64_t>(left, mt));
+    tiles.push_back({row, used, mt, padded});
+    row += used;
+    padded += mt;
+  }
+  return tiles;
+}
+
+int64_t Context::padded_rows(const std::vector<Tile>& tiles) {
+  return tiles.empty() ? 0 : tiles.back().offset + tiles.back().mt;
+}
+
+const uint8_t* Context::quantized(const float* x, int64_t rows, int64_t k, const std::vector<Tile>& tiles,
+                                  Buffer<uint8_t>& to) {
+  (void)rows;
+  const int64_t blocks = round_up(k, kBlockCols) / kBlockCols;
+  uint8_t* out = to.get(padded_rows(tiles) * blocks * kTileRowBytes);
+  const auto one = [&](const Tile& t, int64_t b0, int64_t b1) {
+    ops_.quantize(x + t.row * k, k, t.rows, k, b0, b1, t.mt, out + t.offset * blocks * kTileRowBytes);
+  };
+  if (tiles.size() == 1) {
+    pool_.parallel_for(blocks, tiles[0].mt * blocks < 512 ? blocks : (blocks + 7) / 8,
+                       [&](int64_t begin, int64_t end, int) { one(tiles[0], begin, end); });
+  } else {
+    pool_.parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) one(tiles[size_t(t)], 0, blocks);
+    });
+  }
+  return out;
+}
+
+// Panel p of w times tiles [t0, t1) into columns of out.
+void Context::multiply(const Matrix& w, int64_t p, const std::vector<Tile>& tiles, size_t t0, size_t t1,
+                       const uint8_t* acts, const float* x, float* out, int64_t ldo) {
+  const uint8_t* panel = w.panel(p);
+  const int64_t blocks = w.blocks();
+  const bool whole = (p + 1) * kPanelRows <= w.n;
+  alignas(64) float local[16 * kPanelRows];
+  for (size_t i = t0; i < t1; ++i) {
+    const Tile& t = tiles[i];
+    const bool direct = whole && t.rows == t.mt;
+    float* to = direct ? out + t.row * ldo + p * kPanelRows : local;
+    const int64_t ld = direct ? ldo : kPanelRows;
+    if (is_float(w.format)) ops_.matmul_float(w.format, panel, x + t.row * w.k, w.k, w.k, t.rows, to, ld);
+    else ops_.matmul(w.format, panel, acts + t.offset * blocks * kTileRowBytes, blocks, t.mt, to, ld);
+    if (!direct) {
+      const size_t bytes = size_t(std::min<int64_t>(kPanelRows, w.n - p * kPanelRows)) * sizeof(float);
+      for (int m = 0; m < t.rows; ++m) std::memcpy(out + (t.row + m) * ldo + p * kPanelRows, local + m * 16, bytes);
+    }
+  }
+}
+
+// Panels per chunk: few rows want many chunks of contiguous weights, many rows want a group that stays in L2.
+int64_t Context::grain(int64_t panels, int64_t bytes, int64_t rows) const {
+  const int64_t fit = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes));
+  const int64_t fair = std::max<int64_t>(1, panels / (int64_t(threads()) * (rows > 16 ? 4 : 8)));
+  const int64_t worth = std::max<int64_t>(1, 12 * 1024 / std::max<int64_t>(1, bytes * std::min<int64_t>(rows, 16)));
+  return std::max(std::min(fit, fair), std::min(worth, panels));
+}
+
+void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& weights,
+                     const std::vector<float*>& outs) {
+  const std::vector<Tile> tiles = tiles_of(rows);
+  const uint8_t* acts = nullptr;
+  for (const Matrix& w : weights)
+    if (!is_float(w.format) && !acts) acts = quantized(x, rows, w.k, tiles, acts_);
+  int64_t total = 0, bytes = 0;
+  for (const Matrix& w : weights) {
+    total += w.panels();
+    bytes = std::max(bytes, w.stride());
+  }
+  pool_.parallel_for(total, grain(total, bytes, rows), [&](int64_t begin, int64_t end, int) {
+    size_t which = 0;
+    int64_t base = 0;
+    while (begin >= base + weights[which].panels()) base += weights[which++].panels();
+    while (begin < end) {
+      const Matrix& w = weights[which];
+      const int64_t stop = std::min(end, base + w.panels());
+      for (size_t t = 0; t < tiles.size(); ++t)
+        for (int64_t p = begin; p < stop; ++p) multiply(w, p - base, tiles, t, t + 1, acts, x, outs[which], w.n);
+      base += w.panels();
+      ++which;
+      begin = stop;
+    }
+  });
+}
+
+// hidden = quantised silu(gate) * up, 32 columns at a time: the float hidden layer never reaches memory.
+void Context::gate_up(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden) {
+  const int64_t blocks = round_up(e.gate.n, kBlockCols) / kBlockCols;
+  const int64_t stride = 2 * (e.gate.stride() + e.up.stride());
+  pool_.parallel_for(blocks, grain(blocks, stride, tiles.back().row + 1), [&](int64_t begin, int64_t end, int) {
+    alignas(64) float gate[16 * kBlockCols], up[16 * kBlockCols];
+    for (const Tile& t : tiles) {
+      const uint8_t* a = acts + t.offset * e.gate.blocks() * kTileRowBytes;
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t valid = std::min<int64_t>(kBlockCols, e.gate.n - b * kBlockCols);
+        for (int64_t half = 0; half * kPanelRows < valid; ++half) {
+          const int64_t p = 2 * b + half;
+          ops_.matmul(e.gate.format, e.gate.panel(p), a, e.gate.blocks(), t.mt, gate + 16 * half, kBlockCols);
+          ops_.matmul(e.up.format, e.up.panel(p), a, e.up.blocks(), t.mt, up + 16 * half, kBlockCols);
+        }
+        const int64_t columns = round_up(valid, kPanelRows);
+        for (int m = 0; m < t.rows; ++m) ops_.silu_mul(gate + m * kBlockCols, up + m * kBlockCols, columns);
+        ops_.quantize(gate - b * kBlockCols, kBlockCols, t.rows, b * kBlockCols + valid, b, b + 1, t.mt,
+                      hidden + t.offset * blocks * kTileRowBytes);
+      }
+    }
+  });
+}
+
+void Context::mlp(const float* x, int64_t rows, const Expert& e, float* out) {
+  const std::vector<Tile> tiles = tiles_of(rows);
+  const bool fused = !is_float(e.gate.format) && !is_float(e.up.format) && !is_float(e.down.format);
+  if (!fused) {
+    float* wide = wide_.get(2 * rows * e.gate.n);
+    float* up = wide + rows * e.gate.n;
+    linear(x, rows, {e.gate, e.up}, {wide, up});
+    pool_.parallel_for(rows, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) ops_.silu_mul(wide + r * e.gate.n, up + r * e.gate.n, e.gate.n);
+    });
+    linear(wide, rows, {e.down}, {out});
+    return;
+  }
+  const uint8_t* acts = quantized(x, rows, e.gate.k, tiles, acts_);
+  uint8_t* hidden = hidden_.get(padded_rows(tiles) * e.down.blocks() * kTileRowBytes);
+  gate_up(e, tiles, acts, hidden);
+  const Matrix& w = e.down;
+  pool_.parallel_for(w.panels(), grain(w.panels(), w.stride(), rows), [&](int64_t begin, int64_t end, int) {
+    for (size_t t = 0; t < tiles.size(); ++t)
+      for (int64_t p = begin; p < end; ++p) multiply(w, p, tiles, t, t + 1, hidden, nullptr, out, w.n);
+  });
+}
+
+void Context::moe(const float* x, int64_t rows, const Matrix& router, const std::vector<Expert>& experts, int top_k,
+                  float* out) {
+  const int64_t count = int64_t(experts.size()), dim = router.k, width = experts[0].down.n;
+  float* scores = scores_.get(rows * count);
+  linear(x, rows, {router}, {scores});
+  std::vector<int> chosen(size_t(rows * top_k));
+  std::vector<float> share(size_t(rows * top_k));
+  std::vector<std::vector<int64_t>> users(static_cast<size_t>(count));  // row * top_k + rank
+  std::vector<int> order(static_cast<size_t>(count));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* s = scores + r * count;
+    for (int i = 0; i < int(count); ++i) order[size_t(i)] = i;
+    std::partial_sort(order.begin(), order.begin() + top_k, order.end(),
+                      [&](int a, int b) { return s[a] > s[b] || (!(s[b] > s[a]) && a < b); });
+    for (int rank = 0; rank < top_k; ++rank) {
+      const size_t at = size_t(r * top_k + rank);
+      chosen[at] = order[size_t(rank)];
+      share[at] = s[order[size_t(rank)]];
+      users[size_t(chosen[at])].push_back(int64_t(at));
+    }
+    ops_.softmax(share.data() + r * top_k, top_k);
+  }
+  float* parts = parts_.get(rows * top_k * width);
+  for (int64_t e = 0; e < count; ++e) {
+    const std::vector<int64_t>& mine = users[size_t(e)];
+    if (mine.empty()) continue;
+    const int64_t n = int64_t(mine.size());
+    float* in = gathered_.get(n * dim);
+    float* result = expert_out_.get(n * width);
+    for (int64_t i = 0; i < n; ++i)
+      std::memcpy(in + i * dim, x + mine[size_t(i)] / top_k * dim, size_t(dim) * sizeof(float));
+    mlp(in, n, experts[size_t(e)], result);
+    for (int64_t i = 0; i < n; ++i)
+      std::memcpy(parts + mine[size_t(i)] * width, result + i * width, size_t(width) * sizeof(float));
+  }
+  pool_.parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t i = 0; i < width; ++i) {
+        float total = 0;
+        for (int rank = 0; rank < top_k; ++rank)  // rank order, whatever the batch
+          total = total + share[size_t(r * top_k + rank)] * parts[(r * top_k + rank) * width + i];
+        out[r * width + i] = total;
+      }
+  });
+}
+
+void Context::norm(float* x, const float* add, const float* weight, float eps, int64_t rows, int64_t k, float* y) {
+  pool_.parallel_for(rows, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) ops_.norm(x + r * k, add ? add + r * k : nullptr, weight, eps, k, y + r * k);
+  });
+}
+
+void Context::attend(float* q, float* k, const float* v, const float* cos, const float* sin, int64_t rows,
+                     const Attention& a, const PageView& pages, float* out) {
+  const int d = pages.head_dim;
+  const int64_t q_width = int64_t(a.heads) * d, kv_width = int64_t(pages.kv_heads) * d;
+  const float factor = 1.0f / __builtin_sqrtf(float(d));
+  pool_.parallel_for(rows, std::max<int64_t>(1, 8192 / (q_width + kv_width)), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* c = cos + r * (d / 2);
+      const float* s = sin + r * (d / 2);
+      for (int h = 0; h < a.heads; ++h) ops_.rotate(q + r * q_width + h * d, c, s, d, factor);
+      for (int g = 0; g < pages.kv_heads; ++g) ops_.rotate(k + r * kv_width + g * d, c, s, d, 1.0f);
+      ops_.store_kv(pages, a.slots[r], k + r * kv_width, v + r * kv_width);
+    }
+  });
+  // Items: (sequence, kv head, run of rows); runs are short so that long prompts spread over the threads.
+  constexpr int64_t kRun = 16;
+  struct Item {
+    int64_t sequence, begin, end;
+  };
+  std::vector<Item> runs;
+  int64_t work = 0;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t count = a.q_start[s + 1] - a.q_start[s];
+    for (int64_t r = 0; r < count; r += kRun) runs.push_back({s, r, std::min(count, r + kRun)});
+    work += count * std::min<int64_t>(a.window, a.q_pos[s] + count) * q_width;
+  }
+  const int64_t items = int64_t(runs.size()) * pages.kv_heads;
+  const int64_t scratch = attend_scratch(d);
+  float* memory = attend_.get(scratch * threads());
+  pool_.parallel_for(items, work < 65536 ? items : 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Item& run = runs[size_t(i / pages.kv_heads)];
+      const int64_t first = a.q_start[run.sequence];
+      const AttendTask task = {q + first * q_width,
+                               out + first * q_width,
+                               a.table + run.sequence * a.table_width,
+                               a.q_pos[run.sequence],
+                               int(run.begin),
+                               int(run.end),
+                               a.heads,
+                               int(i % pages.kv_heads),
+                               a.window};
+      ops_.attend(pages, task, memory + thread * scratch);
+    }
+  });
+}
+
+void Context::embed(const Matrix& table, const int32_t* ids, int64_t rows, float* out) {
+  pool_.parallel_for(rows, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r)
+      unpack_row(table.format, table.panel(ids[r] / kPanelRows), ids[r] % kPanelRows, table.k, out + r * table.k);
+  });
+}
+
+bool Context::pack_blocks(int ggml, const uint8_t* raw, int64_t rows, int64_t k, uint8_t* panels) {
+  const int64_t bytes = panel_bytes(format_of(ggml), k), stride = row_bytes(ggml, k);
+  std::atomic<bool> finite{true};
+  pool_.parallel_for(round_up(rows, 16) / 16, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int count = int(std::min<int64_t>(16, rows - 16 * p));
+      if (!bise::pack_blocks(ggml, raw + 16 * p * stride, count, k, panels + p * bytes)) finite = false;
+    }
+  });
+  return finite;
+}
+
+bool Context::pack_floats(int format, const float* x, int64_t rows, int64_t k, uint8_t* panels) {
+  const int64_t bytes = panel_bytes(format, k);
+  std::atomic<bool> fits{true};
+  pool_.parallel_for(round_up(rows, 16) / 16, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int count = int(std::min<int64_t>(16, rows - 16 * p));
+      if (!bise::pack_floats(format, x + 16 * p * k, count, k, panels + p * bytes)) fits = false;
+    }
+  });
+  return fits;
+}
+
+void Context::unpack(const Matrix& m, float* out) {
+  pool_.parallel_for(m.n, 16, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) unpack_row(m.format, m.panel(r / 16), int(r % 16), m.k, out + r * m.k);
+  });
+}
+
+}  // namespace bise

@@ -1,0 +1,110 @@
+// AVX2 + FMA + F16C: eight lanes a register; a panel is computed as two halves of eight rows.
+#include <immintrin.h>
+
+#include "../formats.h"
+#include "../ops.h"
+
+#define BISE_PRAGMA(x) _Pragma(#x)
+#define BISE_UNROLL(n) BISE_PRAGMA(GCC unroll n)
+
+namespace bise {
+namespace {
+
+struct R {
+  static constexpr int L = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static float top(F x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    m = _mm_max_ss(m, _mm_shuffle_ps(m, m, 1));
+    return _mm_cvtss_f32(m);
+  }
+  static bool has_nan(F x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+  static F zero_below(F x, float bound, F y) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), y);
+  }
+  static F scale2(F x, F n) {
+    const I bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(bits));
+  }
+  static F loadh(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F loadbf(const uint8_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static uint16_t to_half(float x) { return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
+  static F from_i(I x) { return _mm256_cvtepi32_ps(x); }
+  static F from_s8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F from_u8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store_s8(int8_t* p, F x) {
+    const I whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+  static I loadi(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
+  static I set1b(uint8_t x) { return _mm256_set1_epi8(char(x)); }
+  static I band(I a, I b) { return _mm256_and_si256(a, b); }
+  static I bor(I a, I b) { return _mm256_or_si256(a, b); }
+  template <int N>
+  static I shr16(I a) {
+    return _mm256_srli_epi16(a, N);
+  }
+  template <int N>
+  static I shl16(I a) {
+    return _mm256_slli_epi16(a, N);
+  }
+  static I codebook() {
+    alignas(16) uint8_t table[16];
+    for (int i = 0; i < 16; ++i) table[i] = uint8_t(kCodebook[i] + 128);
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+  // Codes below 128: pairs fit 16 bits (2 x 127 x 127 < 2^15), so maddubs does not saturate.
+  static I dot(I acc, I codes, int32_t x) {
+    const I pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  // Codes up to 255 would saturate: split into nibbles, both halves exact.
+  static I dot_wide(I acc, I codes, int32_t x) {
+    const I mask = _mm256_set1_epi8(15), b = _mm256_set1_epi32(x);
+    const I low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), b);
+    const I high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), b);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+#include "../kernels/wide.inl"
+
+#include "../kernels/matmul.inl"
+
+#include "../kernels/fused.inl"
+
+#include "../kernels/attention.inl"
+
+}  // namespace
+
+extern const Ops ops_avx2;
+const Ops ops_avx2 = {"avx2", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend};
+
+}  // namespace bise

@@ -1,0 +1,81 @@
+// The whole native API of one instruction set: one function pointer per operation, raw pointers and sizes.
+//
+// Every instruction set computes the same float operations in the same order (fused multiply-add where written),
+// so results are equal bit for bit; integer dot products are exact. See docs/numerics.md.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bise {
+
+// K and V of one layer. K block: [G][2][D][16] (16 keys side by side), V block: [G][32][D].
+struct PageView {
+  void* k;
+  void* v;
+  float* k_scale;  // q8 only: [block][G][32]
+  float* v_scale;
+  int kv_heads;
+  int head_dim;
+  int kind;  // 0 f32, 1 f16, 2 bf16, 3 q8
+};
+
+struct AttendTask {
+  const float* q;  // rotated and scaled queries [T][H * D]
+  float* out;      // [T][H * D]
+  const int32_t* table;
+  int64_t first_pos;  // position of row 0
+  int row_begin, row_end;
+  int heads;
+  int kv_head;
+  int64_t window;  // keys visible to a query; a very large number for all
+};
+
+struct Ops {
+  const char* name;
+
+  // Quantise `rows` <= mt rows of x (row stride ldx floats, k columns) into blocks [b0, b1) of one tile; missing rows
+  // become zeros. Columns beyond k count as zeros.
+  void (*quantize)(const float* x, int64_t ldx, int rows, int64_t k, int64_t b0, int64_t b1, int mt, uint8_t* tile);
+
+  // out[m][0..15] = tile row m . panel rows, for a quantised panel of `blocks` 32-column blocks.
+  void (*matmul)(int format, const uint8_t* panel, const uint8_t* tile, int64_t blocks, int mt, float* out,
+                 int64_t ldo);
+
+  // The same for a float panel and float rows.
+  void (*matmul_float)(int format, const uint8_t* panel, const float* x, int64_t ldx, int64_t k, int rows, float* out,
+                       int64_t ldo);
+
+  // y = x / sqrt(mean(x^2) + eps) * weight; when `add` is not null x += add first (in place).
+  void (*norm)(float* x, const float* add, const float* weight, float eps, int64_t k, float* y);
+
+  // gate[i] = silu(gate[i]) * up[i]
+  void (*silu_mul)(float* gate, const float* up, int64_t n);
+
+  // Softmax over n <= 64 values in place.
+  void (*softmax)(float* x, int n);
+
+  // Rotate one head of width d (pairs i, i + d/2) and multiply by `factor`.
+  void (*rotate)(float* x, const float* cos, const float* sin, int d, float factor);
+
+  // Store rotated keys and values of one token, all heads, into slot (block * 32 + offset).
+  void (*store_kv)(const PageView& pages, int64_t slot, const float* k, const float* v);
+
+  // Attention of the task's rows and the query heads of its kv head. `scratch` holds attend_scratch floats.
+  void (*attend)(const PageView& pages, const AttendTask& task, float* scratch);
+};
+
+constexpr int kKvBlock = 32;
+constexpr int kSplit = 512;
+constexpr int kAttendRows = 8;  // (query, head) rows computed together
+inline int64_t attend_scratch(int head_dim) { return kAttendRows * (kSplit + 2 * int64_t(head_dim) + 16) + 64; }
+
+extern const Ops ops_scalar;
+#if defined(__x86_64__)
+extern const Ops ops_avx2;
+extern const Ops ops_avx512;
+#endif
+
+const char* detected_isas();  // names the processor can run, best first, separated by spaces
+const Ops& chosen_ops();      // honours BISE_ISA; throws std::runtime_error when it cannot
+
+}  // namespace bise

@@ -1,0 +1,90 @@
+#include "threads.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace bise {
+
+namespace {
+
+constexpr uint64_t kGeneration = uint64_t(1) << 32;
+constexpr uint64_t kInside = kGeneration - 1;
+// Between two operations of one step Python needs a few microseconds: spin about 50 us, then sleep.
+constexpr int kSpins = 2000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+  stop_.store(true);
+  wake_.fetch_add(1);
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::take_chunks(int thread) {
+  for (;;) {
+    const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+    if (begin >= n_) return;
+    body_(context_, begin, begin + grain_ < n_ ? begin + grain_ : n_, thread);
+  }
+}
+
+void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
+  n_ = n;
+  grain_ = grain;
+  body_ = body;
+  context_ = context;
+  next_.store(0, std::memory_order_relaxed);
+  state_.fetch_add(kGeneration);  // open
+  if (sleepers_.load() > 0) {
+    wake_.fetch_add(1);
+    wake_.notify_all();
+  }
+  take_chunks(0);
+  state_.fetch_add(kGeneration);  // close
+  for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; ++spins) {
+    if (spins < 4 * kSpins) pause();
+    else std::this_thread::yield();
+  }
+}
+
+void Pool::work(int thread) {
+  uint64_t seen = 0;  // generation of the last job taken
+  for (;;) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    int spins = 0;
+    while (!((state / kGeneration) & 1) || state / kGeneration == seen) {
+      if (stop_.load(std::memory_order_relaxed)) return;
+      if (++spins < kSpins) {
+        pause();
+      } else {
+        const uint32_t ticket = wake_.load();
+        sleepers_.fetch_add(1);
+        state = state_.load();
+        const bool open = ((state / kGeneration) & 1) && state / kGeneration != seen;
+        if (!open && !stop_.load()) wake_.wait(ticket);
+        sleepers_.fetch_sub(1);
+        spins = 0;
+      }
+      state = state_.load(std::memory_order_acquire);
+    }
+    const uint64_t generation = state / kGeneration;
+    if (!state_.compare_exchange_strong(state, state + 1, std::memory_order_acq_rel)) continue;
+    seen = generation;
+    take_chunks(thread);
+    state_.fetch_sub(1, std::memory_order_acq_rel);
+  }
+}
+
+}  // namespace bise

@@ -1,0 +1,57 @@
+// `parallel_for`: the only concurrency primitive. Work is cut into chunks taken from an atomic counter, so a slow
+// core delays nobody else; which thread takes a chunk never changes a result.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace bise {
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return int(workers_.size()) + 1; }
+
+  // Calls fn(begin, end, thread) for chunks of [0, n) of at most `grain`; returns when all are done. `thread` is
+  // below size(). Not reentrant; one caller at a time.
+  template <class Fn>
+  void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
+    if (n <= 0) return;
+    if (workers_.empty() || n <= grain) {
+      fn(int64_t(0), n, 0);
+      return;
+    }
+    run(n, grain,
+        [](void* context, int64_t begin, int64_t end, int thread) {
+          (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end, thread);
+        },
+        &fn);
+  }
+
+ private:
+  using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
+
+  void run(int64_t n, int64_t grain, Body body, void* context);
+  void take_chunks(int thread);
+  void work(int thread);
+
+  // High half: generation, odd while a job is open. Low half: workers inside the job. A worker that wakes too late
+  // finds the job closed and is not waited for.
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> wake_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  int64_t n_ = 0, grain_ = 1;
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace bise

@@ -1,0 +1,211 @@
+"""The CPU backend: numpy arrays in, the native extension underneath. Sole importer of `_native`.
+
+Weights are packed panels (docs/formats.md); activations are float32 rows, quantised inside to int8 with one scale per
+32 columns when the weight is quantised. Results are the same bits for any batch, chunk, thread count and instruction
+set (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from bise import _native
+from bise.errors import ConfigError
+from bise.formats import KV_FORMATS
+from bise.kernels import BLOCK_SIZE, AttentionMeta
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Packed = _native.Packed
+Bank = tuple["_native.Experts", int]
+
+PACKED_FORMATS: dict[str, int] = {name: number for number, name in enumerate(_native.formats)}
+"""Packed formats by name; the number is the native one."""
+
+_KV_KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3}
+_EVERYTHING = 1 << 40  # a window wider than any context
+
+
+def detected_isas() -> tuple[str, ...]:
+    """Return the instruction sets this processor can run, best first."""
+    return tuple(_native.detected_isas().split())
+
+
+def packed_format_of(ggml_id: int) -> str | None:
+    """Return the packed format that holds a GGUF block type without loss, None when there is none."""
+    number = _native.format_of(ggml_id)
+    return None if number < 0 else _native.formats[number]
+
+
+def packed_size(packed_format: str, num_rows: int, num_columns: int) -> int:
+    """Return the bytes of a packed matrix [num_rows, num_columns], padding included."""
+    return _native.packed_bytes(PACKED_FORMATS[packed_format], num_rows, num_columns)
+
+
+def arena(size_bytes: int) -> Bytes:
+    """Return zeroed memory for packed weights, in huge pages where the system grants them."""
+    return _native.arena(size_bytes)
+
+
+class CpuOps:
+    """Ops on this machine's processor; see `bise.kernels.Ops` for the contracts."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int = 1) -> None:
+        """Start `threads` - 1 worker threads. The instruction set is the best one, or BISE_ISA.
+
+        Raises ConfigError when BISE_ISA names one that cannot run here.
+        """
+        try:
+            self._native = _native.Context(threads)
+        except RuntimeError as error:
+            raise ConfigError(str(error), field="BISE_ISA") from None
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use."""
+        return self._native.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads in use, the caller's included."""
+        return self._native.threads
+
+    # Packing
+
+    def weight(self, array: Floats) -> Packed:
+        """See `Ops.weight`: keep the values as they are, in float32."""
+        return self.quantized(array, "f32")
+
+    def quantized(self, array: Floats, packed_format: str) -> Packed:
+        """Return a float matrix [N, K] packed as f32, f16, bf16, q8 or q4."""
+        array = np.ascontiguousarray(array, np.float32)
+        memory = arena(packed_size(packed_format, *array.shape))
+        if not self.pack_floats(packed_format, array, memory):
+            raise ConfigError(f"a weight has a value that {packed_format} cannot hold (NaN, infinite or too large)")
+        return self.packed(packed_format, array.shape[0], array.shape[1], memory)
+
+    def packed(self, packed_format: str, num_rows: int, num_columns: int, memory: Bytes) -> Packed:
+        """Return the matrix whose panels lie in `memory`, which stays alive with it."""
+        return Packed(PACKED_FORMATS[packed_format], num_rows, num_columns, memory)
+
+    def pack_floats(self, packed_format: str, rows: Floats, out: Bytes) -> bool:
+        """Write rows [n, K] as panels to `out`; False when a value is not finite or does not fit."""
+        return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out)
+
+    def pack_blocks(self, ggml_id: int, raw: Bytes, num_columns: int, out: Bytes) -> bool:
+        """Write rows of GGUF blocks [n, bytes per row] as panels to `out`; False when a scale is not finite."""
+        return self._native.pack_blocks(ggml_id, raw, num_columns, out)
+
+    def unpack(self, matrix: Packed) -> Floats:
+        """Return the dequantised values [N, K] of a packed matrix."""
+        out = np.empty(matrix.shape, np.float32)
+        self._native.unpack(matrix, out)
+        return out
+
+    # Ops
+
+    def vector(self, array: Floats) -> Floats:
+        """See `Ops.vector`."""
+        return np.ascontiguousarray(array, np.float32)
+
+    def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> _native.Pages:
+        """See `Ops.pages`. Memory is taken from the system as blocks are first written."""
+        slots = num_blocks * BLOCK_SIZE * num_kv_heads
+        size = slots * head_dim * KV_FORMATS[kv_format].value_bytes
+        scales = slots if kv_format == "q8" else 0
+        return _native.Pages(
+            _KV_KINDS[kv_format],
+            num_kv_heads,
+            head_dim,
+            np.zeros(size, np.uint8),
+            np.zeros(size, np.uint8),
+            np.zeros(scales, np.float32),
+            np.zeros(scales, np.float32),
+        )
+
+    def rope(
+        self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
+    ) -> tuple[Floats, Floats]:
+        """See `Ops.rope`."""
+        angles = positions[:, None] * inv_freq
+        return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+
+    def embed(self, table: Packed, token_ids: npt.NDArray[np.int32]) -> Floats:
+        """See `Ops.embed`."""
+        out = np.empty((len(token_ids), table.shape[1]), np.float32)
+        self._native.embed(table, token_ids, out)
+        return out
+
+    def norm(self, x: Floats, weight: Floats, eps: float) -> Floats:
+        """See `Ops.norm`."""
+        out = np.empty_like(x)
+        self._native.norm(x, None, weight, eps, out)
+        return out
+
+    def add_norm(self, x: Floats, y: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
+        """See `Ops.add_norm`; the sum takes the place of x."""
+        out = np.empty_like(x)
+        self._native.norm(x, y, weight, eps, out)
+        return x, out
+
+    def linear(self, x: Floats, weights: Sequence[Packed]) -> list[Floats]:
+        """See `Ops.linear`."""
+        rows = x.shape[0]
+        outs = [np.empty((rows, weight.shape[0]), np.float32) for weight in weights]
+        self._native.linear(x, list(weights), outs)
+        return outs
+
+    def attend(
+        self,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        rope: tuple[Floats, Floats],
+        meta: AttentionMeta,
+        pages: _native.Pages | None,
+        head_dim: int,
+        window: int | None,
+    ) -> Floats:
+        """See `Ops.attend`; q and k are rotated in place. Needs pages: this backend does not train."""
+        assert pages is not None and pages.head_dim == head_dim
+        out = np.empty_like(q)
+        self._native.attend(
+            q,
+            k,
+            v,
+            rope[0],
+            rope[1],
+            pages,
+            meta.q_start,
+            meta.q_pos,
+            meta.block_table,
+            meta.slots,
+            window or _EVERYTHING,
+            out,
+        )
+        return out
+
+    def experts(self, experts: Sequence[tuple[Packed, Packed, Packed]]) -> Bank:
+        """See `Ops.experts`."""
+        return _native.Experts(list(experts)), experts[0][2].shape[0]
+
+    def mlp(self, x: Floats, bank: Bank) -> Floats:
+        """See `Ops.mlp`."""
+        out = np.empty((x.shape[0], bank[1]), np.float32)
+        self._native.mlp(x, bank[0], out)
+        return out
+
+    def moe(self, x: Floats, router: Packed, bank: Bank, top_k: int) -> Floats:
+        """See `Ops.moe`."""
+        out = np.empty((x.shape[0], bank[1]), np.float32)
+        self._native.moe(x, router, bank[0], top_k, out)
+        return out
+
+    def logits(self, x: Floats, head: Packed) -> Floats:
+        """See `Ops.logits`."""
+        return self.linear(np.ascontiguousarray(x), [head])[0]
