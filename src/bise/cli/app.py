@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -74,10 +73,24 @@ def run(args: list[str] | None = None) -> int:
     Prints one line per error, and a traceback only with BISE_DEBUG=1.
     """
     try:
+        return _run(args)
+    except BrokenPipeError:
+        return _close_output(128 + signal.SIGPIPE)
+    except OSError as error:  # standard output is full or gone
+        return _close_output(_complain(_internal(error), 1, error))
+
+
+def _run(args: list[str] | None) -> int:
+    try:
+        # Not bise.main(): it would turn a closed pipe into exit code 1.
         colour = None if colour_wanted() else False
-        result: Any = bise.main(args=args, prog_name="bise", standalone_mode=False, color=colour)
+        with bise.make_context("bise", sys.argv[1:] if args is None else args, color=colour) as context:
+            bise.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        return 0
+    except click.exceptions.Exit as end:
+        sys.stdout.flush()
+        return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
@@ -91,8 +104,8 @@ def run(args: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BiseError as error:
         return _complain(str(error), error.exit_code, error)
-    except BrokenPipeError:
-        return _reader_is_gone()
+    except OSError:
+        raise
     except Exception as error:  # the root of the main thread: whatever arrives here is a bug or the machine's
         return _complain(_internal(error), 1, error)
 
@@ -127,7 +140,7 @@ def _say(line: str) -> None:
         return
 
 
-def _reader_is_gone() -> int:
+def _close_output(code: int) -> int:
     # The interpreter flushes stdout once more at exit; it would complain about the closed pipe there.
     devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
@@ -135,4 +148,4 @@ def _reader_is_gone() -> int:
             os.dup2(devnull, stream.fileno())
         except (OSError, ValueError):
             continue
-    return 128 + signal.SIGPIPE
+    return code

@@ -57,7 +57,7 @@ def command(model: str | None, **values: Any) -> None:
         elif interactive:
             run_terminal(chat, keep_history=not values["no_history"])
         else:
-            run_lines(chat, click.get_binary_stream("stdin"))
+            run_lines(chat, sys.stdin.buffer)
 
 
 def start_line(loaded: LoadedModel) -> str:

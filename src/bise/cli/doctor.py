@@ -100,9 +100,9 @@ def _processor(findings: Findings) -> None:
         "threads", f"{threads or 'unknown'} (BISE_THREADS or --threads changes it)", threads=threads
     )
     try:
-        from bise.kernels import cpu
+        from bise.kernels.cpu import CpuOps, detected_isas
 
-        isa, available = cpu.isa(), list(cpu.available_isas())
+        isa, available = CpuOps().isa, list(detected_isas())
     except (BiseError, ImportError, RuntimeError, ValueError) as error:
         findings.problems.append(f"the native extension does not load: {' '.join(str(error).split())}")
         findings.tell("instructions", "unknown", isa=None, isa_available=[])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -19,13 +21,20 @@ from bise.cli.options import (
 from bise.cli.output import aside, on_terminal, write_json, write_text
 from bise.cli.session import model_name, open_model, plain_ids
 
+DEFAULT_MAX_TOKENS = 256
+
 
 @click.command("generate")
 @model_argument
 @click.option(
     "--prompt", "-p", required=True, type=text, help="The text to continue; - reads standard input."
 )
-@click.option("--max-tokens", "-n", default=256, show_default=True, help="Tokens to produce at most.")
+@click.option(
+    "--max-tokens",
+    "-n",
+    type=int,
+    help="Tokens to produce at most.  [default: 256, or what the context still holds]",
+)
 @sampling_options
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
 @click.option(
@@ -51,7 +60,11 @@ def command(model: str | None, **values: Any) -> None:
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
     with open_model(model, load) as loaded:
-        request = Request(token_ids=plain_ids(loaded, prompt), params=params, continuation=bool(prompt))
+        ids = plain_ids(loaded, prompt)
+        room = loaded.engine.max_context - len(ids)
+        if params.max_tokens is None and room > DEFAULT_MAX_TOKENS:
+            params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+        request = Request(token_ids=ids, params=params, continuation=bool(prompt))
         answer = ask(loaded, request, ignore_text if as_json else write_text)
         if as_json:
             fields: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids}
@@ -62,5 +75,5 @@ def command(model: str | None, **values: Any) -> None:
         write_text("\n")
         if answer.finish_reason == FinishReason.LENGTH:
             aside(f"(stopped by the limit of {len(answer.token_ids)} tokens; --max-tokens raises it)")
-        if on_terminal(click.get_text_stream("stderr")):
+        if on_terminal(sys.stderr):
             aside(answer.speed_line(loaded.engine.max_context))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -184,7 +185,7 @@ def pop_sampling_options(values: dict[str, Any]) -> SamplingOptions:
 
 def read_stdin_text(option: str) -> str:
     """Return all of standard input as text, nothing added or removed; UserError when it is not UTF-8."""
-    data = click.get_binary_stream("stdin").read()
+    data = sys.stdin.buffer.read()
     try:
         return data.decode()
     except UnicodeDecodeError as error:

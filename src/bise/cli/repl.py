@@ -194,11 +194,11 @@ def read_message(read_line: Callable[[bool], str]) -> str:
 
 
 def _block(first: str, read_line: Callable[[bool], str]) -> Iterator[str]:
-    line = first
+    line, opening = first, True
     while not line.rstrip().endswith('"""'):
-        if line or line is not first:
+        if line or not opening:
             yield line
-        line = read_line(True)
+        line, opening = read_line(True), False
     if rest := line.rstrip()[:-3]:
         yield rest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def read_rows(name: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _lines(name: str) -> list[bytes]:
     if name == "-":
-        return click.get_binary_stream("stdin").read().split(b"\n")
+        return sys.stdin.buffer.read().split(b"\n")
     path = Path(name).expanduser()
     try:
         # A pipe such as <(head rows.jsonl) is welcome; a device never ends.

@@ -19,10 +19,11 @@ Message = Mapping[str, object]
 @contextmanager
 def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]:
     """Load the model that MODEL means, tell its conversions on standard error, close it at the end."""
-    from bise.engine.load import load_model
     from bise.hub.registry import resolve
 
     path = resolve(name)
+    from bise.engine.load import load_model
+
     with ProgressBar() as bar:
         loaded = load_model(
             path,

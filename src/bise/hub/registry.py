@@ -123,6 +123,8 @@ def resolve(name: str | None) -> Path:
     """
     if name is None or name == EMBEDDED:
         return embedded_path()
+    if not name:
+        raise UserError("MODEL is empty; leave it out for the embedded model")
     path = Path(name).expanduser()
     if _exists(path):
         return path
