@@ -229,7 +229,9 @@ def _config(
             field="general.quantization_version",
         )
     embeddings = tensors.get(_EMBEDDINGS)
-    vocab_size = embeddings[1].shape[0] if embeddings else 1
+    if embeddings is None:
+        raise ModelFileError(f"{path}: the tensor {_EMBEDDINGS} is missing", field=_EMBEDDINGS)
+    vocab_size = embeddings[1].shape[0]
     config = read_config(
         path,
         metadata,
@@ -237,8 +239,6 @@ def _config(
         tied="output.weight" not in tensors,
         rope_factors=_rope_factors(path, tensors),
     )
-    if embeddings is None:
-        raise ModelFileError(f"{path}: the tensor {_EMBEDDINGS} is missing", field=_EMBEDDINGS)
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list):
         count = len(cast(list[object], tokens))

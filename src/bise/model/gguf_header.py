@@ -155,7 +155,7 @@ class _Cursor:
 
     def error(self, message: str, field: str) -> ModelFileError:
         """Return the error to raise: it names the file, and `field` is the key or tensor at fault."""
-        return ModelFileError(f"{self._path}: {message}", field=field)
+        return ModelFileError(f"{self._path}: {message}", field=field or "name")
 
     def require(self, end: int, what: str) -> None:
         """Make the bytes before `end` available in `buffer`."""
