@@ -74,6 +74,11 @@ def open_model(path: Path) -> ModelSource:
     if not is_directory:
         return _open_file(path)
     names = _entries(path)
+    if "packed.safetensors" in names:
+        # Imported here: packing needs the native extension, inspecting other models does not.
+        from bise.model.packed import open_packed
+
+        return open_packed(path)
     if layout := _layout(names):
         return _open_directory(path, names, layout)
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))

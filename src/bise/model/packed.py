@@ -1,0 +1,341 @@
+"""Packed models on disk: one safetensors file with the panels as bytes and the architecture in its metadata.
+
+The same file is the load-time cache (`BISE_HOME/cache`) and the product of `bise quantize`. It appears under its
+final name only when it is complete: written beside it, flushed, renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from bise.config import ModelConfig, RopeScaling, bise_home
+from bise.diskfile import open_regular, read_at
+from bise.errors import BiseError, ConfigError, ModelFileError
+from bise.jsonfile import parse_json
+from bise.kernels.cpu import PACKED_FORMATS, Bytes, CpuOps, arena
+from bise.model.pack import PackedWeights, PackPlan, Progress, Slot, pack_weights, plan_slots
+from bise.model.safetensors_file import SafetensorsFile
+from bise.model.source import ModelSource
+from bise.model.transformer import weight_shapes
+
+PACKED_FILE = "packed.safetensors"
+GGUF_METADATA_FILE = "gguf-metadata.json"
+PACK_VERSION = 1
+"""Raised when the panel layout changes: files of another version are refused (model) or made anew (cache)."""
+
+CACHE_MINIMUM_BYTES = 64 << 20
+"""Smaller packed models are made anew at each start: packing them takes less time than telling anyone."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tekken.json",
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v2",
+    "tokenizer.model.v3",
+    "tokenizer.model.v7",
+    "tokenizer.model.v7m1",
+    "README.md",
+    "LICENSE",
+)
+
+
+class PackedTensor:
+    """A packed weight on disk; a `SourceTensor` whose format is the packed one."""
+
+    def __init__(self, file: SafetensorsFile, slot: Slot) -> None:
+        self.file = file
+        self.slot = slot
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `SourceTensor.shape`."""
+        return self.slot.shape
+
+    @property
+    def format(self) -> str:
+        """The packed format's name."""
+        return self.slot.packed_format
+
+    @property
+    def size_bytes(self) -> int:
+        """See `SourceTensor.size_bytes`."""
+        return self.slot.size_bytes
+
+    def raw(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Panels have no rows of their own: read `floats` instead."""
+        raise ModelFileError(f"{self.file.path} is packed: rows of {self.slot.name} cannot be read as stored")
+
+    def floats(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """See `SourceTensor.floats`."""
+        data = self.file.read(self.file.entries[self.slot.name], 0, self.slot.size_bytes)
+        if len(self.shape) == 1:
+            return data.view(np.float32)[start:stop]
+        ops = CpuOps(1)
+        return ops.unpack(ops.packed(self.format, *self.shape, data))[start:stop]
+
+
+def open_packed(directory: Path) -> ModelSource:
+    """Return the packed model in `directory` (see `pack_model`); reads its header only."""
+    source = _open_file(directory / PACKED_FILE)
+    metadata = source.metadata
+    if (directory / GGUF_METADATA_FILE).exists():
+        content = (directory / GGUF_METADATA_FILE).read_bytes()
+        metadata = cast(dict[str, object], parse_json(content, str(directory / GGUF_METADATA_FILE)))
+    return dataclasses.replace(source, path=directory, metadata=metadata)
+
+
+def _open_file(path: Path) -> ModelSource:
+    file = SafetensorsFile(path)
+    try:
+        manifest = cast(dict[str, object], parse_json(file.metadata["bise"].encode(), str(path)))
+        version = manifest["version"]
+        config = _config_from_json(cast(dict[str, object], manifest["config"]))
+        formats = cast(dict[str, str], manifest["formats"])
+        name, licence = manifest.get("name"), manifest.get("licence")
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ModelFileError(f"{path} is not a packed model of bise: {error}", field=str(path)) from error
+    if version != PACK_VERSION:
+        raise ModelFileError(
+            f"{path} was packed in version {version}, this bise reads {PACK_VERSION}: pack the original again",
+            field=str(path),
+        )
+    shapes = weight_shapes(config)
+    if set(formats) != set(shapes) or set(file.entries) != set(shapes):
+        raise ModelFileError(f"{path}: weights do not match its configuration", field=str(path))
+    for tensor, packed_format in formats.items():
+        if packed_format not in PACKED_FORMATS:
+            raise ModelFileError(f"{path}: weight {tensor} has the unknown format '{packed_format}'", field=tensor)
+    slots, _ = plan_slots({tensor: (shapes[tensor], formats[tensor]) for tensor in shapes})
+    for slot in slots:
+        if file.entries[slot.name].size_bytes != slot.size_bytes:
+            raise ModelFileError(f"{path}: weight {slot.name} has the wrong size", field=slot.name)
+    return ModelSource(
+        path=path,
+        kind="packed",
+        config=config,
+        tensors={slot.name: PackedTensor(file, slot) for slot in slots},
+        name=name if isinstance(name, str) else "",
+        licence=licence if isinstance(licence, str) else None,
+        default_quant="none",
+    )
+
+
+def read_packed(source: ModelSource, progress: Progress | None = None) -> PackedWeights:
+    """Read the panels of a packed source into memory."""
+    tensors = [cast(PackedTensor, tensor) for tensor in source.tensors.values()]
+    slots, size = plan_slots({t.slot.name: (t.shape, t.format) for t in tensors})
+    memory = arena(size)
+    for tensor, slot in zip(tensors, slots, strict=True):
+        entry = tensor.file.entries[slot.name]
+        tensor.file.read_into(entry, 0, memory[slot.offset : slot.offset + slot.size_bytes])
+        if len(slot.shape) == 1 and not np.isfinite(memory[slot.offset :][: slot.size_bytes].view(np.float32)).all():
+            raise ModelFileError(f"{source.path}: weight {slot.name} is not finite; pack the original again")
+        if progress is not None:
+            progress("reading weights", (slot.offset + slot.size_bytes) / size)
+    return PackedWeights(PackPlan(slots, size, ()), memory)
+
+
+def write_packed(path: Path, source: ModelSource, packed: PackedWeights) -> None:
+    """Write a packed model to `path`, atomically: temporary file, flush, rename, flush of the directory."""
+    manifest = {
+        "version": PACK_VERSION,
+        "config": _config_to_json(source.config),
+        "formats": {slot.name: slot.packed_format for slot in packed.plan.slots},
+        "name": source.name,
+        "licence": source.licence,
+    }
+    header: dict[str, object] = {"__metadata__": {"bise": json.dumps(manifest)}}
+    offset = 0
+    for slot in packed.plan.slots:
+        header[slot.name] = {
+            "dtype": "U8",
+            "shape": [slot.size_bytes],
+            "data_offsets": [offset, offset + slot.size_bytes],
+        }
+        offset += slot.size_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for slot in packed.plan.slots:
+                file.write(packed.memory[slot.offset : slot.offset + slot.size_bytes].data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pack_model(source: ModelSource, quant: str, out: Path | None, progress: Progress | None = None) -> Path:
+    """Pack a source into the directory `out` (or the cache) and return the path of what was written.
+
+    The directory can be given as MODEL afterwards: it holds the weights and what the tokenizer needs.
+    """
+    ops = CpuOps(os.cpu_count() or 1)
+    if source.kind == "packed":
+        raise ConfigError(f"{source.path} is packed already; give the original model", field="model")
+    packed = pack_weights(source, quant, ops, progress)
+    if out is None:
+        path = cache_path(source, quant, progress)
+        _write_or_explain(path, source, packed)
+        return path
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; give a new directory", field="out")
+    out.mkdir(parents=True, exist_ok=True)
+    if source.kind == "gguf":
+        text = json.dumps(dict(_portable(source.metadata)))
+        (out / GGUF_METADATA_FILE).write_text(text, encoding="utf-8")
+    else:
+        for name in TOKENIZER_FILES:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, out / name)
+    _write_or_explain(out / PACKED_FILE, source, packed)
+    return out
+
+
+def load_packed(
+    source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None
+) -> tuple[PackedWeights, tuple[str, ...]]:
+    """Return the packed weights of any source: read when packed or cached, else made (and cached when large).
+
+    Also returns the notes for people: conversions that change values, and a cache that could not be written.
+    """
+    if source.kind == "packed":
+        if quant not in ("auto", "none"):
+            raise ConfigError(f"{source.path} is packed already; leave --quant away", field="quant")
+        return read_packed(source, progress), ()
+    stored = sum(tensor.size_bytes for tensor in source.tensors.values())
+    if stored < CACHE_MINIMUM_BYTES:
+        packed = pack_weights(source, quant, ops, progress)
+        return packed, packed.plan.notes
+    path = cache_path(source, quant, progress)
+    if path.exists():
+        try:
+            cached = _open_file(path)
+            if cached.config == source.config:
+                from bise.model.pack import plan_packing
+
+                return read_packed(cached, progress), plan_packing(source, quant).notes
+        except ModelFileError:
+            pass  # an old version or a damaged file: made anew below
+    packed = pack_weights(source, quant, ops, progress)
+    notes = packed.plan.notes
+    try:
+        write_packed(path, source, packed)
+    except OSError as error:
+        notes += (f"the packed weights could not be cached at {path.parent}: {error.strerror}",)
+    return packed, notes
+
+
+def cache_path(source: ModelSource, quant: str, progress: Progress | None = None) -> Path:
+    """Return where the packed form of a source is cached: named by the hash of the source's content."""
+    return bise_home() / "cache" / "packed" / f"{content_hash(source, progress)[:40]}-{quant}-v{PACK_VERSION}.safetensors"
+
+
+def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
+    """Return the SHA-256 of a model's weight files (hex).
+
+    Reading 14 GB takes seconds, so the result is remembered by path, size, time of change and inode.
+    """
+    files = list(_weight_files(source))
+    identity = json.dumps([[str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for p in files for s in [p.stat()]])
+    memo = bise_home() / "cache" / "hashes" / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        known = memo.read_text(encoding="ascii").strip()
+        if len(known) == 64:
+            return known
+    except OSError:
+        pass
+    digest = hashlib.sha256()
+    total, done = sum(path.stat().st_size for path in files), 0
+    for path in files:
+        descriptor, size = open_regular(path)
+        try:
+            for offset in range(0, size, 1 << 24):
+                digest.update(read_at(descriptor, path, offset, min(1 << 24, size - offset)))
+                done += min(1 << 24, size - offset)
+                if progress is not None:
+                    progress("hashing the files", done / max(total, 1))
+        finally:
+            os.close(descriptor)
+    found = digest.hexdigest()
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo.with_name(f".{memo.name}.{os.getpid()}.tmp")
+        temporary.write_text(found, encoding="ascii")
+        temporary.replace(memo)
+    except OSError:
+        pass  # a memory aid only: without it the next start hashes again
+    return found
+
+
+def _weight_files(source: ModelSource) -> Iterator[Path]:
+    if source.path.is_file():
+        stem = source.path.name.rpartition("-00001-of-")
+        pattern = f"{stem[0]}-*-of-{stem[2]}" if stem[1] else source.path.name
+        yield from sorted(p for p in source.path.parent.iterdir() if p.match(pattern))
+        return
+    yield from sorted(p for p in source.path.iterdir() if p.suffix in (".safetensors", ".gguf"))
+
+
+def _write_or_explain(path: Path, source: ModelSource, packed: PackedWeights) -> None:
+    try:
+        write_packed(path, source, packed)
+    except OSError as error:
+        raise BiseError(f"{path} could not be written: {error.strerror}", field=str(path)) from error
+
+
+def _portable(metadata: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield GGUF metadata as JSON values: arrays as lists."""
+    for key, value in metadata.items():
+        if isinstance(value, np.ndarray):
+            yield key, value.tolist()
+        elif isinstance(value, (str, int, float, bool)):
+            yield key, value
+        elif isinstance(value, bytes):
+            continue
+        else:
+            yield key, [item for item in cast(list[object], value)]
+
+
+def _config_to_json(config: ModelConfig) -> dict[str, object]:
+    return dataclasses.asdict(config)
+
+
+def _config_from_json(values: dict[str, object]) -> ModelConfig:
+    fields = {item.name for item in dataclasses.fields(ModelConfig)}
+    if unknown := set(values) - fields:
+        raise ConfigError(f"unknown configuration field {sorted(unknown)[0]}")
+    scaling = values.get("rope_scaling")
+    prepared = dict(values)
+    if scaling is not None:
+        stretched = dict(cast(dict[str, object], scaling))
+        for key, value in stretched.items():
+            if isinstance(value, list):
+                stretched[key] = tuple(cast(list[float], value))
+        prepared["rope_scaling"] = RopeScaling(**stretched)  # pyright: ignore[reportArgumentType]
+    prepared["windows"] = tuple(cast(list[int | None], values["windows"]))
+    return ModelConfig(**prepared)  # pyright: ignore[reportArgumentType]
