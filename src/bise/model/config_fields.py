@@ -6,7 +6,6 @@ It knows JSON types and ranges, not architectures. Neither `true` nor `1.0` is a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import NoReturn, cast
 
 from bise.errors import ModelFileError, quoted
@@ -37,14 +36,13 @@ class ConfigFields:
             self.refuse(name, f"must be an integer from {low} to {high}, got {quoted(value)}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive finite number as a float; an absent one is `default`, or refused without."""
+    def number(self, name: str, default: float | None = None, *, below: float = 1e15) -> float:
+        """Return a number in (0, below) as a float; an absent one is `default`, or refused without."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(name, f"must be a positive number, got {quoted(value)}")
-        # An integer of 40 digits is finite but has no float; compare before converting.
-        if not 0 < value < 1e300 or not isfinite(value):
-            self.refuse(name, f"must be a positive finite number, got {quoted(value)}")
+            self.refuse(name, f"must be a number, got {quoted(value)}")
+        if not 0 < value < below:
+            self.refuse(name, f"must be above 0 and below {below:g}, got {quoted(value)}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:

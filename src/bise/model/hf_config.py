@@ -130,7 +130,7 @@ def read_hf_config(values: Mapping[str, object], origin: str) -> ModelConfig:
         rope_scaling=scaling,
         windows=_windows(fields, family, sizes["num_layers"]),
         tied_embeddings=fields.boolean("tie_word_embeddings", False),
-        floats={"rope_theta": theta, "norm_eps": fields.number("rms_norm_eps")},
+        floats={"rope_theta": theta, "norm_eps": fields.number("rms_norm_eps", below=1.0)},
         integers={
             **sizes,
             "num_heads": heads,

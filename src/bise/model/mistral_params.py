@@ -82,7 +82,7 @@ def read_mistral_params(values: Mapping[str, object], origin: str) -> ModelConfi
         rope_scaling=_yarn(fields) if "yarn" in fields else None,
         windows=windows,
         tied_embeddings=fields.boolean("tied_embeddings", False),
-        floats={"rope_theta": theta, "norm_eps": fields.number("norm_eps")},
+        floats={"rope_theta": theta, "norm_eps": fields.number("norm_eps", below=1.0)},
         integers=sizes,
     )
 
