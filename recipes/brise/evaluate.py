@@ -1,0 +1,194 @@
+"""Measure an exported brise on the held-back rows: loss, bits per byte, exact match, ten samples by rule.
+
+    python recipes/brise/evaluate.py --run RUN --data DATA --model brise
+
+Uses bise's own network in float32 over the bf16 weights. Writes RUN/evaluation.json and prints it. Exact
+match: the greedy answer to every first user turn, lower-cased and without punctuation, equals the held-back
+answer.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from chat import BOS, EOS, PAD, ChatEncoder
+from export import read_export
+from mixture import SMALLTALK, Message, Mixture, read_rows, renamed
+from network import Weights
+from torch.nn import functional
+from train import Rows
+
+from bise.config import ModelConfig
+from bise.kernels.torch import TorchOps
+from bise.model.batch import training_batch
+from bise.model.transformer import Transformer
+
+ANSWER_TOKENS = 160
+"""Longest greedy answer."""
+SCORE_BATCH = 32
+PROMPTS_AT_ONCE = 64
+SAMPLES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Exact match of one source."""
+
+    rows: int
+    matched: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """Loss over one held-back set."""
+
+    tokens: int
+    nats_per_token: float
+    bits_per_byte: float
+
+
+class Scorer:
+    """A model that scores rows of equal length."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        """Compute in float32."""
+        self._model = Transformer(config, weights, TorchOps())
+        self._groups = len(config.window_groups)
+
+    def hidden(self, ids: np.ndarray) -> torch.Tensor:
+        """Return hidden states [S, L, E] of rows [S, L]."""
+        with torch.no_grad():
+            flat = self._model.forward(training_batch(ids.astype(np.int32), self._groups))
+        return flat.view(*ids.shape, -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return scores [R, V] of hidden states [R, E]."""
+        with torch.no_grad():
+            return self._model.logits(hidden)
+
+
+def loss_of(scorer: Scorer, run: Path, name: str, size_bytes: int) -> Loss:
+    """Return the loss over every learned token of a held-back set of data.py."""
+    rows = Rows(run, name, 1, 0)
+    total = 0.0
+    tokens = 0
+    for first in range(0, rows.steps_per_pass, SCORE_BATCH):
+        index = np.arange(first, min(first + SCORE_BATCH, rows.steps_per_pass))
+        ids, targets, share = rows.rows(index)
+        hidden = scorer.hidden(ids.view(len(index), -1).numpy())
+        for row in range(len(index)):
+            span = slice(row * rows.row_tokens, (row + 1) * rows.row_tokens)
+            losses = functional.cross_entropy(scorer.logits(hidden[row]), targets[span], reduction="none")
+            learned = share[span] > 0
+            total += float(losses[learned].double().sum())
+            tokens += int(learned.sum())
+    return Loss(
+        tokens=tokens,
+        nats_per_token=round(total / tokens, 4),
+        bits_per_byte=round(total / math.log(2) / size_bytes, 4),
+    )
+
+
+def answers(scorer: Scorer, prompts: list[list[int]], limit: int, context: int) -> list[list[int]]:
+    """Return the greedy continuation of every prompt, without its end token.
+
+    Prompts of like length run together, padded on the right: causal attention never looks there.
+    """
+    found: dict[int, list[int]] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for first in range(0, len(by_length), PROMPTS_AT_ONCE):
+        alive = {index: list(prompts[index]) for index in by_length[first : first + PROMPTS_AT_ONCE]}
+        for _ in range(limit):
+            width = max(len(ids) for ids in alive.values())
+            padded = np.full((len(alive), width), PAD, np.int32)
+            for row, ids in enumerate(alive.values()):
+                padded[row, : len(ids)] = ids
+            last = torch.tensor([len(ids) - 1 for ids in alive.values()])
+            hidden = scorer.hidden(padded)[torch.arange(len(alive)), last]
+            for index, token in zip(list(alive), scorer.logits(hidden).argmax(-1).tolist(), strict=True):
+                ended = token == EOS or len(alive[index]) >= context
+                if ended:
+                    found[index] = alive.pop(index)[len(prompts[index]) :]
+                else:
+                    alive[index].append(token)
+            if not alive:
+                break
+        found |= {index: ids[len(prompts[index]) :] for index, ids in alive.items()}
+    return [found[index] for index in range(len(prompts))]
+
+
+def normal(text: str) -> str:
+    """Return `text` in lower case, without punctuation, blanks folded."""
+    return " ".join(re.sub(r"[^\w\s]", "", text.lower()).split())
+
+
+def exact_match(
+    answer: Callable[[list[list[int]]], list[list[int]]], encoder: ChatEncoder, mixture: Mixture, data: Path
+) -> tuple[dict[str, Match], list[dict[str, str]]]:
+    """Return matches by source over the held-back chats, and the first SAMPLES prompts with their answers."""
+    rows = list(read_rows(data / "valid" / "chat.jsonl.zst"))
+    turns: list[tuple[str, list[Message]]] = []
+    for row in rows:
+        messages = row.get("messages", [])
+        source = row.get("source", "")
+        turns.append((source, renamed(messages, mixture) if source == SMALLTALK else messages))
+    prompts = [encoder.chat(messages[:1]).ids for _, messages in turns]
+    assert all(prompt[0] == BOS for prompt in prompts)
+    said = [encoder.decode(ids) for ids in answer(prompts)]
+    matches: dict[str, Match] = {}
+    for (source, messages), text in zip(turns, said, strict=True):
+        before = matches.get(source, Match(rows=0, matched=0))
+        hit = normal(text) == normal(messages[1]["content"])
+        matches[source] = Match(rows=before.rows + 1, matched=before.matched + hit)
+    samples = [
+        {"prompt": messages[0]["content"], "answer": text, "held_back": messages[1]["content"]}
+        for (_, messages), text in zip(turns[:SAMPLES], said, strict=False)
+    ]
+    return dict(sorted(matches.items())), samples
+
+
+def main() -> None:
+    """Evaluate an export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder with the held-back arrays")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the training bundle")
+    parser.add_argument("--model", type=Path, required=True, help="exported directory")
+    parser.add_argument(
+        "--ask", action="append", default=[], help="only answer this prompt (may be repeated)"
+    )
+    parser.add_argument("--mixture", type=Path, default=Path(__file__).with_name("mixture.toml"))
+    args = parser.parse_args()
+    mixture = Mixture.load(args.mixture)
+    encoder = ChatEncoder.load(args.model / "tokenizer.json")
+    scorer = Scorer(mixture.model, read_export(args.model, mixture.model))
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        return answers(scorer, prompts, ANSWER_TOKENS, mixture.model.max_context)
+
+    if args.ask:
+        prompts = [encoder.chat([{"role": "user", "content": text}]).ids for text in args.ask]
+        for text, ids in zip(args.ask, answer(prompts), strict=True):
+            print(f"> {text}\n{encoder.decode(ids)}\n")
+        return
+    sizes = json.loads((args.run / "valid.json").read_text("utf-8"))
+    losses = {
+        kind: asdict(loss_of(scorer, args.run, f"valid_{kind}", sizes[kind])) for kind in ("text", "chat")
+    }
+    matches, samples = exact_match(answer, encoder, mixture, args.data)
+    result = {
+        "loss": losses,
+        "exact_match": {source: asdict(match) for source, match in matches.items()},
+        "samples": samples,
+    }
+    (args.run / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
