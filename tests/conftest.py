@@ -113,7 +113,7 @@ def hash_config(*windows: int | None, max_context: int = 512) -> ModelConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> ByteTokenizer:
     return ByteTokenizer()
 

@@ -1,0 +1,130 @@
+"""Tiny random models on every backend that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bise.config import ModelConfig
+from bise.engine.engine import Engine
+from bise.kernels import Ops
+from bise.model.transformer import Transformer, weight_shapes
+
+VOCAB = 258
+
+MODELS = {
+    "dense full": {"windows": (None, None)},
+    "dense window": {"windows": (48, 48)},
+    "interleaved": {"windows": (None, 48, 48), "num_layers": 3},
+    "8 experts": {"windows": (48, None), "num_experts": 8, "experts_per_token": 2},
+}
+
+
+def tiny_config(name: str) -> ModelConfig:
+    """Return one of `MODELS`: Nemo-like heads (head_dim != dim / heads), grouped queries, the byte vocabulary."""
+    fields: dict[str, Any] = {
+        "family": "mistral",
+        "dim": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "hidden_dim": 96,
+        "vocab_size": VOCAB,
+        "max_context": 2048,
+    }
+    return ModelConfig(**{**fields, **MODELS[name]})
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return float32 weights of a model whose logits differ enough that sampling is no coin toss."""
+    rng = np.random.default_rng(seed)
+    weights: dict[str, np.ndarray] = {}
+    for name, shape in weight_shapes(config).items():
+        values = rng.standard_normal(shape, np.float32)
+        weights[name] = 1 + 0.1 * values if len(shape) == 1 else values * (2.5 / shape[1] ** 0.5)
+    return weights
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a backend is made and how exactly it must keep the identities."""
+
+    name: str
+    make_ops: Callable[..., Ops]
+    """Takes the number of threads."""
+    pack: Callable[[Any, np.ndarray], Any]
+    """(ops, matrix) to the weight form that is tested."""
+    is_exact: bool
+    kv_format: str
+
+    def transformer(self, config: ModelConfig, ops: Any) -> Transformer:
+        weights = {
+            name: ops.vector(array) if array.ndim == 1 else self.pack(ops, array)
+            for name, array in random_weights(config).items()
+        }
+        return Transformer(config, weights, ops)
+
+
+def _torch_backend() -> Backend:
+    torch = pytest.importorskip("torch")
+    from bise.kernels.torch import TorchOps
+
+    torch.set_num_threads(1)  # tiny products: threads only get in the way of the tests beside this one
+    # Rows of a batch share one matrix product there, so that only the last bits may differ.
+    return Backend(
+        "torch", lambda _: TorchOps(torch.float64), lambda ops, array: ops.weight(array), False, "f32"
+    )
+
+
+def _cpu_backend(packed_format: str, kv_format: str) -> Backend:
+    cpu = pytest.importorskip("bise.kernels.cpu", exc_type=ImportError)
+
+    def pack(ops: Any, array: np.ndarray) -> Any:
+        return ops.quantized(array, packed_format)
+
+    return Backend(f"cpu-{packed_format}-{kv_format}", cpu.CpuOps, pack, True, kv_format)
+
+
+BACKENDS = {
+    "torch-f64": _torch_backend,
+    "cpu-f32": lambda: _cpu_backend("f32", "f32"),
+    "cpu-bf16": lambda: _cpu_backend("bf16", "bf16"),
+    "cpu-q8": lambda: _cpu_backend("q8", "f16"),
+    "cpu-q4": lambda: _cpu_backend("q4", "q8"),
+}
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request) -> Backend:
+    return BACKENDS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def ops(backend) -> Ops:
+    return backend.make_ops(1)
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def model(request, backend, ops) -> Transformer:
+    return backend.transformer(tiny_config(request.param), ops)
+
+
+@pytest.fixture(scope="session")
+def make_engine(backend, ops, model, byte_tokenizer) -> Callable[..., Engine]:
+    """Return a function that makes an engine without a thread over `model`: (**engine options)."""
+
+    def make(**options: Any) -> Engine:
+        settings: dict[str, Any] = {
+            "num_blocks": 80,
+            "threaded": False,
+            "kv_format": backend.kv_format,
+            **options,
+        }
+        return Engine(model, ops, config=model.config, tokenizer=byte_tokenizer, **settings)
+
+    return make
