@@ -156,7 +156,7 @@ def _tekken_controls(listed: object, count: int, version: int, file: Path) -> li
         raise ModelFileError(
             f"{file}: special_tokens is missing, which v{version} needs", field="special_tokens"
         )
-    names: list[str] = _UNLISTED_CONTROLS.split() if listed is None else []
+    names = [*_UNLISTED_CONTROLS.split()] if listed is None else list[str]()
     if listed is not None and not isinstance(listed, list):
         raise ModelFileError(
             f"{file}: special_tokens must be an array, not {kind_of(listed)}", field="special_tokens"
@@ -166,7 +166,7 @@ def _tekken_controls(listed: object, count: int, version: int, file: Path) -> li
         text = fields.get("token_str")
         if not isinstance(text, str) or not text or fields.get("rank") != index:
             raise ModelFileError(
-                f"{file}: special_tokens[{index}] must have a token_str and rank {index}, got {shown(entry)}",
+                f"{file}: special_tokens[{index}] must have a token_str and rank {index}, got {shown(cast(object, entry))}",
                 field="special_tokens",
             )
         names.append(text)
@@ -200,7 +200,7 @@ def _tekken_ranks(vocab: object, count: int, file: Path) -> dict[bytes, int]:
         if fields.get("rank") != rank or not data or (rank < 256 and data != bytes([rank])):
             raise ModelFileError(
                 f"{file}: vocab[{rank}] must have rank {rank} and token_bytes in base64 (single bytes first), got "
-                f"{shown(entry)}",
+                f"{shown(cast(object, entry))}",
                 field="vocab",
             )
         if ranks.setdefault(data, rank) != rank:
