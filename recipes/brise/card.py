@@ -181,8 +181,8 @@ def _measured(run: Path) -> str:
     matched = sum(match["matched"] for match in matches.values())
     lines += [
         "",
-        "Exact match of the greedy answer to the first user turn of every held-back conversation, lower-cased "
-        "and without punctuation (few rows a source: read the counts, not the percentages):",
+        "Exact match of the greedy answer to the first user turn of every held-back conversation, in lower "
+        "case and without punctuation (few rows a source: read the counts, not the percentages):",
         "",
         "| source | rows | exact | % |",
         "|---|---:|---:|---:|",

@@ -4,9 +4,9 @@
     python recipes/brise/train.py --run RUN --stage pretrain --decay-steps 400
     python recipes/brise/train.py --run RUN --stage tune --decay-steps 600
 
-The rate warms up, stays, and falls to zero over `--decay-steps` counted from the step at which the flag is
-first given; the run then ends. Without the flag it goes on until SIGTERM or SIGINT, which write a checkpoint
-and stop. Progress is one JSON line a report in RUN/<stage>.jsonl.
+The rate warms up and stays until a run is started with `--decay-steps`: from there it falls to zero over so
+many steps, and the run ends. Resume without the flag to keep to the plan; with it, the rest of the fall is
+planned anew. SIGTERM and SIGINT write a checkpoint and stop. Progress is one JSON line a report in RUN/<stage>.jsonl.
 """
 
 import argparse
@@ -46,19 +46,29 @@ class Progress:
     decay_start: int = -1
     """Step at which the rate began to fall; -1 while it has not."""
     decay_steps: int = 0
+    decay_level: float = 1.0
+    """Share of the peak rate from which it falls; below 1 when the end was planned anew during a fall."""
 
     @property
     def is_finished(self) -> bool:
         """True when the rate has reached zero."""
         return self.decay_start >= 0 and self.step >= self.decay_start + self.decay_steps
 
-    def rate(self, stage: Stage) -> float:
-        """Return the learning rate of the next step: linear warm-up, flat, linear fall to zero."""
-        warm = min(1.0, (self.step + 1) / stage.warmup_steps)
+    @property
+    def level(self) -> float:
+        """Share of the peak rate at this step, warm-up aside: flat, then a linear fall to zero."""
         if self.decay_start < 0:
-            return stage.peak_lr * warm
+            return 1.0
         left = self.decay_start + self.decay_steps - self.step
-        return stage.peak_lr * warm * min(1.0, max(0.0, left / self.decay_steps))
+        return self.decay_level * min(1.0, max(0.0, left / self.decay_steps))
+
+    def rate(self, stage: Stage) -> float:
+        """Return the learning rate of the next step."""
+        return stage.peak_lr * self.level * min(1.0, (self.step + 1) / stage.warmup_steps)
+
+    def ending_in(self, decay_steps: int) -> "Progress":
+        """Return this progress with the fall to zero planned from here, over `decay_steps` steps."""
+        return replace(self, decay_level=self.level, decay_start=self.step, decay_steps=decay_steps)
 
 
 class Rows:
@@ -190,10 +200,8 @@ def start(run: Path, stage: str, mixture: Mixture, decay_steps: int) -> Trainer:
         trainer = Trainer(mixture.model, read_weights(run / "pretrain.safetensors"), Progress(stage=stage))
     else:
         trainer = Trainer(mixture.model, initial_weights(mixture.model, mixture.seed), Progress(stage=stage))
-    if decay_steps and trainer.progress.decay_start < 0:
-        trainer.progress = replace(
-            trainer.progress, decay_start=trainer.progress.step, decay_steps=decay_steps
-        )
+    if decay_steps:
+        trainer.progress = trainer.progress.ending_in(decay_steps)
     return trainer
 
 

@@ -154,6 +154,13 @@ def test_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert replace(falling, step=110).is_finished
 
 
+def test_a_fall_planned_anew_goes_on_from_the_rate_it_had() -> None:
+    stage = Stage(row_tokens=16, rows_per_step=4, peak_lr=1.0, warmup_steps=4)
+    halfway = replace(Progress(stage="tune", step=100).ending_in(10), step=105)
+    longer = halfway.ending_in(20)
+    assert [replace(longer, step=step).rate(stage) for step in (105, 115, 125)] == [0.5, 0.25, 0.0]
+
+
 def test_some_steps_overfit_one_batch(mixture: Mixture, run_folder: Path) -> None:
     trainer = Trainer(mixture.model, initial_weights(mixture.model, 1), Progress(stage="pretrain"))
     rows = Rows(run_folder, "pretrain", 12, 0)
