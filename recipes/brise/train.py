@@ -6,7 +6,8 @@
 
 The rate warms up and stays until a run is started with `--decay-steps`: from there it falls to zero over so
 many steps, and the run ends. Resume without the flag to keep to the plan; with it, the rest of the fall is
-planned anew. SIGTERM and SIGINT write a checkpoint and stop. Progress is one JSON line a report in RUN/<stage>.jsonl.
+planned anew. SIGTERM and SIGINT write a checkpoint and stop. Progress is one JSON line a report in
+RUN/<stage>.jsonl.
 """
 
 import argparse
