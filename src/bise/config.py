@@ -53,7 +53,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "yarn", "llama3", "factors"):
             raise ConfigError(
-                f"rope scaling '{self.kind}' is not supported; known: linear, yarn, llama3", field="rope_scaling"
+                f"rope scaling '{self.kind}' is not supported; known: linear, yarn, llama3",
+                field="rope_scaling",
             )
         positive = {
             "factor": self.factor,
@@ -64,17 +65,21 @@ class RopeScaling:
             "attention_factor": 1.0 if self.attention_factor is None else self.attention_factor,
         }
         for name, value in positive.items():
-            if not (isfinite(value) and value > 0):
-                raise ConfigError(f"rope_scaling.{name} must be a positive number, got {value}", field="rope_scaling")
+            if not 1e-6 <= value <= 1e6:
+                raise ConfigError(
+                    f"rope_scaling.{name} must be a number from 1e-6 to 1e6, got {value}",
+                    field="rope_scaling",
+                )
         if self.factor < 1:
             raise ConfigError(f"rope_scaling.factor must be >= 1, got {self.factor}", field="rope_scaling")
         if (self.kind == "factors") != bool(self.factors) or not all(
-            isfinite(value) and value > 0 for value in self.factors
+            1e-6 <= value <= 1e6 for value in self.factors
         ):
-            raise ConfigError("rope_scaling.factors must be positive numbers", field="rope_scaling")
-        if self.kind in ("yarn", "llama3") and self.original_context < 1:
+            raise ConfigError("rope_scaling.factors must be numbers from 1e-6 to 1e6", field="rope_scaling")
+        limit = ARCHITECTURE_LIMITS["max_context"]
+        if self.kind in ("yarn", "llama3") and not 1 <= self.original_context <= limit:
             raise ConfigError(
-                f"rope_scaling of kind {self.kind} needs original_max_position_embeddings >= 1",
+                f"rope_scaling of kind {self.kind} needs original_max_position_embeddings from 1 to {limit}",
                 field="rope_scaling",
             )
 
@@ -113,21 +118,12 @@ class ModelConfig:
         self._check_sizes()
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})", field="num_kv_heads"
+                f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})",
+                field="num_kv_heads",
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}", field="head_dim")
-        for name, value in (("rope_theta", self.rope_theta), ("norm_eps", self.norm_eps)):
-            if not (isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a positive number, got {value}", field=name)
-        if self.rope_theta <= 1:
-            raise ConfigError(f"rope_theta must be above 1, got {self.rope_theta}", field="rope_theta")
-        factors = self.rope_scaling.factors if self.rope_scaling else ()
-        if factors and len(factors) != self.head_dim // 2:
-            raise ConfigError(
-                f"rope_scaling.factors has {len(factors)} values, not head_dim / 2 = {self.head_dim // 2}",
-                field="rope_scaling",
-            )
+        self._check_rope()
+        if not (isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps must be a positive number, got {self.norm_eps}", field="norm_eps")
         if self.norm_eps >= 1:
             raise ConfigError(f"norm_eps must be below 1, got {self.norm_eps}", field="norm_eps")
         if bool(self.num_experts) != bool(self.experts_per_token):
@@ -153,6 +149,26 @@ class ModelConfig:
             low = 0 if name == "num_experts" else 1
             if not low <= value <= limit:
                 raise ConfigError(f"{name} must be between {low} and {limit}, got {value}", field=name)
+
+    def _check_rope(self) -> None:
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim must be even for rotary embedding, got {self.head_dim}", field="head_dim"
+            )
+        if not (isfinite(self.rope_theta) and self.rope_theta > 0):
+            raise ConfigError(
+                f"rope_theta must be a positive number, got {self.rope_theta}", field="rope_theta"
+            )
+        if not 1 < self.rope_theta <= 1e15:
+            raise ConfigError(
+                f"rope_theta must be above 1 and at most 1e15, got {self.rope_theta}", field="rope_theta"
+            )
+        factors = self.rope_scaling.factors if self.rope_scaling else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope_scaling.factors has {len(factors)} values, not head_dim / 2 = {self.head_dim // 2}",
+                field="rope_scaling",
+            )
 
     @property
     def is_moe(self) -> bool:
@@ -225,7 +241,9 @@ def default_threads() -> int:
     """Worker threads of the CPU backend: `BISE_THREADS`, else the processors this process may use."""
     if text := os.environ.get("BISE_THREADS"):
         if not text.isdecimal() or not 1 <= int(text) <= 1024:
-            raise ConfigError(f"BISE_THREADS must be a whole number from 1 to 1024, got '{text}'", field="BISE_THREADS")
+            raise ConfigError(
+                f"BISE_THREADS must be a whole number from 1 to 1024, got '{text}'", field="BISE_THREADS"
+            )
         return int(text)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -387,8 +387,8 @@ def test_a_split_model_is_refused_when_a_part_is_missing_swapped_or_opened_alone
 
 
 def test_the_default_width_is_the_one_most_layer_bytes_have(tmp_path: Path) -> None:
-    for kind, width in (("Q4_0", "q4"), ("Q5_0", "q8"), ("Q8_0", "q8"), ("F16", "bf16")):
-        write(tmp_path / "m.gguf", Spec(types={"blk": kind}))
+    for kind, width in (("Q4_0", "q4"), ("Q5_0", "q8"), ("Q4_K", "q4"), ("Q8_0", "q8"), ("F16", "q8")):
+        write(tmp_path / "m.gguf", Spec(dim=256, head_dim=64, hidden=256, types={"blk": kind}))
         assert open_gguf(tmp_path / "m.gguf").default_quant == width
 
 

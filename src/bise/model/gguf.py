@@ -341,10 +341,11 @@ class _Weights:
 
 
 def _default_quant(tensors: Mapping[str, SourceTensor]) -> str:
-    """Return the width that most of the layers' matrix bytes are stored in: q4, q8 or bf16."""
-    sizes = {"q4": 0, "q8": 0, "bf16": 0}
+    """Return q4 when most of the layers' matrix bytes are stored in 5 bits per value or fewer, else q8."""
+    narrow = total = 0
     for name, tensor in tensors.items():
         if name.startswith("layers.") and len(tensor.shape) == 2:
-            bits = 8 * tensor.size_bytes / (tensor.shape[0] * tensor.shape[1])
-            sizes["q4" if bits <= 5 else "q8" if bits < 16 else "bf16"] += tensor.size_bytes
-    return max(sizes, key=lambda width: sizes[width])
+            total += tensor.size_bytes
+            if 8 * tensor.size_bytes <= 5 * tensor.shape[0] * tensor.shape[1]:
+                narrow += tensor.size_bytes
+    return "q4" if 2 * narrow > total else "q8"

@@ -43,7 +43,9 @@ def _llama3(inv_freq: Frequencies, scaling: RopeScaling) -> Frequencies:
         return np.where(wavelength > low, inv_freq / scaling.factor, inv_freq)
     smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / span
     blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
-    return np.where(wavelength < high, inv_freq, np.where(wavelength > low, inv_freq / scaling.factor, blended))
+    return np.where(
+        wavelength < high, inv_freq, np.where(wavelength > low, inv_freq / scaling.factor, blended)
+    )
 
 
 def _yarn(inv_freq: Frequencies, scaling: RopeScaling, config: ModelConfig) -> Frequencies:
