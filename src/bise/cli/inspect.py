@@ -121,10 +121,8 @@ def _pairs(report: dict[str, Any], config: ModelConfig) -> list[tuple[str, str]]
     )
     scaling = report["rope"]["scaling"]
     stretched = f", {scaling['kind']} x{scaling['factor']:g}" if scaling else ""
-    at = ", ".join(
-        f"{mebibytes(size)} at {name}{' (beyond its context)' if CONTEXTS[name] > report['context'] else ''}"
-        for name, size in kv["bytes_at"].items()
-    )
+    at = ", ".join(f"{mebibytes(size)} at {name}" for name, size in kv["bytes_at"].items())
+    beyond = " (its own context is shorter)" if report["context"] < max(CONTEXTS.values()) else ""
     return [
         ("model", report["name"]),
         ("path", report["path"]),
@@ -140,7 +138,7 @@ def _pairs(report: dict[str, Any], config: ModelConfig) -> list[tuple[str, str]]
         ("vocabulary", f"{shape['vocab_size']:,}{', tied embeddings' if shape['tied_embeddings'] else ''}"),
         ("context", f"{report['context']:,} tokens, rope theta {report['rope']['theta']:g}{stretched}"),
         ("window", window_text(config)),
-        ("KV cache", f"{kv['bytes_per_token']:,} bytes per token in 16 bits; {at}"),
+        ("KV cache", f"{kv['bytes_per_token']:,} bytes per token in 16 bits; {at}{beyond}"),
         ("weights", f"{gigabytes(report['bytes'])} on disk; --quant auto means {report['default_quant']}"),
     ]
 

@@ -17,8 +17,8 @@ def command(as_json: bool) -> None:
     """List the models on this machine and the known aliases."""
     from bise.hub.registry import gigabytes, known_models, models_dir
 
-    here = _local()
-    known = [
+    here, cache = _local(), _packed_cache()
+    known: list[dict[str, Any]] = [
         {
             "alias": model.alias,
             "repo": model.repo,
@@ -32,12 +32,14 @@ def command(as_json: bool) -> None:
         for model in known_models()
     ]
     if as_json:
-        write_json({"local": here, "known": known}, indent=2)
+        write_json({"local": here, "packed_cache": cache, "known": known}, indent=2)
         return
     rows = [[entry["name"], gigabytes(entry["bytes"]), entry["path"]] for entry in here]
     if rows:
         write_table(["ON THIS MACHINE", "SIZE", "PATH"], rows)
         click.echo()
+    if cache["files"]:
+        click.echo(f"packed cache: {cache['files']} files, {gigabytes(cache['bytes'])}, {cache['path']}\n")
     write_table(
         ["ALIAS", "16 BIT", "4 BIT", "LICENCE", "PUBLISHED AS"],
         [
@@ -61,6 +63,14 @@ def _local() -> list[dict[str, Any]]:
         entries.append((f"{NAME} (embedded)", embedded_path()))
     entries += [(path.stem if path.suffix == ".gguf" else path.name, path) for path in local_models()]
     return [{"name": name, "path": str(path), "bytes": size_on_disk(path)} for name, path in entries]
+
+
+def _packed_cache() -> dict[str, Any]:
+    from bise.config import bise_home
+
+    folder = bise_home() / "cache" / "packed"
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()] if folder.is_dir() else []
+    return {"path": str(folder), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 
 def size_on_disk(path: Path) -> int:

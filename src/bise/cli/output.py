@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 PROGRESS_DELAY_S = 1.0
 """A bar appears only when the work takes longer than this."""
 
-_CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-_CONTROL |= dict.fromkeys(range(127, 160), 65533)
+_CONTROL = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    **dict.fromkeys(range(127, 160), 0xFFFD),
+}
+"""Control characters to the pictures of them, newline and tab left alone."""
 
 
 def on_terminal(stream: TextIO | Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -204,7 +204,7 @@ def _block(first: str, read_line: Callable[[bool], str]) -> Iterator[str]:
 
 
 @contextmanager
-def line_editor(history: Path | None) -> Iterator[None]:
+def line_editor(history: Path | None) -> Generator[None]:
     """Give `input` line editing, and a history kept in `history` (mode 0600; None keeps nothing)."""
     try:
         import readline
