@@ -14,6 +14,7 @@ from bise.errors import ConfigError, MemoryPlanError, ModelFileError
 from bise.formats import KV_FORMATS
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
+from bise.model.pack import plan_packing
 from bise.model.packed import load_packed
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
@@ -60,14 +61,14 @@ def load_model(
 ) -> LoadedModel:
     """Load the model at `path` and start its engine.
 
-    `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output together;
-    without it the model's own context counts, up to 32,768 tokens and what half of the free memory holds.
-    `max_sequences` full contexts can run at once. Raises UserError for everything the caller can mend.
+    `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
+    together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
+    holds. `max_sequences` full contexts can run at once. Raises UserError for everything the caller can mend.
     """
     source = open_model(path)
     kv_format = _kv_format(kv, quant)
     ops = CpuOps(default_threads() if threads is None else _checked_threads(threads))
-    _require_memory(source)
+    _require_memory(source, quant)
     tokenizer, template = _text(source)
     packed, notes = load_packed(source, quant, ops, progress)
     transformer = Transformer(source.config, packed.weights(ops), ops)
@@ -104,10 +105,16 @@ def _text(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     vocab_size = source.config.vocab_size
     from_gguf = any(key.startswith("tokenizer.ggml.") for key in source.metadata)
     tokenizer = (
-        tokenizer_from_gguf(source.metadata, vocab_size) if from_gguf else load_tokenizer(source.path, vocab_size)
+        tokenizer_from_gguf(source.metadata, vocab_size)
+        if from_gguf
+        else load_tokenizer(source.path, vocab_size)
     )
     try:
-        template = template_from_gguf(source.metadata, tokenizer) if from_gguf else load_template(source.path, tokenizer)
+        template = (
+            template_from_gguf(source.metadata, tokenizer)
+            if from_gguf
+            else load_template(source.path, tokenizer)
+        )
     except ModelFileError as error:
         if error.field not in ("chat_template", "tokenizer.chat_template"):
             raise
@@ -115,13 +122,16 @@ def _text(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     return tokenizer, template
 
 
-def _require_memory(source: ModelSource) -> None:
+def _require_memory(source: ModelSource, quant: str) -> None:
     available = available_memory()
-    needed = min(sum(tensor.size_bytes for tensor in source.tensors.values()), source.config.num_params // 2)
+    if source.kind == "packed":
+        needed = sum(tensor.size_bytes for tensor in source.tensors.values())
+    else:
+        needed = plan_packing(source, quant).size_bytes
     if available is not None and needed > available:
         raise MemoryPlanError(
-            f"{source.path} needs at least {needed / 2**30:.1f} GiB for its weights, {available / 2**30:.1f} GiB of "
-            "memory are free; close other programs or take a smaller model",
+            f"{source.path} needs {needed / 2**30:.1f} GiB for its weights, {available / 2**30:.1f} GiB of memory "
+            "are free; try --quant q4, close other programs, or take a smaller model",
             field="model",
         )
 
@@ -139,7 +149,8 @@ def _planned_context(
     if context is not None:
         if not 1 <= context <= config.max_context:
             raise ConfigError(
-                f"context must be from 1 to {config.max_context} tokens (this model's), got {context}", field="context"
+                f"context must be from 1 to {config.max_context} tokens (this model's), got {context}",
+                field="context",
             )
         if available is not None and cost(context) > available:
             raise MemoryPlanError(
@@ -153,13 +164,15 @@ def _planned_context(
         tokens //= 2
     if tokens == config.max_context:
         return tokens, ()
-    return tokens, (f"context {tokens} of the model's {config.max_context} tokens; --context N asks for another",)
+    return tokens, (
+        f"context {tokens} of the model's {config.max_context} tokens; --context N asks for another",
+    )
 
 
 def available_memory() -> int | None:
     """Return the bytes of memory that can be taken without swapping, None when the system does not tell."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
@@ -169,4 +182,3 @@ def available_memory() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-

@@ -1,7 +1,8 @@
 """The operations a Mistral-family network is made of: one protocol, several backends.
 
 `model/transformer.py` is written once against `Ops`. The docstrings here are the contract that every backend
-(`cpu`: numpy over the native extension, `torch`: any device, differentiable, float64 oracle) is tested against.
+(`cpu`: numpy over the native extension, `torch`: any device, differentiable, float64 oracle) is tested
+against.
 
 Letters: T tokens in the step, S sequences, H query heads, G key/value heads, D head width, E model width,
 F hidden width, V vocabulary, X experts, N and K rows and columns of a weight.
@@ -42,8 +43,8 @@ SPLIT_SIZE = 512
 class AttentionMeta:
     """Where the queries of one step stand and where their keys live, for layers that share a block table.
 
-    Worked example: blocks of 4 tokens, two sequences; A decodes its 10th token (position 9), B brings its first
-    three. A's table is [7, 2, 5] (positions 8..11 live in block 5), B's is [0]:
+    Worked example: blocks of 4 tokens, two sequences; A decodes its 10th token (position 9), B brings its
+    first three. A's table is [7, 2, 5] (positions 8..11 live in block 5), B's is [0]:
 
         q_start     = [0, 1, 4]          rows of A: 0..0, of B: 1..3
         q_pos       = [9, 0]             position of each sequence's first row
@@ -78,13 +79,17 @@ class Ops(Protocol):
         ...
 
     def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> Pages:
-        """Allocate K and V pages of one layer; `kv_format` is f32, f16, bf16 or q8 (one scale per token and head)."""
+        """Allocate K and V pages of one layer; `kv_format` is f32, f16, bf16 or q8 (one scale per token
+        and head).
+        """
         ...
 
     def rope(
         self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
     ) -> Rope:
-        """Return cos and sin of positions [T] x inv_freq [D / 2], times `factor`; angles are formed in float64."""
+        """Return cos and sin of positions [T] x inv_freq [D / 2], times `factor`; angles are formed in
+        float64.
+        """
         ...
 
     def embed(self, table: Weight, token_ids: npt.NDArray[np.int32]) -> Array:
@@ -100,7 +105,9 @@ class Ops(Protocol):
         ...
 
     def linear(self, x: Array, weights: Sequence[Weight]) -> list[Array]:
-        """Return x [T, K] times the transpose of each weight [N_i, K]; x is quantised once for all of them."""
+        """Return x [T, K] times the transpose of each weight [N_i, K]; x is quantised once for all of
+        them.
+        """
         ...
 
     def attend(
@@ -116,9 +123,9 @@ class Ops(Protocol):
     ) -> Array:
         """Rotate q [T, H*D] and k [T, G*D], store k and v in `pages`, return attention [T, H*D].
 
-        Scores are q.k / sqrt(D); the query at position p sees keys max(0, p - window + 1) .. p (all up to p when
-        `window` is None). Rotation pairs (i, i + D/2). `pages=None` (training): the rows of each sequence attend to
-        one another only, all sequences have the same length.
+        Scores are q.k / sqrt(D); the query at position p sees keys max(0, p - window + 1) .. p (all up to p
+        when `window` is None). Rotation pairs (i, i + D/2). `pages=None` (training): the rows of each
+        sequence attend to one another only, all sequences have the same length.
         """
         ...
 

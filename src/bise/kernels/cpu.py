@@ -1,8 +1,8 @@
 """The CPU backend: numpy arrays in, the native extension underneath. Sole importer of `_native`.
 
-Weights are packed panels (docs/formats.md); activations are float32 rows, quantised inside to int8 with one scale per
-32 columns when the weight is quantised. Results are the same bits for any batch, chunk, thread count and instruction
-set (docs/numerics.md).
+Weights are packed panels (docs/formats.md); activations are float32 rows, quantised inside to int8 with one
+scale per 32 columns when the weight is quantised. Results are the same bits for any batch, chunk, thread
+count and instruction set (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class CpuOps:
         array = np.ascontiguousarray(array, np.float32)
         memory = arena(packed_size(packed_format, *array.shape))
         if not self.pack_floats(packed_format, array, memory):
-            raise ConfigError(f"a weight has a value that {packed_format} cannot hold (NaN, infinite or too large)")
+            raise ConfigError(
+                f"a weight has a value that {packed_format} cannot hold (NaN, infinite or too large)"
+            )
         return self.packed(packed_format, array.shape[0], array.shape[1], memory)
 
     def packed(self, packed_format: str, num_rows: int, num_columns: int, memory: Bytes) -> Packed:
@@ -98,7 +100,9 @@ class CpuOps:
         return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out)
 
     def pack_blocks(self, ggml_id: int, raw: Bytes, num_columns: int, out: Bytes) -> bool:
-        """Write rows of GGUF blocks [n, bytes per row] as panels to `out`; False when a scale is not finite."""
+        """Write rows of GGUF blocks [n, bytes per row] as panels to `out`; False when a scale is not
+        finite.
+        """
         return self._native.pack_blocks(ggml_id, raw, num_columns, out)
 
     def unpack(self, matrix: Packed) -> Floats:
@@ -172,7 +176,8 @@ class CpuOps:
         window: int | None,
     ) -> Floats:
         """See `Ops.attend`; q and k are rotated in place. Needs pages: this backend does not train."""
-        assert pages is not None and pages.head_dim == head_dim
+        assert pages is not None
+        assert pages.head_dim == head_dim
         out = np.empty_like(q)
         self._native.attend(
             q,

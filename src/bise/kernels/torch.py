@@ -1,4 +1,5 @@
-"""The torch backend: any device, any float dtype, differentiable; in float64 the oracle for every other backend.
+"""The torch backend: any device, any float dtype, differentiable; in float64 the oracle for every other
+backend.
 
 Plain formulas on purpose: this file defines what the ops mean.
 """
@@ -34,7 +35,9 @@ class TorchOps:
     name = "torch"
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        """Compute in `dtype` on `device`; weights of another dtype are cast at each use (and get gradients)."""
+        """Compute in `dtype` on `device`; weights of another dtype are cast at each use (and get
+        gradients).
+        """
         self.dtype = dtype
         self.device = torch.device(device)
         self._masks: dict[tuple[int, int], Tensor] = {}

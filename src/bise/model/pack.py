@@ -1,6 +1,7 @@
 """Weights from a source into packed panels: which format each gets, and the streaming that fills the memory.
 
-One arena holds every matrix of a model; tensors are read in slices, so the peak is the packed size plus one slice.
+One arena holds every matrix of a model; tensors are read in slices, so the peak is the packed size plus one
+slice.
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ class PackedWeights:
             if len(slot.shape) == 1:
                 found[slot.name] = data.view(np.float32)
             else:
-                found[slot.name] = ops.packed(slot.packed_format, *slot.shape, data)
+                num_rows, num_columns = slot.shape
+                found[slot.name] = ops.packed(slot.packed_format, num_rows, num_columns, data)
         return found
 
 
 def plan_slots(formats: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[tuple[Slot, ...], int]:
-    """Lay out (shape, packed format) by name one after the other, aligned; returns the slots and the total bytes."""
+    """Lay out (shape, packed format) by name one after the other, aligned; returns the slots and the total
+    bytes.
+    """
     slots: list[Slot] = []
     offset = 0
     for name, (shape, packed_format) in formats.items():
@@ -84,8 +88,8 @@ def plan_slots(formats: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[tupl
 def plan_packing(source: ModelSource, quant: str) -> PackPlan:
     """Choose a packed format per weight for `quant` (see `QUANTS`) and name what changes.
 
-    `none` keeps the values (a GGUF's dequantised ones as float32); `auto` keeps GGUF blocks as they are and packs
-    floats to the source's own default. Norms and routers stay float32.
+    `none` keeps the values (a GGUF's dequantised ones as float32); `auto` keeps GGUF blocks as they are and
+    packs floats to the source's own default. Norms and routers stay float32.
     """
     if quant not in QUANTS:
         raise ConfigError(f"quant must be one of {', '.join(QUANTS)}, got '{quant}'", field="quant")
@@ -117,7 +121,9 @@ def _packed_format(name: str, tensor: SourceTensor, quant: str, default: str) ->
             return own
         quant = default if default in ("q4", "q8", "bf16") else tensor.format.lower()
     if quant == "q4" and name in ("tok_embeddings", "output"):
-        quant = "q8"  # one row per token is read of the table, and the head decides the token: 8 bits cost little
+        quant = (
+            "q8"  # one row per token is read of the table, and the head decides the token: 8 bits cost little
+        )
     if own is not None and stored.is_quantised and own == quant:
         return own
     return quant
@@ -130,7 +136,9 @@ def _keeps_values(stored: str, packed_format: str) -> bool:
     return FORMATS[stored].is_quantised and ggml_id is not None and packed_format_of(ggml_id) == packed_format
 
 
-def pack_weights(source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None) -> PackedWeights:
+def pack_weights(
+    source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None
+) -> PackedWeights:
     """Read, convert and pack every weight of a source.
 
     Raises ModelFileError naming the tensor when a value is NaN or infinite or does not fit its format.

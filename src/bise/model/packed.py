@@ -1,7 +1,7 @@
 """Packed models on disk: one safetensors file with the panels as bytes and the architecture in its metadata.
 
-The same file is the load-time cache (`BISE_HOME/cache`) and the product of `bise quantize`. It appears under its
-final name only when it is complete: written beside it, flushed, renamed.
+The same file is the load-time cache (`BISE_HOME/cache`) and the product of `bise quantize`. It appears under
+its final name only when it is complete: written beside it, flushed, renamed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bise.config import ModelConfig, RopeScaling, bise_home
 from bise.diskfile import open_regular, read_at
 from bise.errors import BiseError, ConfigError, ModelFileError
 from bise.jsonfile import parse_json
-from bise.kernels.cpu import PACKED_FORMATS, Bytes, CpuOps, arena
-from bise.model.pack import PackedWeights, PackPlan, Progress, Slot, pack_weights, plan_slots
+from bise.kernels.cpu import PACKED_FORMATS, CpuOps, arena
+from bise.model.pack import PackedWeights, PackPlan, Progress, Slot, pack_weights, plan_packing, plan_slots
 from bise.model.safetensors_file import SafetensorsFile
 from bise.model.source import ModelSource
 from bise.model.transformer import weight_shapes
@@ -86,7 +86,8 @@ class PackedTensor:
         if len(self.shape) == 1:
             return data.view(np.float32)[start:stop]
         ops = CpuOps(1)
-        return ops.unpack(ops.packed(self.format, *self.shape, data))[start:stop]
+        num_rows, num_columns = self.shape
+        return ops.unpack(ops.packed(self.format, num_rows, num_columns, data))[start:stop]
 
 
 def open_packed(directory: Path) -> ModelSource:
@@ -111,7 +112,7 @@ def _open_file(path: Path) -> ModelSource:
         raise ModelFileError(f"{path} is not a packed model of bise: {error}", field=str(path)) from error
     if version != PACK_VERSION:
         raise ModelFileError(
-            f"{path} was packed in version {version}, this bise reads {PACK_VERSION}: pack the original again",
+            f"{path} was packed in version {version}, this bise reads {PACK_VERSION}: pack it again",
             field=str(path),
         )
     shapes = weight_shapes(config)
@@ -119,7 +120,9 @@ def _open_file(path: Path) -> ModelSource:
         raise ModelFileError(f"{path}: weights do not match its configuration", field=str(path))
     for tensor, packed_format in formats.items():
         if packed_format not in PACKED_FORMATS:
-            raise ModelFileError(f"{path}: weight {tensor} has the unknown format '{packed_format}'", field=tensor)
+            raise ModelFileError(
+                f"{path}: weight {tensor} has the unknown format '{packed_format}'", field=tensor
+            )
     slots, _ = plan_slots({tensor: (shapes[tensor], formats[tensor]) for tensor in shapes})
     for slot in slots:
         if file.entries[slot.name].size_bytes != slot.size_bytes:
@@ -143,7 +146,10 @@ def read_packed(source: ModelSource, progress: Progress | None = None) -> Packed
     for tensor, slot in zip(tensors, slots, strict=True):
         entry = tensor.file.entries[slot.name]
         tensor.file.read_into(entry, 0, memory[slot.offset : slot.offset + slot.size_bytes])
-        if len(slot.shape) == 1 and not np.isfinite(memory[slot.offset :][: slot.size_bytes].view(np.float32)).all():
+        if (
+            len(slot.shape) == 1
+            and not np.isfinite(memory[slot.offset :][: slot.size_bytes].view(np.float32)).all()
+        ):
             raise ModelFileError(f"{source.path}: weight {slot.name} is not finite; pack the original again")
         if progress is not None:
             progress("reading weights", (slot.offset + slot.size_bytes) / size)
@@ -236,8 +242,6 @@ def load_packed(
         try:
             cached = _open_file(path)
             if cached.config == source.config:
-                from bise.model.pack import plan_packing
-
                 return read_packed(cached, progress), plan_packing(source, quant).notes
         except ModelFileError:
             pass  # an old version or a damaged file: made anew below
@@ -252,7 +256,12 @@ def load_packed(
 
 def cache_path(source: ModelSource, quant: str, progress: Progress | None = None) -> Path:
     """Return where the packed form of a source is cached: named by the hash of the source's content."""
-    return bise_home() / "cache" / "packed" / f"{content_hash(source, progress)[:40]}-{quant}-v{PACK_VERSION}.safetensors"
+    return (
+        bise_home()
+        / "cache"
+        / "packed"
+        / f"{content_hash(source, progress)[:40]}-{quant}-v{PACK_VERSION}.safetensors"
+    )
 
 
 def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
@@ -261,7 +270,9 @@ def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
     Reading 14 GB takes seconds, so the result is remembered by path, size, time of change and inode.
     """
     files = list(_weight_files(source))
-    identity = json.dumps([[str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for p in files for s in [p.stat()]])
+    identity = json.dumps(
+        [[str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for p in files for s in [p.stat()]]
+    )
     memo = bise_home() / "cache" / "hashes" / hashlib.sha256(identity.encode()).hexdigest()
     try:
         known = memo.read_text(encoding="ascii").strip()
@@ -318,7 +329,7 @@ def _portable(metadata: Mapping[str, object]) -> Iterator[tuple[str, object]]:
         elif isinstance(value, bytes):
             continue
         else:
-            yield key, [item for item in cast(list[object], value)]
+            yield key, list(cast(list[object], value))
 
 
 def _config_to_json(config: ModelConfig) -> dict[str, object]:

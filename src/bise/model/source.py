@@ -1,7 +1,7 @@
 """A model as it lies on disk, before any weight is loaded: architecture, tensors by bise's names, metadata.
 
-Every source (HF safetensors, Mistral's own files, GGUF, packed cache) is turned into one `ModelSource`; names, RoPE
-row order and stacked experts are normalised there and nowhere else.
+Every source (HF safetensors, Mistral's own files, GGUF, packed cache) is turned into one `ModelSource`;
+names, RoPE row order and stacked experts are normalised there and nowhere else.
 """
 
 from __future__ import annotations
