@@ -135,6 +135,8 @@ def _decoder(refuse: Callable[[str], NoReturn]) -> json.JSONDecoder:
             refuse(
                 f"has a number of {len(text)} characters ({text[:12]}...); at most {MAX_DIGITS} make sense"
             )
+        if text == "-0":
+            refuse("has the number -0, which is not an integer")
         return int(text)
 
     def real(text: str) -> float:
