@@ -192,3 +192,13 @@ def test_control_characters_of_a_model_do_not_reach_a_terminal():
     from bise.cli.output import printable
 
     assert printable("a\x1b[2Jb\x07\n\tc\x9bd") == "a␛[2Jb␇\n\tc�d"
+
+
+def test_the_speed_line_counts_decoding_without_the_first_token(fake, home):
+    from bise.cli.answer import ask, ignore_text
+    from bise.engine.request import Request
+
+    answer = ask(
+        fake, Request(token_ids=(1, 300, 100, 301)), ignore_text
+    )  # 7 tokens, 0.25 s prefill, 0.5 s decode
+    assert answer.speed_line(200) == "7 tokens · 12.0 tok/s · first token after 0.25 s · 11 of 200 context"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,17 +22,9 @@ class Answer:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list["TokenLogprob | None"])
     last: Delta | None = None
     """The closing delta: finish reason, usage, timings."""
-    started: float = 0.0
-    first_token: float | None = None
-    """Clock at the first token, seconds."""
-    last_token: float = 0.0
 
     def add(self, delta: Delta) -> None:
         """Take one delta in; raise its error, if it carries one."""
-        if delta.token_ids:
-            self.last_token = time.monotonic()
-            if self.first_token is None:
-                self.first_token = self.last_token
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -51,16 +42,17 @@ class Answer:
         )
 
     def speed_line(self, context: int) -> str:
-        """Return `12 tokens, 85.3 tok/s, first token after 0.04 s, 134 of 2048 context`."""
+        """Return `12 tokens · 85.3 tok/s · first token after 0.04 s · 134 of 2048 context`."""
         count = len(self.token_ids)
         parts = [f"{count} token{'' if count == 1 else 's'}"]
-        if self.first_token is not None:
-            if count > 1 and self.last_token > self.first_token:
-                parts.append(f"{(count - 1) / (self.last_token - self.first_token):.1f} tok/s")
-            parts.append(f"first token after {self.first_token - self.started:.2f} s")
-        if self.last is not None and self.last.usage is not None:
-            used = self.last.usage.prompt_tokens + self.last.usage.completion_tokens
-            parts.append(f"{used} of {context} context")
+        timings, usage = (self.last.timings, self.last.usage) if self.last else (None, None)
+        if timings is not None and count:
+            # The first token is the prefill's; decoding took the rest.
+            if count > 1 and timings.decode_s > 0:
+                parts.append(f"{(count - 1) / timings.decode_s:.1f} tok/s")
+            parts.append(f"first token after {timings.queue_s + timings.prefill_s:.2f} s")
+        if usage is not None:
+            parts.append(f"{usage.prompt_tokens + usage.completion_tokens} of {context} context")
         return " · ".join(parts)
 
     def report(self) -> dict[str, Any]:
@@ -87,14 +79,14 @@ def ask(loaded: LoadedModel, request: Request, on_text: Callable[[str], None]) -
 
     Ctrl-C, and any failure of `on_text`, end the request before the exception goes on.
     """
-    answer = Answer(started=time.monotonic())
+    answer = Answer()
     _follow(loaded.engine.submit(request), answer, on_text)
     return answer
 
 
 def ask_until_interrupted(loaded: LoadedModel, request: Request, on_text: Callable[[str], None]) -> Answer:
     """Like `ask`, but Ctrl-C ends the answer and returns what there is (finish reason `abort`)."""
-    answer = Answer(started=time.monotonic())
+    answer = Answer()
     handle = loaded.engine.submit(request)
     try:
         _follow(handle, answer, on_text)

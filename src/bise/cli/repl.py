@@ -14,7 +14,7 @@ from bise.cli.answer import Answer, ask, ask_until_interrupted, ignore_text
 from bise.cli.output import aside, complain, on_terminal, write_json, write_text
 from bise.cli.session import chat_ids, model_name
 from bise.cli.transcript import Transcript
-from bise.config import bise_home
+from bise.config import bise_home, colour_wanted
 from bise.errors import BiseError, ContextOverflowError, UserError
 
 if TYPE_CHECKING:
@@ -172,8 +172,11 @@ def run_terminal(chat: Chat, *, keep_history: bool) -> None:
 
 
 def _prompt(continued: bool) -> str:
+    text = "  … " if continued else "bise> "
+    # 1 and 2 tell readline which bytes take no room on the screen.
+    shown = f"\x01\x1b[1;36m\x02{text}\x01\x1b[0m\x02" if colour_wanted() else text
     try:
-        return input("  … " if continued else "bise> ")
+        return input(shown)
     except UnicodeDecodeError as error:
         raise UserError("that line is not UTF-8") from error
 
