@@ -15,6 +15,7 @@ from bise.config import ModelConfig
 from bise.errors import ModelFileError
 from bise.formats import FORMATS
 from bise.model.batch import training_batch
+from bise.model.checkpoint import open_model
 from bise.model.gguf import open_gguf, paired_rows
 from bise.model.rope import rope_frequencies
 from bise.model.source import ModelSource
@@ -366,6 +367,14 @@ def test_a_split_model_is_read_through_its_first_part(tmp_path: Path) -> None:
         assert (
             split.tensors[name].raw(0, tensor.shape[0]).tobytes() == tensor.raw(0, tensor.shape[0]).tobytes()
         )
+
+
+def test_a_directory_with_the_parts_of_one_split_model_opens(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", Spec(), split_max_tensors=6)
+    assert open_model(tmp_path).config.num_layers == 2
+    write(tmp_path / "other.gguf", Spec())
+    with pytest.raises(ModelFileError, match=r"has 5 \.gguf files; give the path of one of them"):
+        open_model(tmp_path)
 
 
 def test_a_split_model_is_refused_when_a_part_is_missing_swapped_or_opened_alone(tmp_path: Path) -> None:

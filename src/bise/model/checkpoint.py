@@ -7,6 +7,7 @@ pickles are refused: reading one runs whatever code its author put in.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ _MAX_SHARDS = 512
 _MAX_EXPERTS = 1 << 17
 """Experts over all layers; eight times the largest mixture that was published."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+"""Parts 2 to N of a split GGUF; the first one leads to them."""
 
 _Locate = Callable[[str, tuple[int, ...], ModelConfig, Collection[str]], Location]
 
@@ -82,8 +85,8 @@ def open_model(path: Path) -> ModelSource:
     if layout := _layout(names):
         return _open_directory(path, names, layout)
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
-    if len(ggufs) == 1:
-        return _open_gguf(_inside(path, ggufs[0]))
+    if len(starts := [name for name in ggufs if not _LATER_PART.search(name)]) == 1:
+        return _open_gguf(_inside(path, starts[0]))
     raise _no_model(path, names, ggufs)
 
 
@@ -154,6 +157,10 @@ def _no_model(path: Path, names: frozenset[str], ggufs: list[str]) -> ModelFileE
     if weights:
         wanted = "params.json" if weights[0].startswith("consolidated") else "config.json"
         return ModelFileError(f"{path} has {quoted(weights[0])} but no {wanted}; fetch it too", field=wanted)
+    if "snapshots" in names:
+        return ModelFileError(
+            f"{path} is a hub cache; give one of its snapshots: {path / 'snapshots' / 'REVISION'}"
+        )
     if configs:
         return ModelFileError(f"{path} has {configs[0]} but no *.safetensors weights; fetch them too")
     return ModelFileError(
@@ -244,6 +251,11 @@ def _inside(directory: Path, name: str) -> Path:
 def _weight_map(directory: Path, index_file: str) -> dict[str, str]:
     origin = _inside(directory, index_file)
     index = read_json_object(origin, max_bytes=_INDEX_BYTES)
+    metadata = index.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ModelFileError(
+            f"{origin}: metadata must be an object, got {quoted(metadata)}", field="metadata"
+        )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFileError(f"{origin}: weight_map must be an object and not empty", field="weight_map")
