@@ -107,7 +107,7 @@ def _plain_merges(merges: list[object], renamed: Mapping[str, str], name: str) -
 def _without_first_prefix(component: object) -> tuple[object, bool]:
     """Return a pre-tokenizer that puts no dummy prefix anywhere, and whether it differs: "first" becomes "never"."""
     if not isinstance(component, dict):
-        return cast(object, component), False
+        return component, False
     fields = cast(dict[str, object], component)
     if fields.get("type") == "Metaspace" and fields.get("prepend_scheme") == "first":
         return fields | {"prepend_scheme": "never"}, True

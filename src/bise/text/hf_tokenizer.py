@@ -142,7 +142,7 @@ def _unigram_vocab(raw: list[object], file: Path) -> dict[str, int]:
         pair = cast(list[object], entry) if isinstance(entry, list) else []
         if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) not in (int, float):
             raise ModelFileError(
-                f"{file}: model.vocab[{token_id}] must be [piece, score], got {shown(entry)}",
+                f"{file}: model.vocab[{token_id}] must be [piece, score], got {shown(cast(object, entry))}",
                 field="model.vocab",
             )
         if vocab.setdefault(pair[0], token_id) != token_id:
@@ -235,7 +235,7 @@ def _read_surroundings(path: Path) -> _Surroundings:
     for entry in entries:
         if type(entry) is not int or entry < 0:
             raise ModelFileError(
-                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, got {shown(eos)}",
+                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, got {shown(cast(object, eos))}",
                 field="eos_token_id",
             )
     return _Surroundings(

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from bise.errors import ModelFileError
 from bise.text.tokenizer import Tokenizer
 
 Message = Mapping[str, object]
@@ -44,13 +43,18 @@ class ChatTemplate(Protocol):
 def load_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """Return the chat format of a model directory.
 
-    Raises ModelFileError when the model has none: `bise generate` continues plain text with any model.
+    In this order: the version that Mistral's own tokenizer file names; `bise_template` in tokenizer_config.json (a
+    version such as `v7-tekken`); a Jinja template in chat_template.jinja or tokenizer_config.json.
+    Raises ModelFileError when the model has none (`bise generate` continues plain text with any model) or the
+    template is malformed.
     """
-    raise ModelFileError(f"{path}: has no chat template; use `bise generate`", field="chat_template")
+    from bise.text.template_files import load_directory_template
+
+    return load_directory_template(path, tokenizer)
 
 
 def template_from_gguf(metadata: Mapping[str, object], tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the chat format of a GGUF file; ModelFileError when it has none."""
-    raise ModelFileError(
-        "the file has no chat template; use `bise generate`", field="tokenizer.chat_template"
-    )
+    """Return the chat format of a GGUF file, its tokenizer.chat_template; ModelFileError when it has none."""
+    from bise.text.template_files import load_gguf_template
+
+    return load_gguf_template(metadata, tokenizer)
