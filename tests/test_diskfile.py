@@ -102,8 +102,8 @@ def test_only_the_blobs_of_the_same_hub_cache_are_inside(tmp_path: Path) -> None
 
 def test_opening_a_refused_file_leaks_no_descriptor(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         with pytest.raises(ModelFileError):
             open_regular(tmp_path / "x")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -116,6 +116,7 @@ CONFIG = [
     _config("quantised_gptq", "quantization_config", quantization_config={"quant_method": "gptq", "bits": 4}),
     _config("quantised_fp8", "quantization_config", quantization_config={"quant_method": "fp8"}),
     _config("quantised_nameless", "quantization_config", quantization_config={"bits": 4}),
+    _config("quantised_mlx", "quantization", quantization={"group_size": 64, "bits": 4}),
     _config("quantised_text", "quantization_config", quantization_config="awq"),
     _config("eos_beyond_vocab", "eos_token_id", eos_token_id=32),
     _config("eos_list_beyond_vocab", "eos_token_id", eos_token_id=[2, 99]),

@@ -88,6 +88,7 @@ INDEXES = [
     _index("empty_file", _index_text(b"")),
     _index("array", _index_text(b"[]")),
     _index("no_weight_map", _index_text(b"{}")),
+    _index("metadata_array", _index_text(b'{"metadata": [], "weight_map": {"a": "b.safetensors"}}')),
     _index("weight_map_array", _index_text(b'{"weight_map": []}')),
     _index("weight_map_empty", _index_text(b'{"weight_map": {}}')),
     _index("duplicate_key", _index_text(b'{"weight_map": {"a": "b.safetensors", "a": "b.safetensors"}}')),

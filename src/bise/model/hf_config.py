@@ -35,12 +35,14 @@ _SIZES = {
     "num_hidden_layers": "num_layers",
     "vocab_size": "vocab_size",
 }
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
 _USED = {
     *_SIZES,
     *ROPE_FIELDS,
+    *_QUANTISED,
     "model_type", "architectures", "head_dim", "num_key_value_heads", "rms_norm_eps", "sliding_window",
     "use_sliding_window", "layer_types", "tie_word_embeddings", "hidden_act", "hidden_activation",
-    "num_local_experts", "num_experts_per_tok", "quantization_config", "torch_dtype", "dtype", "bos_token_id",
+    "num_local_experts", "num_experts_per_tok", "torch_dtype", "dtype", "bos_token_id",
     "eos_token_id",
 }  # fmt: skip
 
@@ -67,7 +69,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tie_encoder_decoder": (False,),
     "chunk_size_feed_forward": (0,),
     "pruned_heads": ({},),
-    "router_jitter_noise": (0, 0.0),
 }
 """Fields that change the arithmetic, with the values under which they do not."""
 
@@ -75,7 +76,8 @@ _HARMLESS = frozenset({
     # training and regularisation, inert at inference
     "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob", "dropout",
     "embd_pdrop", "resid_pdrop", "attn_pdrop", "classifier_dropout", "initializer_range",
-    "router_aux_loss_coef", "output_router_logits", "gradient_checkpointing", "use_reentrant",
+    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "gradient_checkpointing",
+    "use_reentrant",
     # how others compute the same values
     "pretraining_tp", "use_cache", "use_flash_attn", "use_flash_attention_2", "_attn_implementation",
     "attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
@@ -213,10 +215,12 @@ def _same_network(kind: str, family: str) -> bool:
 
 
 def _refuse_quantised(fields: ConfigFields) -> None:
-    if "quantization_config" in fields:
-        method = fields.nested("quantization_config").text("quant_method", "unknown")
+    for name in _QUANTISED:
+        if name not in fields:
+            continue
+        method = fields.nested(name).text("quant_method", "unknown")
         fields.refuse(
-            "quantization_config",
+            name,
             f"says that the weights are quantised ({quoted(method)}), which bise does not read; "
             "use the unquantised model (bise quantises it on load) or a GGUF file",
         )
