@@ -227,6 +227,17 @@ def bise_home() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "bise"
 
 
+def state_directory(*parts: str) -> Path:
+    """Make and return a directory under BISE_HOME; every level that is made is the user's alone (0700)."""
+    path = bise_home()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    for part in parts:
+        path = path / part
+        path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
 def colour_wanted() -> bool:
     """Return False when `NO_COLOR` is set to anything (no-color.org)."""
     return not os.environ.get("NO_COLOR")

@@ -20,7 +20,7 @@ def shown(name: str, values: object) -> str:
 
 
 def play() -> list[str]:
-    """Run a prompt of 10 tokens in steps of 8 with window 8, then decode three tokens, and tell what happens."""
+    """Run a prompt of 10 tokens in steps of 8 with window 8, then decode three tokens; tell it all."""
     plan = scheduler.Scheduler([BlockPool(5)], [8], max_step_tokens=8, max_sequences=1)
     sequence = Sequence(Request(token_ids=tuple(range(100, 110))), arrival=0, max_tokens=8)
     plan.add(sequence)

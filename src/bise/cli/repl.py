@@ -14,7 +14,7 @@ from bise.cli.answer import Answer, ask, ask_until_interrupted, ignore_text
 from bise.cli.output import aside, complain, on_terminal, write_json, write_text
 from bise.cli.session import chat_ids, model_name
 from bise.cli.transcript import Transcript
-from bise.config import bise_home, colour_wanted
+from bise.config import bise_home, colour_wanted, state_directory
 from bise.errors import BiseError, ContextOverflowError, UserError
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def line_editor(history: Path | None) -> Generator[None]:
 
 def _save_history(history: Path, write: Callable[[str], None]) -> None:
     try:
-        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state_directory()
         history.touch(mode=0o600)
         write(str(history))
     except OSError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from bise.config import bise_home
+from bise.config import bise_home, state_directory
 from bise.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -46,7 +46,8 @@ class Transcript:
             raise UserError(f"{path} exists; /load it first or save under another name")
         partial = path.with_name(path.name + ".part")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.parent == bise_home() / "chats":
+                state_directory("chats")
             partial.write_text(
                 json.dumps({"messages": self.messages()}, ensure_ascii=False, indent=1) + "\n",
                 encoding="utf-8",

@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from bise.config import ModelConfig, RopeScaling, bise_home
+from bise.config import ModelConfig, RopeScaling, bise_home, state_directory
 from bise.diskfile import open_regular, read_at
 from bise.errors import BiseError, ConfigError, ModelFileError
 from bise.jsonfile import parse_json
@@ -294,7 +294,7 @@ def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
             os.close(descriptor)
     found = digest.hexdigest()
     try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
+        state_directory("cache", "hashes")
         temporary = memo.with_name(f".{memo.name}.{os.getpid()}.tmp")
         temporary.write_text(found, encoding="ascii")
         temporary.replace(memo)
