@@ -131,12 +131,12 @@ def hash_engine(byte_tokenizer):
         *windows: int | None,
         script=None,
         broken=(),
-        max_context: int = 512,
+        model_context: int = 512,
         num_blocks=64,
         tokenizer=byte_tokenizer,
         **options,
     ) -> tuple[Engine, HashModel]:
-        model = HashModel(hash_config(*(windows or (None,)), max_context=max_context), script, broken)
+        model = HashModel(hash_config(*(windows or (None,)), max_context=model_context), script, broken)
         options = {"threaded": False, **options}
         if "kv_memory_bytes" not in options:
             options["num_blocks"] = num_blocks

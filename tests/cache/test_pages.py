@@ -99,7 +99,9 @@ def test_a_plan_never_exceeds_the_grant_and_always_runs_the_context_it_promises(
         windows=windows * (32 // len(windows)),
     )
     try:
-        blocks = plan_num_blocks(config, grant, kv_format, max_step_tokens=512, max_sequences=4)
+        blocks = plan_num_blocks(
+            config, grant, kv_format, max_context=32768, max_step_tokens=512, max_sequences=4
+        )
     except MemoryPlanError:
         assert grant < sequence_kv_bytes(config, 32, kv_format, 512)
         return
@@ -114,5 +116,14 @@ def test_a_plan_never_exceeds_the_grant_and_always_runs_the_context_it_promises(
 
 def test_a_grant_for_one_context_holds_exactly_one():
     config = mistral_7b(None)
-    blocks = plan_num_blocks(config, 4096 * MIB, "f16", max_step_tokens=512, max_sequences=8)
+    blocks = plan_num_blocks(
+        config, 4096 * MIB, "f16", max_context=32768, max_step_tokens=512, max_sequences=8
+    )
     assert blocks == (1024,)
+
+
+def test_a_grant_for_four_shorter_contexts_holds_four_windows():
+    config = mistral_7b(4096)
+    grant = 4 * sequence_kv_bytes(config, 8192, "f16", 512)
+    blocks = plan_num_blocks(config, grant, "f16", max_context=8192, max_step_tokens=512, max_sequences=8)
+    assert blocks == (4 * blocks_needed(8192, 4096, 512),)

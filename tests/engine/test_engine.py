@@ -1,4 +1,4 @@
-"""Engine: submit, stream, stop, abort, fail and close, over a hash model that reads its history from pages."""
+"""Engine: submit, stream, stop, abort, fail, close, over a hash model that reads its history from pages."""
 
 import asyncio
 import itertools
@@ -104,20 +104,20 @@ def test_min_tokens_hold_the_end_back(hash_engine):
 
 
 def test_without_max_tokens_the_output_runs_up_to_the_context(hash_engine):
-    engine, _ = hash_engine(max_context=40)
+    engine, _ = hash_engine(model_context=40)
     done = engine.submit(ask("abc", max_tokens=None, ignore_eos=True)).result()
     assert done.usage.prompt_tokens + done.usage.completion_tokens == 40
     assert done.finish_reason is FinishReason.LENGTH
 
 
 def test_without_max_tokens_a_small_cache_bounds_the_output_and_says_so(hash_engine):
-    engine, _ = hash_engine(max_context=400, num_blocks=2)
+    engine, _ = hash_engine(model_context=400, num_blocks=2)
     assert engine.max_context == 64
     assert engine.submit(ask("abc", max_tokens=None, ignore_eos=True)).result().usage.completion_tokens == 60
 
 
 def test_a_request_longer_than_the_context_is_refused_with_both_numbers(hash_engine):
-    engine, _ = hash_engine(max_context=40)
+    engine, _ = hash_engine(model_context=40)
     engine.submit(ask("a" * 9, max_tokens=30))
     with pytest.raises(ContextOverflowError, match=r"prompt of 10 tokens and max_tokens 31 .* context of 40"):
         engine.submit(ask("a" * 9, max_tokens=31))
@@ -125,8 +125,17 @@ def test_a_request_longer_than_the_context_is_refused_with_both_numbers(hash_eng
         engine.submit(ask("a" * 39, max_tokens=None))
 
 
+def test_a_lower_context_can_be_set_and_is_named_in_the_refusal(hash_engine):
+    engine, _ = hash_engine(max_context=30)
+    assert engine.max_context == 30
+    with pytest.raises(ContextOverflowError, match="context of 30"):
+        engine.submit(ask("a" * 9, max_tokens=21))
+    with pytest.raises(ConfigError, match="from 1 to the model's 512, got 513"):
+        hash_engine(max_context=513)
+
+
 def test_a_request_longer_than_the_cache_is_refused_with_both_numbers(hash_engine):
-    engine, _ = hash_engine(max_context=400, num_blocks=3)
+    engine, _ = hash_engine(model_context=400, num_blocks=3)
     with pytest.raises(MemoryPlanError, match=r"97 tokens need 4 KV blocks .* holds 3"):
         engine.submit(ask("a" * 86, max_tokens=10))
 

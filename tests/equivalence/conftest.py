@@ -25,7 +25,7 @@ MODELS = {
 
 
 def tiny_config(name: str) -> ModelConfig:
-    """Return one of `MODELS`: Nemo-like heads (head_dim != dim / heads), grouped queries, the byte vocabulary."""
+    """Return one of `MODELS`: heads as in Nemo (head_dim != dim / heads), bytes as tokens."""
     fields: dict[str, Any] = {
         "family": "mistral",
         "dim": 64,

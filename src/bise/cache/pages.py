@@ -37,29 +37,38 @@ def sequence_kv_bytes(config: ModelConfig, num_tokens: int, kv_format: str, chun
 
 
 def plan_num_blocks(
-    config: ModelConfig, kv_memory_bytes: int, kv_format: str, *, max_step_tokens: int, max_sequences: int
+    config: ModelConfig,
+    kv_memory_bytes: int,
+    kv_format: str,
+    *,
+    max_context: int,
+    max_step_tokens: int,
+    max_sequences: int,
 ) -> tuple[int, ...]:
     """Return blocks per window group that fit `kv_memory_bytes`.
 
-    A grant that holds whole contexts is shared out so that every group runs full after the same number of
-    them (and never holds more than `max_sequences`); a smaller one holds one sequence, as long as it can be.
+    A grant that holds whole contexts of `max_context` tokens is shared out so that every group runs full
+    after the same number of them (and never holds more than `max_sequences`); a smaller one holds one
+    sequence, as long as it can be.
 
     Raises MemoryPlanError when not even one block per group fits.
     """
-    context, sequences = config.max_context, 1.0
+    context, sequences = max_context, 1.0
     whole = sequence_kv_bytes(config, context, kv_format, max_step_tokens)
     if kv_memory_bytes >= whole:
         sequences = min(kv_memory_bytes / whole, max_sequences)
     else:
-        context = _longest_context(config, kv_memory_bytes, kv_format, max_step_tokens)
+        context = _longest_context(config, kv_memory_bytes, kv_format, max_context, max_step_tokens)
     return tuple(
         int(sequences * blocks_needed(context, window, max_step_tokens)) for window in config.window_groups
     )
 
 
-def _longest_context(config: ModelConfig, kv_memory_bytes: int, kv_format: str, chunk: int) -> int:
+def _longest_context(
+    config: ModelConfig, kv_memory_bytes: int, kv_format: str, max_context: int, chunk: int
+) -> int:
     """Return the most tokens, in whole blocks, of one sequence whose KV fits `kv_memory_bytes`."""
-    low, high = 0, -(-config.max_context // BLOCK_SIZE)
+    low, high = 0, -(-max_context // BLOCK_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
         if sequence_kv_bytes(config, middle * BLOCK_SIZE, kv_format, chunk) <= kv_memory_bytes:

@@ -71,6 +71,7 @@ class Engine:
         kv_format: str = "f16",
         num_blocks: int | SequenceOf[int] | None = None,
         kv_memory_bytes: int | None = None,
+        max_context: int | None = None,
         max_step_tokens: int = 512,
         max_sequences: int = 32,
         max_queue: int = 256,
@@ -88,12 +89,19 @@ class Engine:
             )
         if max_queue < 1:
             raise ConfigError(f"max_queue must be at least 1, got {max_queue}", field="max_queue")
+        context = config.max_context if max_context is None else max_context
+        if not 1 <= context <= config.max_context:
+            raise ConfigError(
+                f"max_context must be from 1 to the model's {config.max_context}, got {context}",
+                field="max_context",
+            )
         groups = config.window_groups
         if kv_memory_bytes is not None:
             blocks = plan_num_blocks(
                 config,
                 kv_memory_bytes,
                 kv_format,
+                max_context=context,
                 max_step_tokens=max_step_tokens,
                 max_sequences=max_sequences,
             )
@@ -110,7 +118,8 @@ class Engine:
         self._scheduler = Scheduler(
             self._pools, groups, max_step_tokens=max_step_tokens, max_sequences=max_sequences
         )
-        self.max_context = self._scheduler.longest(config.max_context)
+        self._context = context
+        self.max_context = self._scheduler.longest(context)
         """Most tokens, prompt and output, of one request: the model's context, or less where the cache is
         smaller.
         """
@@ -210,7 +219,7 @@ class Engine:
 
     def _resolve_max_tokens(self, request: Request) -> int:
         """Return how many tokens a request may produce; raises when prompt and output do not fit."""
-        num_prompt, context = len(request.token_ids), self._config.max_context
+        num_prompt, context = len(request.token_ids), self._context
         wanted = request.params.max_tokens
         # Without a limit there must be room for one token at least.
         if num_prompt + (1 if wanted is None else wanted) > context:

@@ -80,6 +80,7 @@ def load_model(
         tokenizer=tokenizer,
         kv_format=kv_format,
         kv_memory_bytes=max_sequences * sequence_kv_bytes(source.config, tokens, kv_format, STEP_TOKENS),
+        max_context=tokens,
         max_step_tokens=STEP_TOKENS,
         max_sequences=max(max_sequences, 8),
         threaded=threaded,

@@ -20,8 +20,11 @@ Row = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 
-_REACHES = (1.0, 2.0, 4.0, 6.0, 8.0, 11.0, 15.0)
-"""How far from the best key, in nats, `smallest_set` looks before it sorts everything."""
+_NUM_BINS = 2048
+_WIDEST = 32.0
+"""Keys further than this from the best one share the last bin of `smallest_set`: e^-32 is a weight of
+nothing.
+"""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -64,22 +67,24 @@ def largest(values: Wide, count: int) -> Ids:
 
 
 def smallest_set(keys: Wide, weights: Wide, mass: float) -> Ids:
-    """Return the fewest indices, by ascending key (ties: lower index), whose weights reach `mass` of their
-    sum.
+    """Return, ascending, the fewest indices by ascending key (ties: lower index) whose weights reach `mass`
+    of all.
 
-    Only keys near the lowest one are sorted as long as they carry enough weight: a vocabulary of 128k is not
-    sorted.
+    Weights are summed per bin of keys, and only the bin in which the mass is reached gets sorted, so that a
+    vocabulary of 128k takes a few passes and no sort.
     """
     goal = mass * float(weights.sum())
     lowest = float(keys.min())
-    near = np.arange(keys.size)
-    for reach in _REACHES:
-        candidates = np.flatnonzero(keys <= lowest + reach)
-        if weights[candidates].sum() > goal:
-            near = candidates
-            break
-    order = near[np.argsort(keys[near], kind="stable")]
-    return order[: int(np.searchsorted(np.cumsum(weights[order]), goal)) + 1]
+    span = min(float(keys.max()) - lowest, _WIDEST) or 1.0
+    bins = np.minimum((keys - lowest) * ((_NUM_BINS - 1) / span), _NUM_BINS - 1).astype(np.intp)
+    running = np.cumsum(np.bincount(bins, weights, _NUM_BINS))
+    last = min(int(np.searchsorted(running, goal)), _NUM_BINS - 1)
+    inside = np.flatnonzero(bins == last)
+    order = inside[np.argsort(keys[inside], kind="stable")]
+    reached = np.cumsum(weights[order]) + (running[last - 1] if last else 0.0)
+    kept = bins < last
+    kept[order[: int(np.searchsorted(reached, goal)) + 1]] = True
+    return np.flatnonzero(kept)
 
 
 def truncate(scores: Wide, params: SamplingParams) -> tuple[Ids | None, Wide]:
