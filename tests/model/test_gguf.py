@@ -543,6 +543,22 @@ def test_logits_of_a_dense_gguf_equal_hugging_faces(tmp_path: Path, case: str) -
         ours = logits(open_gguf(tmp_path / "m.gguf"), ids)
     # Hugging Face forms the rotary angles in float32; everything else is float64 on both sides.
     assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()
+    model.float().save_pretrained(tmp_path / "hf")
+    check_same_model(open_gguf(tmp_path / "m.gguf"), open_model(tmp_path / "hf"))
+
+
+def check_same_model(left: ModelSource, right: ModelSource) -> None:
+    """Assert that two containers hold one model: architecture, rotary frequencies, every weight's bits."""
+    assert replace(left.config, family="", rope_scaling=None) == replace(
+        right.config, family="", rope_scaling=None
+    )
+    frequencies, factors = zip(rope_frequencies(left.config), rope_frequencies(right.config), strict=True)
+    np.testing.assert_allclose(frequencies[0], frequencies[1], rtol=2e-7)
+    assert factors[0] == pytest.approx(factors[1], rel=1e-12)
+    assert list(left.tensors) == list(right.tensors)
+    for name, tensor in left.tensors.items():
+        rows = tensor.shape[0]
+        assert tensor.floats(0, rows).tobytes() == right.tensors[name].floats(0, rows).tobytes(), name
 
 
 def logits(source: ModelSource, ids: np.ndarray) -> np.ndarray:
