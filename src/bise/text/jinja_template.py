@@ -121,13 +121,11 @@ class JinjaTemplate:
 def _message(message: Message, place: str, change: Callable[[str], str]) -> dict[str, object]:
     """Return a checked message as templates expect it: one text, arguments as objects; `change` on the user's texts."""
     result = {key: value for key, value in message.items() if key != "prefix"}
-    content = result.get("content")
-    if isinstance(content, list | tuple):
+    if isinstance(content := result.get("content"), list | tuple):
         parts = [cast(Mapping[str, object], part) for part in cast(list[object], content)]
         if any(part["type"] != "text" for part in parts):
             refuse(f"{place}.content", "has a thinking part, which this model's chat template does not know")
-        content = _flat_text(tuple(str(part["text"]) for part in parts))
-    result["content"] = content
+        result["content"] = _flat_text([str(part["text"]) for part in parts])
     for key in ("content", "name", "tool_call_id", "reasoning", "reasoning_content"):
         if isinstance(value := result.get(key), str):
             result[key] = change(value)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_REASON = 160
+_LONG_TEXT = 4096
+"""Characters from which the library's batch call pays; it starts a thread pool."""
 
 
 def build_encoder(specification: dict[str, object], name: str) -> Callable[[str], list[int]]:
@@ -30,9 +32,13 @@ def build_encoder(specification: dict[str, object], name: str) -> Callable[[str]
     tokenizer: RustTokenizer = guarded(lambda: RustTokenizer.from_str(document), f"{name}: is refused")
 
     def encode(text: str) -> list[int]:
-        return guarded(
-            lambda: tokenizer.encode(text, add_special_tokens=False).ids, f"{name}: fails on a text"
-        )
+        def ids() -> list[int]:
+            if len(text) < _LONG_TEXT:
+                return tokenizer.encode(text, add_special_tokens=False).ids
+            # Leaves out the offsets of every token, which takes three quarters of the time.
+            return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+        return guarded(ids, f"{name}: fails on a text")
 
     return encode
 
