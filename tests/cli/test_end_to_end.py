@@ -160,3 +160,26 @@ def test_state_is_private_to_the_user(bise):
     bise("chat", stdin="Hello!\n/save talk\n")
     assert stat.S_IMODE(bise.home.stat().st_mode) == 0o700
     assert [path.relative_to(bise.home) for path in bise.home.rglob("*.json")] == [Path("chats/talk.json")]
+
+
+def test_a_chat_with_the_embedded_model_imports_nothing_it_does_not_need(bise, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom bise.cli.app import run\ncode = run(['chat', '-m', 'Hello!'])\n"
+        "print('MODULES', *sys.modules)\nsys.exit(code)"
+    )
+    environment = os.environ | {"BISE_HOME": str(bise.home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    loaded = set(out.rpartition("MODULES ")[2].split())
+    assert "bise.engine.engine" in loaded
+    assert not loaded & {
+        "torch",
+        "mistral_common",
+        "sentencepiece",
+        "rich",
+        "requests",
+        "huggingface_hub",
+        "PIL",
+    }

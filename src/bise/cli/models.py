@@ -41,15 +41,15 @@ def command(as_json: bool) -> None:
     if cache["files"]:
         click.echo(f"packed cache: {cache['files']} files, {gigabytes(cache['bytes'])}, {cache['path']}\n")
     write_table(
-        ["ALIAS", "16 BIT", "4 BIT", "LICENCE", "PUBLISHED AS"],
+        ["ALIAS", "16 BIT", "4 BIT", "PUBLISHED AS", "LICENCE"],
         [
-            [m["alias"], gigabytes(m["bytes_bf16"]), gigabytes(m["bytes_q4"]), m["licence"], m["repo"]]
+            [m["alias"], gigabytes(m["bytes_bf16"]), gigabytes(m["bytes_q4"]), m["repo"], m["licence"]]
             for m in known
         ],
     )
     click.echo(
-        f"\nbise does not download yet. Put a model's directory or .gguf at {models_dir()}/ALIAS, "
-        "or give its path: bise chat PATH"
+        "\nbise does not download yet: give a model's path (bise chat PATH), or put its directory or\n"
+        f".gguf at {models_dir()}/ALIAS to call it by name."
     )
 
 

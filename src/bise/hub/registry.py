@@ -67,8 +67,8 @@ def _mixtral(dim: int, layers: int, heads: int, hidden: int, vocab: int, context
 
 def known_models() -> tuple[KnownModel, ...]:
     """Return the models that have an alias, smallest family first."""
-    apache, llama2, llama3 = "Apache-2.0", "Llama 2 Community", "Llama 3.1 Community"
-    research = "Mistral Research (no commercial use)"
+    apache, llama2, llama3 = "Apache-2.0", "Llama 2", "Llama 3.1"
+    research = "Mistral Research"
     windowed = _mistral_7b(vocab=32000, context=32768, window=4096)
     tiny = _dense("llama", 2048, 22, 32, 4, 5632, 32000, 2048, head_dim=64)
     rows = [
