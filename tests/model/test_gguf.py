@@ -420,6 +420,11 @@ def test_vocabulary_arrays_are_plain_lists_and_numpy_arrays(tmp_path: Path) -> N
     assert metadata["tokenizer.ggml.add_bos_token"] is True
 
 
+def test_nested_arrays_are_plain_lists(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", Spec(keys=lambda writer: writer.add_array("general.x", [[1, 2], [3]])))
+    assert open_gguf(tmp_path / "m.gguf").metadata["general.x"] == [[1, 2], [3]]
+
+
 def test_a_large_vocabulary_is_read_in_under_a_second_of_processor_time(tmp_path: Path) -> None:
     count = 131072
 

@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 256 << 20
 """Key/value pairs and tensor directory together; a 128k vocabulary with its merges needs about 8 MiB."""
 MAX_STRING_BYTES = 64 << 20
 MAX_ARRAY_STRINGS = 1 << 20
-"""In all arrays together; the largest vocabularies with their merges have about 800,000."""
+"""Strings, arrays and their numbers in all arrays together; the largest vocabularies have about 800,000."""
 MAX_ARRAY_DEPTH = 3
 MAX_KEYS = 1 << 16
 MAX_KEY_BYTES = 65535
@@ -96,7 +96,7 @@ class GgufHeader:
 
     version: int
     metadata: Mapping[str, object]
-    """bool, int, float or str; a list[str]; a numpy array of numbers; lists of those for nested arrays."""
+    """bool, int, float or str; a list[str]; a numpy array of numbers; plain lists for nested arrays."""
     tensors: Mapping[str, TensorEntry]
     """By name, in file order."""
 
@@ -256,19 +256,27 @@ def _read_array(cursor: _Cursor, key: str, depth: int) -> object:
     kind = cursor.u32(key)
     count = cursor.u64(key)
     if kind in _SCALARS:
-        return _read_numbers(cursor, kind, count, key)
+        if depth == 1:
+            return _read_numbers(cursor, kind, count, key)
+        # Inner arrays become plain lists, whose values cost far more memory than the file's bytes.
+        _spend(cursor, count, _SCALARS[kind][1].size, key)
+        return _read_numbers(cursor, kind, count, key).tolist()
     if kind not in (_STRING, _ARRAY):
         raise cursor.error(f"{key} is an array of the unknown value type {kind}", key)
-    smallest = 8 if kind == _STRING else 12
-    fit = min(cursor.left // smallest, cursor.elements_left)
-    if count > fit:
-        raise cursor.error(f"{key} is an array of {count} elements; {fit} at most fit", key)
-    cursor.elements_left -= count
+    _spend(cursor, count, 8 if kind == _STRING else 12, key)
     if kind == _STRING:
         return _read_strings(cursor, count, key)
     if depth >= MAX_ARRAY_DEPTH:
         raise cursor.error(f"{key} has arrays nested deeper than {MAX_ARRAY_DEPTH} levels", key)
     return [_read_array(cursor, key, depth + 1) for _ in range(count)]
+
+
+def _spend(cursor: _Cursor, count: int, size: int, key: str) -> None:
+    """Refuse `count` elements of at least `size` bytes unless the bytes left and the budget can hold them."""
+    fit = min(cursor.left // size, cursor.elements_left)
+    if count > fit:
+        raise cursor.error(f"{key} is an array of {count} elements; {fit} at most fit", key)
+    cursor.elements_left -= count
 
 
 def _read_numbers(cursor: _Cursor, kind: int, count: int, key: str) -> npt.NDArray[np.generic]:
