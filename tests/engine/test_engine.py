@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import threading
 
 import pytest
@@ -392,15 +393,49 @@ class TestThreaded:
         async def main():
             handle = engine.submit(ask(max_tokens=500, ignore_eos=True))
             push = handle.push
-            handle.push = lambda delta: (push(delta), delta.finish_reason and ended.set())
-            stream = handle.__aiter__()
-            async for _ in stream:
+
+            def watch(delta):
+                push(delta)
+                if delta.finish_reason is FinishReason.ABORT:
+                    ended.set()
+
+            handle.push = watch
+            async for _ in handle:
                 break
-            await stream.aclose()
+            assert await asyncio.to_thread(ended.wait, 30)
 
         asyncio.run(main())
-        assert ended.wait(30)
         assert free_blocks(engine)
+
+    def test_a_storm_of_requests_of_which_many_are_aborted_leaks_nothing(self, hash_engine):
+        engine, _ = hash_engine(None, 40, threaded=True, num_blocks=12, max_step_tokens=32, max_sequences=6)
+        outcomes: list[tuple[bool, FinishReason | None]] = []
+
+        def work(seed):
+            rng = random.Random(seed)
+            for _ in range(12):
+                aborts = rng.random() < 0.4
+                output = rng.randrange(1, 40)
+                handle = engine.submit(ask("x" * rng.randrange(1, 90), max_tokens=output, ignore_eos=True))
+                patience = rng.randrange(3) if aborts else 1000
+                reason = None
+                for index, delta in enumerate(handle):
+                    reason = delta.finish_reason
+                    if index == patience:
+                        break
+                outcomes.append((aborts, reason))
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert len(outcomes) == 72
+        assert all(reason is FinishReason.LENGTH for aborts, reason in outcomes if not aborts)
+        engine.close(drain=True)
+        assert engine.failure is None
+        assert free_blocks(engine)
+        engine._scheduler.check_integrity()
 
     def test_a_cancelled_task_aborts(self, hash_engine):
         engine, model = hash_engine(threaded=True)
@@ -441,8 +476,9 @@ class TestThreaded:
         engine._scheduler.plan = broken
         with pytest.raises(EngineError, match="AssertionError: bug"):
             engine.submit(ask()).result()
-        with pytest.raises(EngineError, match="closed"):
+        with pytest.raises(EngineError, match=r"stopped for good: .*AssertionError: bug"):
             engine.submit(ask())
+        assert isinstance(engine.failure, EngineError)
 
     def test_closing_wakes_whoever_waits(self, hash_engine):
         engine, _ = hash_engine(threaded=True)

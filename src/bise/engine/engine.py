@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
@@ -133,6 +133,7 @@ class Engine:
         self._num_queued = 0
         self._is_closing = False
         self._aborts_all = False
+        self._failure: BiseError | None = None
         self._thread = (
             threading.Thread(target=self._run, name="bise-engine", daemon=True) if threaded else None
         )
@@ -155,6 +156,8 @@ class Engine:
         """
         sequence = self._prepare(request)
         with self._wake:
+            if self._failure is not None:
+                raise EngineError(f"the engine stopped for good: {self._failure}")
             if self._is_closing:
                 raise EngineError("the engine is closed")
             if self._num_queued >= self._max_queue:
@@ -178,6 +181,11 @@ class Engine:
         while not self._aborts_all and self.step():
             pass
         self._take_inbox()
+
+    @property
+    def failure(self) -> BiseError | None:
+        """The error that stopped the engine for good; None while it is well."""
+        return self._failure
 
     def stats(self) -> EngineStats:
         """Return counts for people and for metrics."""
@@ -253,9 +261,16 @@ class Engine:
                     return
         except Exception as error:  # thread root: a bug of ours must not leave callers waiting for ever
             logger.exception("event=engine_died")
-            with self._wake:
-                self._is_closing = True
-            self._end_all(FinishReason.ERROR, _as_engine_error(error))
+            self._die(_as_engine_error(error))
+
+    def _die(self, error: BiseError) -> None:
+        """Tell everyone, without touching blocks or queues, whose state nobody can trust any more."""
+        with self._wake:
+            self._is_closing = True
+            self._failure = error
+            left = [*self._scheduler.running, *self._scheduler.waiting, *self._arrived]
+        for sequence in left:
+            sequence.handle.push(_last_delta(sequence, Delta(finish_reason=FinishReason.ERROR, error=error)))
 
     def step(self) -> bool:
         """Run one step; False when there was nothing to do. Only for engines without a thread."""
@@ -286,7 +301,7 @@ class Engine:
             if sequence.status is not Status.FINISHED:
                 self._end(sequence, FinishReason.ABORT)
         if self._aborts_all:
-            self._end_all(FinishReason.ABORT)
+            self._abort_all()
 
     def _start(self, sequence: Sequence) -> None:
         sequence.started_s = time.perf_counter()
@@ -384,33 +399,38 @@ class Engine:
             # A stop string may turn out to be complete only when no longer match is possible any more.
             if sequence.stream.stopped is not None and reason is not FinishReason.ABORT:
                 reason, stop_match = FinishReason.STOP, sequence.stream.stopped
-        now = time.perf_counter()
-        first = sequence.first_token_s or now
-        sequence.handle.push(
-            Delta(
-                token_ids=token_ids,
-                text=text,
-                logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
-                finish_reason=reason,
-                stop_match=stop_match,
-                usage=Usage(
-                    prompt_tokens=sequence.num_prompt, cached_tokens=0, completion_tokens=sequence.num_output
-                ),
-                timings=Timings(
-                    queue_s=sequence.started_s - sequence.submitted_s,
-                    prefill_s=first - sequence.started_s,
-                    decode_s=now - first,
-                ),
-                error=error,
-            )
+        delta = Delta(
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_match=stop_match,
+            error=error,
         )
+        sequence.handle.push(_last_delta(sequence, delta))
 
-    def _end_all(self, reason: FinishReason, error: BiseError | None = None) -> None:
+    def _abort_all(self) -> None:
         while self._arrived:
             self._scheduler.add(self._arrived.popleft())
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            self._end(sequence, reason, error=error)
+            self._end(sequence, FinishReason.ABORT)
+
+
+def _last_delta(sequence: Sequence, delta: Delta) -> Delta:
+    """Return `delta` with the counts and times of its request."""
+    now = time.perf_counter()
+    started = sequence.started_s or now
+    first = sequence.first_token_s or now
+    return replace(
+        delta,
+        usage=Usage(
+            prompt_tokens=sequence.num_prompt, cached_tokens=0, completion_tokens=sequence.num_output
+        ),
+        timings=Timings(
+            queue_s=started - sequence.submitted_s, prefill_s=first - started, decode_s=now - first
+        ),
+    )
 
 
 def _as_engine_error(error: Exception) -> BiseError:
