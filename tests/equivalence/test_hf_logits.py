@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bise.model.batch import training_batch
+from bise.kernels import BLOCK_SIZE
+from bise.model.batch import Batch, training_batch
 from bise.model.checkpoint import open_model
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
@@ -25,6 +28,9 @@ transformers = pytest.importorskip("transformers")
 
 RELATIVE = 1e-9
 """Bound on max |difference| / max |logit| of the float64 backend; measured: below 1e-14."""
+
+RELATIVE_FLOAT32 = 2e-5
+"""The same for the cpu backend on float32 weights and KV cache; measured: below 6e-6."""
 
 LENGTH = 41
 
@@ -151,7 +157,7 @@ def token_ids() -> np.ndarray:
     return np.random.default_rng(7).integers(3, BASE["vocab_size"], (2, LENGTH)).astype(np.int32)
 
 
-def save_model(case: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def save_model(case: str, directory: Path) -> np.ndarray:
     """Save a random float32 model of `case`; return the float64 logits [S, L, V] of `token_ids`."""
     family, overrides = CASES[case]
     name = family.lower()
@@ -165,7 +171,7 @@ def save_model(case: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> n
             # Large enough that windows, scaling and routing show in the logits; norms stay near one.
             parameter.copy_(torch.randn_like(parameter) * 0.25 + (1.0 if parameter.dim() == 1 else 0.0))
     model.save_pretrained(directory)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "torch", _Float64Torch())
         patch.setattr(rope, "torch", _Float64Torch())
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -183,25 +189,62 @@ def torch_float64() -> Any:
     return TorchOps(torch.float64)
 
 
-BACKENDS: dict[str, tuple[Callable[[], Any], float]] = {"torch": (torch_float64, RELATIVE)}
-"""Backend name to (maker of its ops, bound on the relative difference)."""
+def cpu_float32() -> Any:
+    return pytest.importorskip("bise.kernels.cpu", exc_type=ImportError).CpuOps(2)
 
 
-def logits_of(source: ModelSource, ops: Any) -> np.ndarray:
+BACKENDS: dict[str, tuple[Callable[[], Any], bool, float]] = {
+    "torch": (torch_float64, False, RELATIVE),
+    "torch-paged": (torch_float64, True, RELATIVE),
+    "cpu-paged": (cpu_float32, True, RELATIVE_FLOAT32),
+}
+"""Backend name to (maker of its ops, whether K and V go through pages, bound on the relative difference)."""
+
+
+class Cache:
+    """Pages of every layer, in float32 at least."""
+
+    def __init__(self, source: ModelSource, ops: Any, num_blocks: int) -> None:
+        config = source.config
+        self._pages = [
+            ops.pages(num_blocks, config.num_kv_heads, config.head_dim, "f32")
+            for _ in range(config.num_layers)
+        ]
+
+    def layer(self, index: int) -> Any:
+        return self._pages[index]
+
+
+def paged_batch(num_groups: int) -> Batch:
+    """Return `token_ids` as one step; sequence s holds blocks 2s + 1 and 2s, in this order."""
+    batch = training_batch(token_ids(), num_groups)
+    rows = np.arange(2 * LENGTH, dtype=np.int32)
+    sequence, position = rows // LENGTH, rows % LENGTH
+    meta = replace(
+        batch.attention[0],
+        block_table=np.asarray([[1, 0], [3, 2]], np.int32),
+        slots=(2 * sequence + 1 - position // BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE,
+    )
+    return replace(batch, attention=(meta,) * num_groups)
+
+
+def logits_of(source: ModelSource, ops: Any, *, is_paged: bool) -> np.ndarray:
     """Return a backend's logits [S, L, V] of `token_ids`."""
     weights: dict[str, Any] = {}
     for name, tensor in source.tensors.items():
         make = ops.vector if len(tensor.shape) == 1 else ops.weight
         weights[name] = make(tensor.floats(0, tensor.shape[0]))
     model = Transformer(source.config, weights, ops)
-    batch = training_batch(token_ids(), len(source.config.window_groups))
+    num_groups = len(source.config.window_groups)
+    batch = paged_batch(num_groups) if is_paged else training_batch(token_ids(), num_groups)
     with torch.no_grad():
-        logits = np.asarray(model.logits(model.forward(batch)))
+        hidden = model.forward(batch, Cache(source, ops, 4) if is_paged else None)
+        logits = np.asarray(model.logits(hidden))
     return logits.reshape(*token_ids().shape, -1)
 
 
 def torch_logits(source: ModelSource) -> np.ndarray:
-    return logits_of(source, torch_float64())
+    return logits_of(source, torch_float64(), is_paged=False)
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -209,26 +252,41 @@ def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+Saved = Callable[[str], tuple[Path, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Return a function from a case to (directory, float64 logits of transformers), made once."""
+    torch.set_num_threads(1)  # tiny products: threads only get in the way of the tests beside this one
+    made: dict[str, tuple[Path, np.ndarray]] = {}
+
+    def get(case: str) -> tuple[Path, np.ndarray]:
+        if case not in made:
+            directory = tmp_path_factory.mktemp(case)
+            made[case] = directory, save_model(case, directory)
+        return made[case]
+
+    return get
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers_in_float64(
-    case: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = save_model(case, tmp_path, monkeypatch)
-    source = open_model(tmp_path)
+def test_logits_equal_those_of_transformers(saved: Saved, case: str, backend: str) -> None:
+    directory, expected = saved(case)
+    source = open_model(directory)
     assert source.kind == "safetensors"
-    make_ops, bound = BACKENDS[backend]
-    assert relative_difference(logits_of(source, make_ops()), expected) <= bound
+    make_ops, is_paged, bound = BACKENDS[backend]
+    assert relative_difference(logits_of(source, make_ops(), is_paged=is_paged), expected) <= bound
 
 
 @pytest.mark.parametrize("case", ["mistral_window_below_length", "ministral_interleaved", "nemo_wide_heads"])
-def test_a_window_of_another_width_changes_the_logits(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = save_model(case, tmp_path, monkeypatch)
-    config = json.loads((tmp_path / "config.json").read_text())
+def test_a_window_of_another_width_changes_the_logits(saved: Saved, case: str, tmp_path: Path) -> None:
+    directory, expected = saved(case)
+    config = json.loads((directory / "config.json").read_text())
     config["sliding_window"] = (config["sliding_window"] or LENGTH) - 1
     (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(directory / "model.safetensors", tmp_path)
     assert relative_difference(torch_logits(open_model(tmp_path)), expected) > 1e-4
 
 
@@ -285,20 +343,20 @@ def write_mistral_layout(source: ModelSource, directory: Path) -> None:
     ],
 )
 def test_the_same_weights_in_mistrals_own_layout_give_equal_logits(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Saved, case: str, tmp_path: Path
 ) -> None:
-    expected = save_model(case, tmp_path / "hf", monkeypatch)
-    write_mistral_layout(open_model(tmp_path / "hf"), tmp_path / "native")
+    directory, expected = saved(case)
+    write_mistral_layout(open_model(directory), tmp_path / "native")
     source = open_model(tmp_path / "native")
     assert source.kind == "mistral"
     assert relative_difference(torch_logits(source), expected) <= RELATIVE
 
 
-def test_fused_experts_on_disk_equal_separate_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_experts_on_disk_equal_separate_ones(saved: Saved, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    expected = save_model("mixtral_8_experts_top_2", tmp_path, monkeypatch)
-    separate = load_file(tmp_path / "model.safetensors")
+    directory, expected = saved("mixtral_8_experts_top_2")
+    separate = load_file(directory / "model.safetensors")
     fused: dict[str, np.ndarray] = {}
     for name, values in separate.items():
         if ".experts." not in name:
@@ -310,4 +368,5 @@ def test_fused_experts_on_disk_equal_separate_ones(tmp_path: Path, monkeypatch: 
         fused[target + "gate_up_proj"] = np.stack([np.concatenate((e["w1"], e["w3"])) for e in experts])
         fused[target + "down_proj"] = np.stack([e["w2"] for e in experts])
     save_file(fused, tmp_path / "model.safetensors")
+    shutil.copy(directory / "config.json", tmp_path)
     assert relative_difference(torch_logits(open_model(tmp_path)), expected) <= RELATIVE
