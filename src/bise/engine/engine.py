@@ -83,20 +83,10 @@ class Engine:
         tokenizer deltas carry no text. Without a thread, iterating a handle or calling `step` does the work.
         Raises ConfigError, and MemoryPlanError when the memory holds no block.
         """
-        if (num_blocks is None) == (kv_memory_bytes is None):
-            raise ConfigError(
-                "give either num_blocks or kv_memory_bytes to the engine", field="kv_memory_bytes"
-            )
         if max_queue < 1:
             raise ConfigError(f"max_queue must be at least 1, got {max_queue}", field="max_queue")
-        context = config.max_context if max_context is None else max_context
-        if not 1 <= context <= config.max_context:
-            raise ConfigError(
-                f"max_context must be from 1 to the model's {config.max_context}, got {context}",
-                field="max_context",
-            )
-        groups = config.window_groups
-        if kv_memory_bytes is not None:
+        context = _checked_context(max_context, config)
+        if kv_memory_bytes is not None and num_blocks is None:
             blocks = plan_num_blocks(
                 config,
                 kv_memory_bytes,
@@ -105,24 +95,21 @@ class Engine:
                 max_step_tokens=max_step_tokens,
                 max_sequences=max_sequences,
             )
+        elif num_blocks is not None and kv_memory_bytes is None:
+            blocks = _blocks_per_group(num_blocks, config)
         else:
-            assert num_blocks is not None
-            blocks = (num_blocks,) * len(groups) if isinstance(num_blocks, int) else tuple(num_blocks)
-        if len(blocks) != len(groups) or min(blocks) < 1:
             raise ConfigError(
-                f"num_blocks must be {len(groups)} positive numbers, got {blocks}", field="num_blocks"
+                "give either num_blocks or kv_memory_bytes to the engine", field="kv_memory_bytes"
             )
         self._config = config
         self._tokenizer = tokenizer
         self._pools = [BlockPool(count) for count in blocks]
         self._scheduler = Scheduler(
-            self._pools, groups, max_step_tokens=max_step_tokens, max_sequences=max_sequences
+            self._pools, config.window_groups, max_step_tokens=max_step_tokens, max_sequences=max_sequences
         )
         self._context = context
         self.max_context = self._scheduler.longest(context)
-        """Most tokens, prompt and output, of one request: the model's context, or less where the cache is
-        smaller.
-        """
+        """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
         self._cache = KVCache(config, ops, blocks, kv_format)
         self._runner = Runner(transformer, self._cache)
         self._max_queue = max_queue
@@ -415,6 +402,26 @@ class Engine:
             self._scheduler.add(self._arrived.popleft())
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._end(sequence, FinishReason.ABORT)
+
+
+def _checked_context(max_context: int | None, config: ModelConfig) -> int:
+    context = config.max_context if max_context is None else max_context
+    if not 1 <= context <= config.max_context:
+        raise ConfigError(
+            f"max_context must be from 1 to the model's {config.max_context}, got {context}",
+            field="max_context",
+        )
+    return context
+
+
+def _blocks_per_group(num_blocks: int | SequenceOf[int], config: ModelConfig) -> tuple[int, ...]:
+    num_groups = len(config.window_groups)
+    blocks = (num_blocks,) * num_groups if isinstance(num_blocks, int) else tuple(num_blocks)
+    if len(blocks) != num_groups or min(blocks) < 1:
+        raise ConfigError(
+            f"num_blocks must be {num_groups} positive numbers, got {blocks}", field="num_blocks"
+        )
+    return blocks
 
 
 def _last_delta(sequence: Sequence, delta: Delta) -> Delta:
