@@ -85,3 +85,20 @@ def test_a_missing_path_a_file_and_a_pickle_are_told_apart(tmp_path: Path) -> No
     (tmp_path / "model.pth").write_bytes(b"")
     with pytest.raises(ModelFileError, match="pickle, which can run any code"):
         open_model(tmp_path / "model.pth")
+
+
+def test_a_directory_with_one_gguf_file_opens_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr("bise.model.gguf.open_gguf", opened.append)
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    open_model(tmp_path)
+    open_model(tmp_path / "model-q4.gguf")
+    assert opened == [tmp_path / "model-q4.gguf"] * 2
+
+
+def test_the_root_of_a_hub_cache_points_to_its_snapshots(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    with pytest.raises(ModelFileError, match="give one of its snapshots"):
+        open_model(tmp_path)
