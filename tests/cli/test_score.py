@@ -95,10 +95,12 @@ def test_a_single_token_has_no_perplexity(cli, fake, model_dir, rows):
 
 
 def test_without_json_a_table_is_printed(cli, fake, model_dir, rows):
-    result = cli("score", str(model_dir), rows({"text": "ab"}))
-    header, line = result.out.splitlines()
+    result = cli("score", str(model_dir), rows({"text": "ab"}, {"text": ""}, {"text": "ab"}))
+    header, line, empty, _, total = result.out.splitlines()
     assert header.split() == ["ROW", "TOKENS", "COUNTED", "PERPLEXITY"]
     assert line.split() == ["1", "3", "2", "2.449"]
+    assert empty.split() == ["2", "1", "0", "-"]
+    assert total.split() == ["all", "7", "4", "2.449"]
 
 
 @pytest.mark.parametrize("name", ["/no/such.jsonl", "/dev/zero", "/"])

@@ -76,7 +76,8 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     numeric = [
-        all(cell[:1].isdigit() or cell in ("", "-") for cell in column) for column in zip(*cells, strict=True)
+        all(cell[:1].isdigit() or cell in ("", "-", "all") for cell in column)
+        for column in zip(*cells, strict=True)
     ]
     click.echo(click.style(_align(columns, widths, numeric), bold=True))
     for row in cells:

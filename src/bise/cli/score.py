@@ -60,18 +60,35 @@ def command(names: tuple[str, ...], **values: Any) -> None:
     entries = read_rows(names[-1])
     with open_model(names[0] if len(names) == 2 else None, load) as loaded, ProgressBar() as bar:
         rows = prepare_rows(names[-1], entries, loaded)
-        table: list[list[str]] = []
+        reports: list[dict[str, Any]] = []
         for done, (row, completion) in enumerate(score_rows(rows, loaded), 1):
             bar("scoring", done / len(rows))
-            report = row_report(row, completion)
+            reports.append(row_report(row, completion))
             if as_json:
-                write_json(report)
-            else:
-                perplexity = report["perplexity"]
-                shown = "-" if perplexity is None else f"{perplexity:.3f}"
-                table.append([str(row.number), str(len(row.token_ids)), str(sum(row.counted)), shown])
+                write_json(reports.pop())
     if not as_json:
-        write_table(["ROW", "TOKENS", "COUNTED", "PERPLEXITY"], table)
+        _write_summary(rows, reports)
+
+
+def _write_summary(rows: list[Row], reports: list[dict[str, Any]]) -> None:
+    lines = [
+        [
+            str(row.number),
+            str(len(row.token_ids)),
+            str(report["counted_tokens"]),
+            _shown(report["perplexity"]),
+        ]
+        for row, report in zip(rows, reports, strict=True)
+    ]
+    counted = sum(report["counted_tokens"] for report in reports)
+    loss = math.fsum(math.log(r["perplexity"]) * r["counted_tokens"] for r in reports if r["counted_tokens"])
+    total = math.exp(loss / counted) if counted else None
+    lines.append(["all", str(sum(len(row.token_ids) for row in rows)), str(counted), _shown(total)])
+    write_table(["ROW", "TOKENS", "COUNTED", "PERPLEXITY"], lines)
+
+
+def _shown(perplexity: float | None) -> str:
+    return "-" if perplexity is None else f"{perplexity:.3f}"
 
 
 def read_rows(name: str) -> list[tuple[int, dict[str, Any]]]:
