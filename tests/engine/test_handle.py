@@ -1,0 +1,103 @@
+"""RequestHandle: deltas in order, one end, and what happens when the consumer goes away."""
+
+import asyncio
+
+import pytest
+
+from bise.engine.handle import RequestHandle
+from bise.engine.request import Delta, FinishReason, Timings, Usage
+from bise.errors import EngineError
+
+END = Delta(
+    text="!",
+    finish_reason=FinishReason.STOP,
+    usage=Usage(prompt_tokens=1, cached_tokens=0, completion_tokens=2),
+    timings=Timings(queue_s=0, prefill_s=0, decode_s=0),
+)
+
+
+class Caller:
+    """A handle whose cancellations are counted, filled with the deltas given."""
+
+    def __init__(self, *deltas: Delta):
+        self.num_cancels = 0
+        self.handle = RequestHandle(7, self._cancel, None)
+        for delta in deltas:
+            self.handle.push(delta)
+
+    def _cancel(self):
+        self.num_cancels += 1
+
+
+def test_deltas_come_in_order_and_the_end_is_not_a_cancellation():
+    caller = Caller(Delta(text="a"), Delta(text="b"), END)
+    assert [delta.text for delta in caller.handle] == ["a", "b", "!"]
+    caller.handle.cancel()
+    assert caller.num_cancels == 0
+
+
+def test_iterating_again_after_the_end_gives_nothing_instead_of_waiting():
+    caller = Caller(END)
+    list(caller.handle)
+    assert list(caller.handle) == []
+
+
+def test_leaving_a_loop_cancels_at_once():
+    caller = Caller(Delta(text="a"), END)
+    for _ in caller.handle:
+        break
+    assert caller.num_cancels == 1
+
+
+def test_an_exception_in_the_consumer_cancels():
+    caller = Caller(Delta(text="a"), END)
+
+    def consume():
+        for _ in caller.handle:
+            raise ValueError("the consumer failed")
+
+    with pytest.raises(ValueError, match="the consumer failed"):
+        consume()
+    assert caller.num_cancels == 1
+
+
+def test_the_result_puts_all_deltas_together():
+    done = Caller(Delta(text="a", token_ids=(1,)), Delta(token_ids=(2,)), END).handle.result()
+    assert (done.text, done.token_ids, done.usage.completion_tokens) == ("a!", (1, 2), 2)
+
+
+def test_the_result_raises_the_error_of_the_request():
+    caller = Caller(Delta(text="a"), Delta(finish_reason=FinishReason.ERROR, error=EngineError("broken")))
+    with pytest.raises(EngineError, match="broken"):
+        caller.handle.result()
+
+
+def test_an_async_loop_receives_what_was_pushed_before_and_after_it_started():
+    async def main():
+        caller = Caller(Delta(text="a"))
+        texts = []
+        async for delta in caller.handle:
+            texts.append(delta.text)
+            if delta.text == "a":
+                asyncio.get_running_loop().call_soon(caller.handle.push, END)
+        return texts, caller.num_cancels
+
+    assert asyncio.run(main()) == (["a", "!"], 0)
+
+
+def test_pushing_to_a_closed_event_loop_cancels_instead_of_failing():
+    caller = Caller()
+
+    async def main():
+        stream = aiter(caller.handle)
+        task = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        return stream, task
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # the task that never ends is the point
+    kept = loop.run_until_complete(main())
+    loop.close()
+    caller.handle.push(Delta(text="a"))
+    assert caller.num_cancels == 1
+    del kept
