@@ -199,3 +199,33 @@ def test_time_is_near_linear_without_spaces(kind, unit, hf_directory):
 
     # Linear is 8; quadratic would be 64.
     assert seconds(1 << 17) < 24 * max(seconds(1 << 14), 0.001)
+
+
+def test_sound_character_map_is_taken(tmp_path, hf_directory):
+    import base64
+    import io
+
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world"] * 50), model_writer=model, vocab_size=12, model_type="char",
+        normalization_rule_name="nmt_nfkc", minloglevel=9,
+    )  # fmt: skip
+    place = model.getvalue().index(b"nmt_nfkc") + len(b"nmt_nfkc") + 1
+    size = shift = 0
+    while True:  # the length of the map, a protobuf varint
+        byte = model.getvalue()[place]
+        size |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            break
+    charsmap = model.getvalue()[place : place + size]
+    folder = hf_directory("bytes")
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["normalizer"] = {
+        "type": "Precompiled",
+        "precompiled_charsmap": base64.b64encode(charsmap).decode(),
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = load_tokenizer(folder, 2000)
+    assert tokenizer.decode(tokenizer.encode("ﬁ Ⅳ")) == "fi IV"

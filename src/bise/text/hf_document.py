@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
+import struct
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import cast
@@ -78,6 +79,10 @@ def _plain_model(
             f"{name}: model.merges must be an array, not {kind_of(merges)}", field="model.merges"
         )
     unknown = model.get("unk_token")
+    if unknown is not None and (not isinstance(unknown, str) or unknown not in vocab):
+        raise ModelFileError(
+            f"{name}: model.unk_token {shown(unknown)} is not in the vocabulary", field="model.unk_token"
+        )
     return dict(model) | {
         "type": "BPE",
         "vocab": {renamed.get(text, text): token_id for text, token_id in vocab.items()},
@@ -121,13 +126,12 @@ def _without_first_prefix(component: object) -> tuple[object, bool]:
 
 
 def _check_charsmaps(component: object, name: str) -> None:
-    """Refuse a malformed SentencePiece character map before the library sees it: it aborts on one, noisily."""
+    """Refuse a malformed SentencePiece character map: the library panics on one, aloud, when it reads or uses it."""
     if not isinstance(component, dict):
         return
     fields = cast(dict[str, object], component)
-    for part in (
-        cast(list[object], fields.get("normalizers") or []) if fields.get("type") == "Sequence" else []
-    ):
+    parts = fields.get("normalizers")
+    for part in cast(list[object], parts) if isinstance(parts, list) else ():
         _check_charsmaps(part, name)
     if fields.get("type") != "Precompiled":
         return
@@ -145,18 +149,29 @@ def _check_charsmaps(component: object, name: str) -> None:
 def _charsmap_fault(data: bytes) -> str:
     """Return what is wrong with a character map, "" when it is sound.
 
-    Layout: size of the trie in bytes (uint32), the trie (uint32 each), then zero-terminated UTF-8 replacements.
+    Layout: size of the trie in bytes (uint32), the trie, then zero-terminated UTF-8 replacements. The trie is a
+    double array as darts-clone writes it: a unit (uint32) with its high bit set holds the place of a replacement;
+    any other leads to the block of 256 units around (its own place XOR its offset).
     """
-    if len(data) < 4:
-        return "is too short"
     size = int.from_bytes(data[:4], "little")
-    if size % 4 or size == 0 or size > len(data) - 4:
+    if size % 4 or not 0 < size <= len(data) - 4:
         return f"claims a trie of {size} bytes in {len(data)}"
+    replacements = data[4 + size :]
     try:
-        text = data[4 + size :].decode("utf-8")
+        replacements.decode("utf-8")
     except UnicodeDecodeError:
         return "has replacements that are not UTF-8"
-    return "" if text.endswith("\0") or not text else "has a replacement without end"
+    if not replacements.endswith(b"\0"):
+        return "has a replacement without end"
+    units = struct.unpack(f"<{size // 4}I", data[4 : 4 + size])
+    starts = {0, *(place + 1 for place, byte in enumerate(replacements[:-1]) if byte == 0)}
+    for place, unit in enumerate(units):
+        if unit >> 31:
+            if unit & 0x7FFFFFFF not in starts:
+                return f"has a trie that points past its replacements (unit {place})"
+        elif (place ^ (unit >> 10 << ((unit & 0x200) >> 6))) | 0xFF >= len(units):
+            return f"has a trie that leads out of itself (unit {place})"
+    return ""
 
 
 def _loses_bytes(document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str]) -> bool:

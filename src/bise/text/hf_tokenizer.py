@@ -371,6 +371,7 @@ def _leading_specials(document: Mapping[str, object], file: Path) -> list[str]:
             if special is None:
                 return leading
             leading.append(str(_object(special, file, "post_processor.single").get("id")))
+        return leading
     return []
 
 
