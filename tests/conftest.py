@@ -15,7 +15,6 @@ from bise.config import ModelConfig
 from bise.kernels import BLOCK_SIZE
 from bise.model.batch import Batch
 
-
 # The same examples on every run: what CI sees is what everyone sees.
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.load_profile("fixed")

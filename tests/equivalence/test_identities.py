@@ -115,7 +115,7 @@ def test_preempted_equals_undisturbed(make_engine, alone, assert_same):
     for completion, expected in zip(found, alone, strict=True):
         assert_same(completion, expected)
     crowded = make_engine(num_blocks=4, max_step_tokens=16, max_sequences=5)
-    long = [ask(20, seed, max_tokens=70) for seed in range(3)]
+    long = [ask(30, seed, max_tokens=36) for seed in range(3)]
     handles = [crowded.submit(request) for request in long]
     found = [handle.result() for handle in handles]
     assert crowded.stats().num_preemptions > 0

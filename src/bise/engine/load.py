@@ -131,8 +131,8 @@ def _require_memory(source: ModelSource, quant: str) -> None:
         needed = plan_packing(source, quant).size_bytes
     if available is not None and needed > available:
         raise MemoryPlanError(
-            f"{source.path} needs {needed / 2**30:.1f} GiB for its weights, {available / 2**30:.1f} GiB of memory "
-            "are free; try --quant q4, close other programs, or take a smaller model",
+            f"{source.path} needs {needed / 2**30:.1f} GiB for its weights, {available / 2**30:.1f} GiB "
+            "of memory are free; try --quant q4, close other programs, or take a smaller model",
             field="model",
         )
 
