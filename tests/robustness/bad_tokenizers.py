@@ -122,7 +122,10 @@ def plus(**entries: int) -> Callable[[dict[str, int]], dict[str, int]]:
 
 HF_CASES = [
     Case("empty file", raw("tokenizer.json", b"")),
-    Case("half a file", lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:500]) and None),
+    Case(
+        "half a file",
+        lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:500]) and None,
+    ),
     Case("not UTF-8", raw("tokenizer.json", b'{"model": "\xff\xfe"}')),
     Case("an array", raw("tokenizer.json", b"[]")),
     Case("deep nesting", raw("tokenizer.json", b'{"model":' + b"[" * 200_000 + b"]" * 200_000 + b"}")),
@@ -165,7 +168,10 @@ HF_CASES = [
     Case("added token a string", hf("added_tokens", to=["<s>"])),
     Case("added token without content", hf("added_tokens", 0, to={"id": 0})),
     Case("added token of empty content", hf("added_tokens", 0, "content", to="")),
-    Case("added token beyond the model", hf("added_tokens", 0, to=lambda t: t | {"id": 5000, "content": "<big>"})),
+    Case(
+        "added token beyond the model",
+        hf("added_tokens", 0, to=lambda t: t | {"id": 5000, "content": "<big>"}),
+    ),
     Case("added token against the vocab", hf("added_tokens", 0, "id", to=9)),
     Case("added token flag a string", hf("added_tokens", 0, "special", to="yes")),
     Case("broken regex", hf("pre_tokenizer", to=split("(["))),
@@ -173,13 +179,21 @@ HF_CASES = [
     Case("unknown pre-tokenizer", hf("pre_tokenizer", "type", to="Nope")),
     Case("pre-tokenizer a string", hf("pre_tokenizer", to="ByteLevel")),
     Case("unknown normalizer", hf("normalizer", to={"type": "Nope"})),
-    Case("broken normalizer regex", hf("normalizer", to={"type": "Replace", "pattern": {"Regex": "("}, "content": ""})),
+    Case(
+        "broken normalizer regex",
+        hf("normalizer", to={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
+    ),
     Case("charsmap not base64", hf("normalizer", to=charsmap("!!!"))),
     Case("charsmap too short", hf("normalizer", to=charsmap(b"\1\2"))),
-    Case("charsmap size beyond its end", hf("normalizer", to=charsmap(struct.pack("<I", 1 << 31) + b"\0" * 8))),
+    Case(
+        "charsmap size beyond its end", hf("normalizer", to=charsmap(struct.pack("<I", 1 << 31) + b"\0" * 8))
+    ),
     Case("charsmap size not aligned", hf("normalizer", to=charsmap(struct.pack("<I", 3) + b"\0" * 8))),
     Case("charsmap of random bytes", hf("normalizer", to=charsmap(bytes(range(256)) * 4))),
-    Case("charsmap with a broken trie", hf("normalizer", to=charsmap(struct.pack("<I", 8) + b"\xff" * 8 + b"x\0"))),
+    Case(
+        "charsmap with a broken trie",
+        hf("normalizer", to=charsmap(struct.pack("<I", 8) + b"\xff" * 8 + b"x\0")),
+    ),
     Case("charsmap a number", hf("normalizer", to={"type": "Precompiled", "precompiled_charsmap": 5})),
     Case("charsmap in a sequence", hf("normalizer", to={"type": "Sequence", "normalizers": [charsmap("!")]})),
     Case("normalizers not an array", hf("normalizer", to={"type": "Sequence", "normalizers": 5})),
@@ -187,19 +201,52 @@ HF_CASES = [
     Case("decoder WordPiece", hf("decoder", to={"type": "WordPiece", "prefix": "##", "cleanup": True})),
     Case("decoder a list", hf("decoder", to=[])),
     Case("decoder sequence of a string", hf("decoder", to={"type": "Sequence", "decoders": "x"})),
-    Case("post-processor Bert", hf("post_processor", to={"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]})),
-    Case("post-processor with a missing token", hf("post_processor", to={
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<nope>", "type_id": 0}}], "pair": [],
-        "special_tokens": {}})),
-    Case("post-processor with two tokens", hf("post_processor", to={
-        "type": "TemplateProcessing", "pair": [], "special_tokens": {}, "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"SpecialToken": {"id": "[INST]", "type_id": 0}}]})),
+    Case(
+        "post-processor Bert",
+        hf("post_processor", to={"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}),
+    ),
+    Case(
+        "post-processor with a missing token",
+        hf(
+            "post_processor",
+            to={
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<nope>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+        ),
+    ),
+    Case(
+        "post-processor with two tokens",
+        hf(
+            "post_processor",
+            to={
+                "type": "TemplateProcessing",
+                "pair": [],
+                "special_tokens": {},
+                "single": [
+                    {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                    {"SpecialToken": {"id": "[INST]", "type_id": 0}},
+                ],
+            },
+        ),
+    ),
     Case("eos_token unknown", edit("tokenizer_config.json", "eos_token", to="<nope>")),
     Case("eos_token a number", edit("tokenizer_config.json", "eos_token", to=2)),
     Case("add_bos_token a string", edit("tokenizer_config.json", "add_bos_token", to="yes")),
-    Case("added_tokens_decoder with a bad id", edit("tokenizer_config.json", "added_tokens_decoder", to={"x": {"content": "y"}})),
-    Case("added_tokens_decoder beyond the model", edit("tokenizer_config.json", "added_tokens_decoder", to={
-        "9999": {"content": "<far>", "special": True}})),
+    Case(
+        "added_tokens_decoder with a bad id",
+        edit("tokenizer_config.json", "added_tokens_decoder", to={"x": {"content": "y"}}),
+    ),
+    Case(
+        "added_tokens_decoder beyond the model",
+        edit(
+            "tokenizer_config.json",
+            "added_tokens_decoder",
+            to={"9999": {"content": "<far>", "special": True}},
+        ),
+    ),
     Case("added_tokens_decoder an array", edit("tokenizer_config.json", "added_tokens_decoder", to=[])),
     Case("tokenizer_config broken", raw("tokenizer_config.json", b"{")),
     Case("eos id beyond", edit("generation_config.json", "eos_token_id", to=5000)),
@@ -209,15 +256,37 @@ HF_CASES = [
     Case("bise_template a number", edit("tokenizer_config.json", "bise_template", to=7), template=True),
     Case("template a number", edit("tokenizer_config.json", "chat_template", to=5), template=True),
     Case("template empty", edit("tokenizer_config.json", "chat_template", to=""), template=True),
-    Case("template of 2 MiB", edit("tokenizer_config.json", "chat_template", to="x" * (2 << 20)), template=True),
-    Case("template not closed", edit("tokenizer_config.json", "chat_template", to="{% for m in messages %}"), template=True),
-    Case("template with an unknown tag", edit("tokenizer_config.json", "chat_template", to="{% exec x %}"), template=True),
-    Case("template with an unknown filter", edit("tokenizer_config.json", "chat_template", to="{{ 1 | nope }}"), template=True),
-    Case("templates without default", edit("tokenizer_config.json", "chat_template", to=[{"name": "a", "template": "b"}]), template=True),
-    Case("templates without name", edit("tokenizer_config.json", "chat_template", to=[{"template": "b"}]), template=True),
+    Case(
+        "template of 2 MiB", edit("tokenizer_config.json", "chat_template", to="x" * (2 << 20)), template=True
+    ),
+    Case(
+        "template not closed",
+        edit("tokenizer_config.json", "chat_template", to="{% for m in messages %}"),
+        template=True,
+    ),
+    Case(
+        "template with an unknown tag",
+        edit("tokenizer_config.json", "chat_template", to="{% exec x %}"),
+        template=True,
+    ),
+    Case(
+        "template with an unknown filter",
+        edit("tokenizer_config.json", "chat_template", to="{{ 1 | nope }}"),
+        template=True,
+    ),
+    Case(
+        "templates without default",
+        edit("tokenizer_config.json", "chat_template", to=[{"name": "a", "template": "b"}]),
+        template=True,
+    ),
+    Case(
+        "templates without name",
+        edit("tokenizer_config.json", "chat_template", to=[{"template": "b"}]),
+        template=True,
+    ),
     Case("template file not UTF-8", raw("chat_template.jinja", b"\xff\xfe"), template=True),
     Case("template file a FIFO", lambda f: os.mkfifo(f / "chat_template.jinja"), template=True),
-]  # fmt: skip
+]
 
 
 def valid_tekken() -> dict[str, object]:
@@ -226,9 +295,12 @@ def valid_tekken() -> dict[str, object]:
         for byte in range(256)
     ]
     config = {
-        "pattern": r"\p{L}+|\s+|.", "num_vocab_tokens": 256, "default_vocab_size": 286, "default_num_special_tokens": 30,
+        "pattern": r"\p{L}+|\s+|.",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": 286,
+        "default_num_special_tokens": 30,
         "version": "v3",
-    }  # fmt: skip
+    }
     return {"config": config, "vocab": vocab, "version": 1, "type": "Tekken"}
 
 
@@ -257,6 +329,11 @@ def valid_spm() -> bytes:
     return pieces + b"\x12" + bytes([len(trainer)]) + trainer + b"\x1a\x02\x20\x00"
 
 
+def sparse_spm(folder: Path) -> None:
+    with (folder / "tokenizer.model.v3").open("wb") as file:
+        file.truncate(64 << 30)
+
+
 def spm(data: bytes) -> Callable[[Path], None]:
     return raw("tokenizer.model.v3", data)
 
@@ -282,8 +359,10 @@ MISTRAL_CASES = [
     Case("tekken vocab an object", tekken("vocab", to={})),
     Case("tekken controls an object", tekken("special_tokens", to={})),
     Case("tekken control without text", tekken("special_tokens", to=[{"rank": 0}])),
-    Case("tekken controls twice", tekken("special_tokens", to=[
-        {"rank": 0, "token_str": "<s>"}, {"rank": 1, "token_str": "<s>"}])),
+    Case(
+        "tekken controls twice",
+        tekken("special_tokens", to=[{"rank": 0, "token_str": "<s>"}, {"rank": 1, "token_str": "<s>"}]),
+    ),
     Case("tekken controls without </s>", tekken("special_tokens", to=[{"rank": 0, "token_str": "<s>"}])),
     Case("tekken v13 without controls", tekken("config", "version", to="v13")),
     Case("tekken settings before v15", tekken("model_settings_builder", to={})),
@@ -302,27 +381,41 @@ MISTRAL_CASES = [
     Case("spm char model", spm(valid_spm() + b"\x12\x02\x18\x04")),
     Case("spm character map", spm(valid_spm() + b"\x1a\x04\x12\x02ab")),
     Case("spm version unknown", raw("tokenizer.model.v99", valid_spm())),
-    Case("spm too many pieces", spm(valid_spm() + b"".join(spm_piece(b"x%d" % i) for i in range(VOCAB_SIZE)))),
+    Case(
+        "spm too many pieces", spm(valid_spm() + b"".join(spm_piece(b"x%d" % i) for i in range(VOCAB_SIZE)))
+    ),
     Case("spm FIFO", lambda f: os.mkfifo(f / "tokenizer.model.v3")),
-    Case("spm sparse 64 GiB", lambda f: ((f / "tokenizer.model.v3").touch(), os.truncate(f / "tokenizer.model.v3", 64 << 30)) and None),
+    Case(
+        "spm sparse 64 GiB",
+        sparse_spm,
+    ),
     Case("spm v3 without [INST]", spm(valid_spm()), template=True),
-]  # fmt: skip
+]
 
 
 def gguf_bpe(**changes: object) -> dict[str, object]:
     base = {
-        "model": "gpt2", "pre": "gpt-2", "tokens": ["<s>", "</s>", *alphabet(), "ab"], "token_type": [3, 3] + [1] * 257,
-        "merges": ["a b"], "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": ["<s>", "</s>", *alphabet(), "ab"],
+        "token_type": [3, 3] + [1] * 257,
+        "merges": ["a b"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     return named(base | changes)
 
 
 def gguf_spm(**changes: object) -> dict[str, object]:
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], "a", "b", "ab", "\u2581"]
     base = {
-        "model": "llama", "tokens": tokens, "scores": [0.0] * 259 + [-1.0, -2.0, -3.0, -4.0],
-        "token_type": [2, 3, 3] + [6] * 256 + [1] * 4, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + [-1.0, -2.0, -3.0, -4.0],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return named(base | changes)
 
 

@@ -10,14 +10,56 @@ from pathlib import Path
 import pytest
 
 CHAT_TOKENS = [
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
-    "<|system|>", "<|user|>", "<|assistant|>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-    "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-]  # fmt: skip
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_CALLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+]
 WORDS = [
-    "hello", "world", "the", "wind", "system", "user", "assistant", "in", "st", "Grüße", "été", "漢字", "naïve", "😀", "123", "4567",
-    "def f(x):", "return", "\n", "\n\n", "  ", ".", "!?", "<", ">", "[", "]", "|", "im", "end", "'s",
-]  # fmt: skip
+    "hello",
+    "world",
+    "the",
+    "wind",
+    "system",
+    "user",
+    "assistant",
+    "in",
+    "st",
+    "Grüße",
+    "été",
+    "漢字",
+    "naïve",
+    "😀",
+    "123",
+    "4567",
+    "def f(x):",
+    "return",
+    "\n",
+    "\n\n",
+    "  ",
+    ".",
+    "!?",
+    "<",
+    ">",
+    "[",
+    "]",
+    "|",
+    "im",
+    "end",
+    "'s",
+]
 
 
 def words(seed: int, count: int) -> str:
@@ -49,7 +91,9 @@ def byte_level_tokenizer() -> object:
 
 
 def sentencepiece_like_tokenizer(*, legacy: bool) -> object:
-    """`legacy`: the dummy prefix before every piece, by a normaliser; else before the first only, by Metaspace."""
+    """`legacy`: the dummy prefix before every piece, by a normaliser; else before the first only, by
+    Metaspace.
+    """
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer

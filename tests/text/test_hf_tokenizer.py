@@ -12,10 +12,26 @@ from bise.errors import ModelFileError, RequestError
 from bise.text.tokenizer import load_tokenizer
 
 CONTROLS = [
-    "<s>", "</s>", "<unk>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
-    "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>",
-]  # fmt: skip
+    "<s>",
+    "</s>",
+    "<unk>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+]
 DISGUISES = ["{}", "a{}b", " {} ", "{}{}", "\n{}\n", "{} hello"]
 KINDS = ["bytes", "legacy", "metaspace"]
 
@@ -131,9 +147,13 @@ def test_truncation_and_padding_of_the_file_are_not_applied(hf_directory):
     document = json.loads((folder / "tokenizer.json").read_text())
     document["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     document["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
         "pad_token": "<unk>",
-    }  # fmt: skip
+    }
     expected = load_tokenizer(folder, 2000).encode("hello hello hello")
     (folder / "tokenizer.json").write_text(json.dumps(document))
     assert load_tokenizer(folder, 2000).encode("hello hello hello") == expected
@@ -208,9 +228,13 @@ def test_sound_character_map_is_taken(tmp_path, hf_directory):
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["hello world"] * 50), model_writer=model, vocab_size=12, model_type="char",
-        normalization_rule_name="nmt_nfkc", minloglevel=9,
-    )  # fmt: skip
+        sentence_iterator=iter(["hello world"] * 50),
+        model_writer=model,
+        vocab_size=12,
+        model_type="char",
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=9,
+    )
     place = model.getvalue().index(b"nmt_nfkc") + len(b"nmt_nfkc") + 1
     size = shift = 0
     while True:  # the length of the map, a protobuf varint

@@ -13,21 +13,25 @@ from bise.text.tokenizer import load_tokenizer, tokenizer_from_gguf
 INSTRUCT = """{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('user and assistant must take turns') }}{% endif %}{% if m['role'] == 'user' %}
 {{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"""
-INSTRUCT_TOOLS = """{{- bos_token }}{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}
+INSTRUCT_TOOLS = """{{- bos_token }}{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}
 {%- set turns = messages[1:] %}{%- else %}{%- set turns = messages %}{%- endif %}
 {%- if tools is not none %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}
 {%- for m in turns %}{%- if m.role == 'user' %}{%- if loop.last and system is defined %}
-{{- '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}{%- else %}{{- '[INST] ' + m.content + '[/INST]' }}
+{{- '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}{%- else %}
+{{- '[INST] ' + m.content + '[/INST]' }}
 {%- endif %}{%- elif m.tool_calls is defined and m.tool_calls is not none %}{{- '[TOOL_CALLS] [' }}
 {%- for call in m.tool_calls %}{{- call.function | tojson }}{{- ', ' if not loop.last }}{%- endfor %}
 {{- ']' + eos_token }}{%- elif m.role == 'tool' %}
 {{- '[TOOL_RESULTS] {"content": ' + m.content | string + '}[/TOOL_RESULTS]' }}
 {%- else %}{{- ' ' + m.content | trim + eos_token }}{%- endif %}{%- endfor %}"""
 HEADERS = """{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'
- + m['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set text = '<|begin_of_text|>' + text %}{% endif %}
-{{ text }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{% endif %}"""
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}
+ + m['content'] | trim + '<|eot_id|>' %}
+{%- if loop.first %}{% set text = '<|begin_of_text|>' + text %}{% endif %}
+{{ text }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+CHATML = """{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 ZEPHYR = """{% for m in messages %}
 {% if m['role'] == 'user' %}
@@ -50,9 +54,24 @@ TEMPLATES = {
 }
 KINDS = ["bytes", "legacy", "metaspace"]
 HOSTILE = [
-    "<s>", "</s>", "<unk>", "<|im_end|>", "<|im_start|>system", "<|eot_id|>", "[INST]", "[/INST]", "<|user|>", "a </s>",
-    "<|im_<|im_end|>end|>", "[TOOL_CALLS]", " <|eot_id|> ", "<|start_header_id|>", "\n<|assistant|>\n", "</s", "<|im_",
-]  # fmt: skip
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|im_end|>",
+    "<|im_start|>system",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+    "<|user|>",
+    "a </s>",
+    "<|im_<|im_end|>end|>",
+    "[TOOL_CALLS]",
+    " <|eot_id|> ",
+    "<|start_header_id|>",
+    "\n<|assistant|>\n",
+    "</s",
+    "<|im_",
+]
 
 
 def benign(rng: random.Random) -> str:
@@ -160,9 +179,15 @@ def test_control_string_split_over_two_parts_stays_text(hf_directory):
     folder = hf_directory("bytes", chat_template=source)
     tokenizer = load_tokenizer(folder, 2000)
     template = load_template(folder, tokenizer)
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
-        {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}], "content": "<|im_"},
-        {"role": "tool", "tool_call_id": "a", "content": "end|>"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "x"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            "content": "<|im_",
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "end|>"},
+    ]
     ids = template.encode(messages)
     assert tokenizer.control_id("<|im_end|>") not in ids
     template.close()

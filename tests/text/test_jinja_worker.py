@@ -55,8 +55,10 @@ BOMBS = [
     "{{ 10 ** (10 ** 10) }}",
     "{{ (9 ** 99) ** 99 ** 3 }}",
     "{% set x = 7 ** 777777777 %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{% set n = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(s='x' * 1000) %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "{% set n = namespace(i=2) %}{% for i in range(99) %}{% set n.i = n.i * n.i %}{% endfor %}",
@@ -125,8 +127,11 @@ def test_bomb_at_compile_time_is_refused_by_the_check():
 
 
 def test_worker_is_used_again_and_replaced_after_a_bomb():
-    process = JinjaProcess("{% if bomb %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-                           "{% endif %}{{ text }}", "template")  # fmt: skip
+    process = JinjaProcess(
+        "{% if bomb %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% endif %}{{ text }}",
+        "template",
+    )
     assert process.render({"text": "one"}) == "one"
     first = process._process
     assert process.render({"text": "two"}) == "two"
@@ -149,8 +154,10 @@ def test_closing_leaves_no_process_behind():
 
 def test_filters_and_functions_of_transformers_exist():
     process = JinjaProcess(
-        "{{ {'é': [1, 2.5, none, true]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=2) }}{{ strftime_now('%%') }}"
-        "{% generation %}!{% endgeneration %}{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+        "{{ {'é': [1, 2.5, none, true]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=2) }}"
+        "{{ strftime_now('%%') }}"
+        "{% generation %}!{% endgeneration %}"
+        "{% for i in [1, 2] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
         "template",
     )
     assert process.render({}) == '{"é": [1, 2.5, null, true]}{\n  "b": 1,\n  "a": 2\n}%!1'

@@ -26,18 +26,80 @@ SPM_FILES = {
 NUM_CASES = 500
 """Accepted conversations per version; about a third more are refused by both sides."""
 HOSTILE = [
-    "[INST]", "[/INST]", "<s>", "</s>", "<unk>", "<pad>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]", "[IMG]", "[PREFIX]",
-    "[MIDDLE]", "[SUFFIX]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]",
-    "<SPECIAL_20>", "<SPECIAL_99>", "[control_8]", "[control_768]", "<0x0A>", "<0x00>", "<|im_start|>", "<|im_end|>",
-    "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "[INST", "INST]", "[ INST ]", "▁[INST]", "[INST][/INST]",
-    "</s></s>", "<s>[INST]", "[IMG_BREAK]", "[IMG_END]", "[AUDIO]", "[BEGIN_AUDIO]", "<unk><unk>", "[/INST]</s>",
-    "[TOOL_CALLS][{", "<SPECIAL_0>",
-]  # fmt: skip
+    "[INST]",
+    "[/INST]",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
+    "[IMG]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "[THINK]",
+    "[/THINK]",
+    "[MODEL_SETTINGS]",
+    "[/MODEL_SETTINGS]",
+    "<SPECIAL_20>",
+    "<SPECIAL_99>",
+    "[control_8]",
+    "[control_768]",
+    "<0x0A>",
+    "<0x00>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "[INST",
+    "INST]",
+    "[ INST ]",
+    "▁[INST]",
+    "[INST][/INST]",
+    "</s></s>",
+    "<s>[INST]",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[AUDIO]",
+    "[BEGIN_AUDIO]",
+    "<unk><unk>",
+    "[/INST]</s>",
+    "[TOOL_CALLS][{",
+    "<SPECIAL_0>",
+]
 WORDS = [
-    "hello", " world", "\n", "  ", "Grüße", " 漢字", " 😀", "1234", " [INST]", "</s>", '{"a": 1}', "'quoted'", "\t", "é", ".", " ",
-    "\u2581", "bise", " the", "[TOOL_CALLS]", "👩\u200d🚀",
-]  # fmt: skip
+    "hello",
+    " world",
+    "\n",
+    "  ",
+    "Grüße",
+    " 漢字",
+    " 😀",
+    "1234",
+    " [INST]",
+    "</s>",
+    '{"a": 1}',
+    "'quoted'",
+    "\t",
+    "é",
+    ".",
+    " ",
+    "\u2581",
+    "bise",
+    " the",
+    "[TOOL_CALLS]",
+    "👩\u200d🚀",
+]
 
 
 def data_path() -> Path:
@@ -47,7 +109,9 @@ def data_path() -> Path:
 
 
 def write_tokenizer(version: str, folder: Path) -> Path:
-    """Write the tokenizer file of a version: as shipped for SentencePiece, a cut and edited one for Tekken."""
+    """Write the tokenizer file of a version: as shipped for SentencePiece, a cut and edited one for
+    Tekken.
+    """
     if version in SPM_FILES:
         target = folder / f"tokenizer.model.{version}"
         shutil.copy(data_path() / SPM_FILES[version], target)
@@ -68,10 +132,13 @@ def write_tokenizer(version: str, folder: Path) -> Path:
     if number == "v15":
         document["model_settings_builder"] = {
             "reasoning_effort": {
-                "type": "enum", "values": ["none", "high"], "accepts_none": True, "default": "none",
+                "type": "enum",
+                "values": ["none", "high"],
+                "accepts_none": True,
+                "default": "none",
             },
             "json_schema": None,
-        }  # fmt: skip
+        }
     target = folder / "tekken.json"
     target.write_text(json.dumps(document))
     return target
@@ -118,10 +185,20 @@ def call_id(rng: random.Random, version: int) -> str:
 
 
 def arguments(rng: random.Random) -> object:
-    return rng.choice([
-        {"city": "Zürich", "n": [1, 2.5, None, True]}, '{"x":1,"y":"é"}', "", None, "not json {", '{"u": "\\u00e9"}',
-        '{"a" :  1e5}', "[1,2]", '"text"', {},
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            {"city": "Zürich", "n": [1, 2.5, None, True]},
+            '{"x":1,"y":"é"}',
+            "",
+            None,
+            "not json {",
+            '{"u": "\\u00e9"}',
+            '{"a" :  1e5}',
+            "[1,2]",
+            '"text"',
+            {},
+        ]
+    )
 
 
 def conversation(rng: random.Random, version: int) -> tuple[list[dict[str, object]], bool]:
@@ -136,19 +213,33 @@ def conversation(rng: random.Random, version: int) -> tuple[list[dict[str, objec
             messages.append({"role": "system", "content": content(rng)})
         if version > 1 and rng.random() < 0.4:
             ids = [call_id(rng, version) for _ in range(rng.randrange(1, 3))]
-            call: dict[str, object] = {"role": "assistant", "tool_calls": [
-                {"id": each, "type": "function", "function": {"name": "get_weather", "arguments": arguments(rng)}}
-                for each in ids
-            ]}  # fmt: skip
+            call: dict[str, object] = {
+                "role": "assistant",
+                "tool_calls": [
+                    {
+                        "id": each,
+                        "type": "function",
+                        "function": {"name": "get_weather", "arguments": arguments(rng)},
+                    }
+                    for each in ids
+                ],
+            }
             if version >= 7 and rng.random() < 0.3:
                 call["content"] = text(rng)
             messages.append(call)
             if version >= 3:
                 rng.shuffle(ids)
             for each in ids:
-                messages.append({"role": "tool", "tool_call_id": each, "name": "get_weather", "content": rng.choice(
-                    [text(rng), '{"t": 21.50, "é": "\\u00e9"}', "", "[1,2]", "null", "21"]
-                )})  # fmt: skip
+                messages.append(
+                    {
+                        "role": "tool",
+                        "tool_call_id": each,
+                        "name": "get_weather",
+                        "content": rng.choice(
+                            [text(rng), '{"t": 21.50, "é": "\\u00e9"}', "", "[1,2]", "null", "21"]
+                        ),
+                    }
+                )
             if rng.random() < 0.7:
                 messages.append({"role": "assistant", "content": text(rng)})
         elif rng.random() < 0.8:
@@ -168,11 +259,27 @@ def tools(rng: random.Random, version: int) -> list[dict[str, object]] | None:
     if version == 1 or rng.random() < 0.5:
         return rng.choice([None, []]) if version > 1 else None
     return [
-        {"type": "function", "function": {"name": f"get_weather{index}", "description": rng.choice(["", "Température", None]),
-         "parameters": rng.choice([None, {}, {"type": "object", "properties": {"city": {"type": "string", "default": "Zürich"}},
-                                              "required": ["city"]}]), "strict": rng.choice([True, False, None])}}
+        {
+            "type": "function",
+            "function": {
+                "name": f"get_weather{index}",
+                "description": rng.choice(["", "Température", None]),
+                "parameters": rng.choice(
+                    [
+                        None,
+                        {},
+                        {
+                            "type": "object",
+                            "properties": {"city": {"type": "string", "default": "Zürich"}},
+                            "required": ["city"],
+                        },
+                    ]
+                ),
+                "strict": rng.choice([True, False, None]),
+            },
+        }
         for index in range(rng.randrange(1, 3))
-    ]  # fmt: skip
+    ]
 
 
 def reference_ids(reference: object, messages: object, available: object, continue_final: bool) -> list[int]:

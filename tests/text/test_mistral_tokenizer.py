@@ -1,4 +1,6 @@
-"""Mistral's SentencePiece and Tekken files, and GGUF copies of them, against the libraries that define them."""
+"""Mistral's SentencePiece and Tekken files, and GGUF copies of them, against the libraries that define
+them.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,48 @@ def data_path() -> Path:
 def texts(count: int = 1000) -> list[str]:
     rng = random.Random(7)
     pool = [
-        "hello", "world", " ", "  ", "\n", "\t", "é", "ß", "漢", "字", "😀", "👨\u200d👩\u200d👧", "e\u0301", "[INST]", "</s>", "<0x0A>",
-        "\u2581", "123", "4567", "def f(x):", "\r\n", "'s", "'ll", "ÀB", "ǅ", "\u00a0", "\u3000", "\u200b", "!!", "...", "/", "\x00",
-        "\x1c", "<s>", "🇫🇷", "مرحبا", "नमस्ते", "𝔘", "ﬁ", "Straße", "I'm",
-    ]  # fmt: skip
+        "hello",
+        "world",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "é",
+        "ß",
+        "漢",
+        "字",
+        "😀",
+        "👨\u200d👩\u200d👧",
+        "e\u0301",
+        "[INST]",
+        "</s>",
+        "<0x0A>",
+        "\u2581",
+        "123",
+        "4567",
+        "def f(x):",
+        "\r\n",
+        "'s",
+        "'ll",
+        "ÀB",
+        "ǅ",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "!!",
+        "...",
+        "/",
+        "\x00",
+        "\x1c",
+        "<s>",
+        "🇫🇷",
+        "مرحبا",
+        "नमस्ते",
+        "𝔘",
+        "ﬁ",
+        "Straße",
+        "I'm",
+    ]
     ranges = [(32, 127), (160, 0x2000), (0x3000, 0xD7FF), (0x10000, 0x1FFFF)]
 
     def one() -> str:
@@ -100,8 +140,9 @@ def tekken_document() -> dict[str, object]:
     document = json.loads((data_path() / "tekken_240911.json").read_text())
     document["vocab"] = document["vocab"][:NUM_TEKKEN]
     document["config"] |= {
-        "default_vocab_size": NUM_TEKKEN + NUM_CONTROLS, "default_num_special_tokens": NUM_CONTROLS,
-    }  # fmt: skip
+        "default_vocab_size": NUM_TEKKEN + NUM_CONTROLS,
+        "default_num_special_tokens": NUM_CONTROLS,
+    }
     return document
 
 
@@ -247,9 +288,11 @@ def test_stories260k_vocabulary_reproduces_the_expected_ids():
     tokens[1:3] = ["<s>", "</s>"]
     types = [2, 3, 3] + [6 if re.fullmatch("<0x..>", token) else 1 for token in tokens[3:]]
     metadata = {
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.token_type": types,
-    }  # fmt: skip
+    }
     tokenizer = tokenizer_from_gguf(metadata, 512)
     for case in json.loads((STORIES / "expected.json").read_text())["cases"]:
         assert [1, *tokenizer.encode(case["prompt"])] == case["prompt_ids"]
@@ -269,5 +312,5 @@ def test_bare_tokenizer_model_names_no_chat_format(tmp_path):
 
 
 def test_directory_without_tokenizer_names_the_known_files(tmp_path):
-    with pytest.raises(ModelFileError, match=r"tokenizer\.json, tekken\.json"):
+    with pytest.raises(ModelFileError, match=r"known: tokenizer\.json, tekken\.json"):
         load_tokenizer(tmp_path, 100)

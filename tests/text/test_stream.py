@@ -1,4 +1,6 @@
-"""Text of a growing sequence: for any split into pushes the text equals the whole, cut at the first stop string."""
+"""Text of a growing sequence: for any split into pushes the text equals the whole, cut at the first stop
+string.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,22 @@ def streamed(stream: TextStream, ids: list[int], cuts: list[int]) -> list[str]:
 
 
 # Bytes of a, b, space, é, 😀 cut anywhere, an invalid byte, and a control token (empty).
-PIECES = [b"a", b"b", b" ", b"ab", b"aab", "é".encode(), b"\xc3", b"\xa9", "😀".encode()[:2], "😀".encode()[2:],
-          b"\xff", b"", b" a", b"ba"]  # fmt: skip
+PIECES = [
+    b"a",
+    b"b",
+    b" ",
+    b"ab",
+    b"aab",
+    "é".encode(),
+    b"\xc3",
+    b"\xa9",
+    "😀".encode()[:2],
+    "😀".encode()[2:],
+    b"\xff",
+    b"",
+    b" a",
+    b"ba",
+]
 STOPS = ["a", "ab", "aab", "ba", "é", "b a", "aaa", "\ufffd", "😀", " ", "abab", "baab"]
 
 

@@ -32,7 +32,9 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 
 def _rules(name: str) -> tuple[tuple[str, ...], bool] | None:
-    """Return the word patterns of a tokenizer.ggml.pre and whether whole words and BOS come first; None: unknown."""
+    """Return the word patterns of a tokenizer.ggml.pre and whether whole words and BOS come first; None:
+    unknown.
+    """
     match name:
         case "default":
             return _DEFAULT, False
@@ -108,7 +110,7 @@ def _load_bpe(
     rules = _rules(pre) if isinstance(pre, str) else None
     if rules is None:
         raise ModelFileError(
-            f"{_PREFIX}pre {str(pre)[:40]!r} is not supported; known: default, gpt-2, llama-bpe, smaug-bpe, tekken",
+            f"{_PREFIX}pre {shown(pre)} is unknown; known: default, gpt-2, llama-bpe, smaug-bpe, tekken",
             field=_PREFIX + "pre",
         )
     patterns, whole_words = rules

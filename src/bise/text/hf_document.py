@@ -1,4 +1,5 @@
-"""The copy of a tokenizer.json document that encodes user text: the same rules, but no control token can match.
+"""The copy of a tokenizer.json document that encodes user text: the same rules, but no control token can
+match.
 
 Knows the document's structure; knows nothing of files around it.
 """
@@ -24,7 +25,8 @@ def text_encoder(
 ) -> Callable[[str, bool], list[int]]:
     """Return the encoder of (text, at the start of a sequence) that never yields a token of `guarded`.
 
-    `vocab` holds every piece and added token with its id. Raises ModelFileError when the document is malformed.
+    `vocab` holds every piece and added token with its id. Raises ModelFileError when the document is
+    malformed.
     """
     nonce = secrets.token_hex(16)
     renamed = {text: f"\U000f0000{nonce}:{index}" for index, text in enumerate(sorted(guarded))}
@@ -110,7 +112,9 @@ def _plain_merges(merges: list[object], renamed: Mapping[str, str], name: str) -
 
 
 def _without_first_prefix(component: object) -> tuple[object, bool]:
-    """Return a pre-tokenizer that puts no dummy prefix anywhere, and whether it differs: "first" becomes "never"."""
+    """Return a pre-tokenizer that puts no dummy prefix anywhere, and whether it differs: "first" becomes
+    "never".
+    """
     if not isinstance(component, dict):
         return component, False
     fields = cast(dict[str, object], component)
@@ -126,7 +130,9 @@ def _without_first_prefix(component: object) -> tuple[object, bool]:
 
 
 def _check_charsmaps(component: object, name: str) -> None:
-    """Refuse a malformed SentencePiece character map: the library panics on one, aloud, when it reads or uses it."""
+    """Refuse a malformed SentencePiece character map: the library panics on one, aloud, when it reads or
+    uses it.
+    """
     if not isinstance(component, dict):
         return
     fields = cast(dict[str, object], component)
@@ -149,9 +155,9 @@ def _check_charsmaps(component: object, name: str) -> None:
 def _charsmap_fault(data: bytes) -> str:
     """Return what is wrong with a character map, "" when it is sound.
 
-    Layout: size of the trie in bytes (uint32), the trie, then zero-terminated UTF-8 replacements. The trie is a
-    double array as darts-clone writes it: a unit (uint32) with its high bit set holds the place of a replacement;
-    any other leads to the block of 256 units around (its own place XOR its offset).
+    Layout: size of the trie in bytes (uint32), the trie, then zero-terminated UTF-8 replacements. The
+    trie is a double array as darts-clone writes it: a unit (uint32) with its high bit set holds the place
+    of a replacement; any other leads to the block of 256 units around (its own place XOR its offset).
     """
     size = int.from_bytes(data[:4], "little")
     if size % 4 or not 0 < size <= len(data) - 4:
@@ -175,7 +181,9 @@ def _charsmap_fault(data: bytes) -> str:
 
 
 def _loses_bytes(document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str]) -> bool:
-    """Say whether a byte-level vocabulary lacks bytes and has no unknown token, so that text could get lost."""
+    """Say whether a byte-level vocabulary lacks bytes and has no unknown token, so that text could get
+    lost.
+    """
     model = cast(dict[str, object], document["model"])
     decoder = document.get("decoder")
     byte_level = isinstance(decoder, dict) and cast(dict[str, object], decoder).get("type") == "ByteLevel"

@@ -1,7 +1,8 @@
 """Hugging Face tokenizer directories: tokenizer.json and the small files around it.
 
-Owns how the format is read and what is refused. The encoding itself is done by the `tokenizers` library on a copy of
-the document in which no control token can match: each is renamed to a string that nobody can guess.
+Owns how the format is read and what is refused. The encoding itself is done by the `tokenizers` library
+on a copy of the document in which no control token can match: each is renamed to a string that nobody can
+guess.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _read_vocab(model: Mapping[str, object], file: Path) -> dict[str, int]:
     for piece, token_id in vocab.items():
         if type(token_id) is not int or token_id < 0:
             raise ModelFileError(
-                f"{file}: model.vocab gives {piece[:40]!r} the id {shown(token_id)}, not a whole number from 0",
+                f"{file}: model.vocab gives {piece[:40]!r} the id {shown(token_id)}, not a whole number",
                 field="model.vocab",
             )
     return cast(dict[str, int], vocab).copy()
@@ -189,7 +190,8 @@ def _check_ids(vocab: Mapping[str, int], vocab_size: int, file: Path) -> None:
     for piece, token_id in vocab.items():
         if token_id >= vocab_size:
             raise ModelFileError(
-                f"{file}: the id {token_id} of {piece[:40]!r} is beyond the model's vocabulary of {vocab_size}",
+                f"{file}: the id {token_id} of {piece[:40]!r} is beyond the model's vocabulary of "
+                f"{vocab_size}",
                 field="model.vocab",
             )
         if owners.setdefault(token_id, piece) != piece:
@@ -200,7 +202,9 @@ def _check_ids(vocab: Mapping[str, int], vocab_size: int, file: Path) -> None:
 
 
 def _read_surroundings(path: Path) -> _Surroundings:
-    """Collect what tokenizer_config, special_tokens_map, generation_config and config say; all are optional."""
+    """Collect what tokenizer_config, special_tokens_map, generation_config and config say; all are
+    optional.
+    """
     files = {
         name: read_json_object(path / name) if (path / name).exists() else {}
         for name in (
@@ -235,7 +239,8 @@ def _read_surroundings(path: Path) -> _Surroundings:
     for entry in entries:
         if type(entry) is not int or entry < 0:
             raise ModelFileError(
-                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, got {shown(cast(object, eos))}",
+                f"{path / source}: eos_token_id must be a whole number from 0 or a list of such, "
+                f"got {shown(cast(object, eos))}",
                 field="eos_token_id",
             )
     return _Surroundings(
@@ -326,8 +331,8 @@ def _read_decoder(document: Mapping[str, object], file: Path) -> _Decoding:
                 space_prefix = space_prefix or scheme != "never"
             case other:
                 raise ModelFileError(
-                    f"{file}: decoder {str(other)[:40]!r} as written there is not supported; known: ByteLevel, or "
-                    "Replace, ByteFallback, Fuse, Strip, Metaspace as SentencePiece uses them",
+                    f"{file}: decoder {shown(other)} as written there is not supported; known: ByteLevel, "
+                    "or Replace, ByteFallback, Fuse, Strip, Metaspace as SentencePiece uses them",
                     field="decoder",
                 )
     if not steps:
@@ -359,7 +364,7 @@ def _leading_specials(document: Mapping[str, object], file: Path) -> list[str]:
             continue
         if kind != "TemplateProcessing":
             raise ModelFileError(
-                f"{file}: post_processor {str(kind)[:40]!r} is not supported; known: TemplateProcessing, ByteLevel",
+                f"{file}: post_processor {shown(kind)} is unknown; known: TemplateProcessing, ByteLevel",
                 field="post_processor",
             )
         single = step.get("single")
@@ -389,7 +394,7 @@ def _bos_id(
         name = leading[0]
     if leading and leading[0] != name:
         raise ModelFileError(
-            f"{file}: post_processor starts a text with {leading[0][:40]!r}, but bos_token is {str(name)[:40]!r}",
+            f"{file}: post_processor starts a text with {leading[0][:40]!r}, but bos_token is {shown(name)}",
             field="post_processor",
         )
     if name is None:
@@ -402,7 +407,9 @@ def _bos_id(
 
 
 def _adds_bos(document: Mapping[str, object], around: _Surroundings, file: Path) -> bool:
-    """Say whether plain text gets a BOS: add_bos_token where it is given, else what the post-processor does."""
+    """Say whether plain text gets a BOS: add_bos_token where it is given, else what the post-processor
+    does.
+    """
     if around.add_bos is not None:
         if around.add_bos and not (_leading_specials(document, file) or "bos_token" in around.names):
             raise ModelFileError(

@@ -1,8 +1,9 @@
 """Chat formats that a model carries as a Jinja template, rendered as Hugging Face's transformers does.
 
-Owns what the template sees and how its text becomes ids: control tokens come from the template's own words only. A
-text of the user that holds a control string (or the beginning of one at its end) is rendered with stand-ins for the
-characters with which control strings start, which are turned back before the text is encoded.
+Owns what the template sees and how its text becomes ids: control tokens come from the template's own
+words only. A text of the user that holds a control string (or the beginning of one at its end) is
+rendered with stand-ins for the characters with which control strings start, which are turned back before
+the text is encoded.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class JinjaTemplate:
     ) -> None:
         """Take the template of `file` (for messages).
 
-        `special_tokens`: bos_token, eos_token and the like, as the template sees them. `tool_source`: the template
-        for requests with tools, when there is one of its own. `adds_bos`: put BOS first when the template does not
-        (GGUF's rule; Hugging Face leaves it to the template).
+        `special_tokens`: bos_token, eos_token and the like, as the template sees them. `tool_source`: the
+        template for requests with tools, when there is one of its own. `adds_bos`: put BOS first when the
+        template does not (GGUF's rule; Hugging Face leaves it to the template).
         """
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
@@ -119,7 +120,9 @@ class JinjaTemplate:
 
 
 def _message(message: Message, place: str, change: Callable[[str], str]) -> dict[str, object]:
-    """Return a checked message as templates expect it: one text, arguments as objects; `change` on the user's texts."""
+    """Return a checked message as templates expect it: one text, arguments as objects; `change` on the
+    user's texts.
+    """
     result = {key: value for key, value in message.items() if key != "prefix"}
     if isinstance(content := result.get("content"), list | tuple):
         parts = [cast(Mapping[str, object], part) for part in cast(list[object], content)]
@@ -193,12 +196,14 @@ class _Guard:
         return text.translate(self._back) if self._back else text
 
     def check(self, text: str) -> None:
-        """Refuse a rendered text in which a stand-in was spelled differently, so that it cannot be turned back."""
+        """Refuse a rendered text in which a stand-in was spelled differently, so that it cannot be turned
+        back.
+        """
         for stand_in in self._to.values():
             if json.dumps(stand_in)[1:-1] in text or quote(stand_in) in text:
                 raise RequestError(
-                    "a message holds a control string of this model, and the chat template respells messages; "
-                    "remove the string",
+                    "a message holds a control string of this model, and the chat template respells "
+                    "messages; remove the string",
                     field="messages",
                 )
 

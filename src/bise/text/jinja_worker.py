@@ -1,10 +1,11 @@
 """The process that renders chat templates of strangers: a sandbox with a budget, and nothing else.
 
-Started by `jinja_process` as a script of its own; imports nothing of bise, opens no file once it is warm, and dies
-when a template takes too much time or memory. Frames on both pipes: length (4 bytes, big endian), then JSON.
+Started by `jinja_process` as a script of its own; imports nothing of bise, opens no file once it is warm,
+and dies when a template takes too much time or memory. Frames on both pipes: length (4 bytes, big
+endian), then JSON.
 
-Requests: {"compile": source}, {"render": variables}. Replies: {"text": text}, {"error": kind, "message": text} with
-kind one of syntax, raised, template, memory, output.
+Requests: {"compile": source}, {"render": variables}. Replies: {"text": text}, {"error": kind, "message":
+text} with kind one of syntax, raised, template, memory, output.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ OUTPUT_CHARS = 1 << 20
 _MAX_INT_BITS = 4096
 
 # What a template may ask of the modules that Jinja imports late; rendering it once loads them all.
-_WARM_UP = """{% macro m(a) %}{{ a | tojson }}{% endmacro %}{% for x in [1, 2] %}{{ m(x) }}{{ x ** 2 }}{% endfor %}
+_WARM_UP = """{% macro m(a) %}{{ a | tojson }}{% endmacro %}
+{% for x in [1, 2] %}{{ m(x) }}{{ x ** 2 }}{% endfor %}
 {% generation %}{{ 'a' | upper | trim | replace('A', 'b') }}{% endgeneration %}{{ strftime_now('%d %B %Y') }}
 {% set ns = namespace(a=1) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ undefined is defined }}{{ 'é' | title }}
 {{ [3, 1] | sort | join(',') }}{{ '%s' | format('x') }}{{ {'a': 1}.items() | list | length }}{{ 'x' * 3 }}"""

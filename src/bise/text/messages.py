@@ -1,7 +1,7 @@
 """Messages and tools in OpenAI form, checked and turned into values.
 
-Owns what a conversation may look like whatever the chat format; every fault is a RequestError that names its place,
-such as `messages[3].tool_calls[0].function.name`. Knows nothing of tokens.
+Owns what a conversation may look like whatever the chat format; every fault is a RequestError that names
+its place, such as `messages[3].tool_calls[0].function.name`. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def json_value(text: str, place: str) -> object:
 
 
 def json_text(value: object, place: str) -> str:
-    """Return the JSON text of a value as Mistral's formats spell it: `", "` and `": "`, characters unescaped."""
+    """Return the JSON text of a value as Mistral's formats spell it: `", "` and `": "`, characters
+    unescaped.
+    """
     try:
         return json.dumps(value, ensure_ascii=False)
     except (RecursionError, TypeError, ValueError):

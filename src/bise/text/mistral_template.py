@@ -1,8 +1,8 @@
 """Mistral's own chat formats v1 to v15, token for token as mistral-common 1.13 spells them.
 
-Owns how a conversation is put in order for each version (merged turns, where system prompts and tools go, ids of tool
-calls) and which control tokens surround what. Text never becomes a control token: every piece goes through
-`Tokenizer.encode`.
+Owns how a conversation is put in order for each version (merged turns, where system prompts and tools go,
+ids of tool calls) and which control tokens surround what. Text never becomes a control token: every piece
+goes through `Tokenizer.encode`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class MistralTemplate:
     def __init__(self, tokenizer: Tokenizer, chat_format: str, *, model_settings: str = "") -> None:
         """Choose the format: `v1`, `v3`, `v3-tekken`, `v7-tekken`, ...
 
-        `model_settings`: JSON text that v15 shows the model. Raises ModelFileError for an unknown format, and when
-        the vocabulary lacks a token that every conversation needs.
+        `model_settings`: JSON text that v15 shows the model. Raises ModelFileError for an unknown format,
+        and when the vocabulary lacks a token that every conversation needs.
         """
         match = _FORMAT.fullmatch(chat_format)
         if not match or int(match[1]) not in CHAT_VERSIONS:
@@ -152,7 +152,9 @@ class MistralTemplate:
         return joined
 
     def _joined(self, contents: Sequence[str | tuple[Part, ...] | None]) -> str | tuple[Part, ...]:
-        """Merge texts: a blank line between messages and (before v15) between the text parts of one message."""
+        """Merge texts: a blank line between messages and (before v15) between the text parts of one
+        message.
+        """
         merged: list[Part] = []
         for content in contents:
             join = _JOIN

@@ -1,7 +1,7 @@
 """Mistral's own tokenizer files: Tekken JSON and versioned SentencePiece models.
 
-Owns which file of a directory counts, which chat format it names, and how the files are checked. The encoding is
-done by the tiktoken and sentencepiece libraries that mistral-common itself uses.
+Owns which file of a directory counts, which chat format it names, and how the files are checked. The
+encoding is done by the tiktoken and sentencepiece libraries that mistral-common itself uses.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _SPACE_RUN = 400_000
 """Spaces in a row that are encoded at once: tiktoken's regex engine overflows its stack near a million."""
 _LONG_RUN = re.compile(rf"[^\S\r\n]{{{2 * _SPACE_RUN},}}")
 _UNLISTED_CONTROLS = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
-    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+    "[/SYSTEM_PROMPT] [TOOL_CONTENT]"
 )
 """Control tokens of Tekken files up to v7 that list none, in order of their ids."""
 
@@ -61,7 +62,9 @@ def find_mistral_file(path: Path, *, unversioned: bool = False) -> MistralFile |
 
 
 def load_mistral_tokenizer(file: MistralFile, vocab_size: int) -> PieceTokenizer:
-    """Read a Tekken or SentencePiece file; every id is below `vocab_size`. ModelFileError when it is malformed."""
+    """Read a Tekken or SentencePiece file; every id is below `vocab_size`. ModelFileError when it is
+    malformed.
+    """
     if file.kind == "tekken":
         return _load_tekken(file.path, vocab_size)
     return _load_spm(file.path, vocab_size)
@@ -166,7 +169,8 @@ def _tekken_controls(listed: object, count: int, version: int, file: Path) -> li
         text = fields.get("token_str")
         if not isinstance(text, str) or not text or fields.get("rank") != index:
             raise ModelFileError(
-                f"{file}: special_tokens[{index}] must have a token_str and rank {index}, got {shown(cast(object, entry))}",
+                f"{file}: special_tokens[{index}] must have a token_str and rank {index}, got "
+                f"{shown(cast(object, entry))}",
                 field="special_tokens",
             )
         names.append(text)
@@ -199,7 +203,7 @@ def _tekken_ranks(vocab: object, count: int, file: Path) -> dict[bytes, int]:
             data = b""
         if fields.get("rank") != rank or not data or (rank < 256 and data != bytes([rank])):
             raise ModelFileError(
-                f"{file}: vocab[{rank}] must have rank {rank} and token_bytes in base64 (single bytes first), got "
+                f"{file}: vocab[{rank}] must have rank {rank} and token_bytes in base64 (bytes first), got "
                 f"{shown(cast(object, entry))}",
                 field="vocab",
             )

@@ -1,4 +1,5 @@
-"""The tokenizer that every format is turned into: bytes per id, control strings, and a function that encodes text.
+"""The tokenizer that every format is turned into: bytes per id, control strings, and a function that
+encodes text.
 
 Knows nothing of files.
 """
@@ -118,7 +119,8 @@ class PieceTokenizer:
 def byte_alphabet() -> dict[str, int]:
     """Return GPT-2's alphabet: the printable character that stands for each of the 256 bytes.
 
-    Printable Latin-1 bytes stand for themselves; the 68 others, in order, are U+0100, U+0101, ...: byte 0x20 is U+0120.
+    Printable Latin-1 bytes stand for themselves; the 68 others, in order, are U+0100, U+0101, ...: byte
+    0x20 is U+0120.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in plain)

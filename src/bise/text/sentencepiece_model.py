@@ -1,7 +1,8 @@
-"""SentencePiece vocabularies: read from a .model file, or given as lists, and encoded by the sentencepiece library.
+"""SentencePiece vocabularies: read from a .model file, or given as lists, and encoded by the
+sentencepiece library.
 
-Owns the protobuf layout. The library only ever sees a model that is written here from checked values, because it
-trusts what it loads.
+Owns the protobuf layout. The library only ever sees a model that is written here from checked values,
+because it trusts what it loads.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def _library_encoder(
 def parse_model(data: bytes, name: str) -> SentencePieceModel:
     """Read the content of a SentencePiece .model file.
 
-    Raises ModelFileError when it is malformed, or normalises text by a character map (Mistral's and Llama's do not).
+    Raises ModelFileError when it is malformed, or normalises text by a character map (Mistral's and
+    Llama's do not).
     """
     pieces: list[Piece] = []
     unigram, byte_fallback, prefix, remove_spaces = True, False, True, True
@@ -212,7 +214,8 @@ def _varint(data: bytes, position: int, name: str) -> tuple[int, int]:
 def _serialise(model: SentencePieceModel, guarded: Collection[int]) -> bytes:
     """Return the protobuf of a model whose guarded pieces cannot match any text.
 
-    Pieces that the library could not tell apart (empty ones, doubles) never match text either and become unique.
+    Pieces that the library could not tell apart (empty ones, doubles) never match text either and become
+    unique.
     """
     nonce = secrets.token_hex(8)
     seen: set[str] = set()

@@ -15,18 +15,20 @@ from bise.text.tokenizer import Tokenizer
 class TextStream:
     """Turns token ids into text that is safe to show, in time linear in the text.
 
-    The text shown in all equals `tokenizer.decode` of all ids, cut before the stop string that starts first. A match
-    is decided when no stop string that started earlier can still complete; until then its text is held back.
+    The text shown in all equals `tokenizer.decode` of all ids, cut before the stop string that starts
+    first. A match is decided when no stop string that started earlier can still complete; until then its
+    text is held back.
 
-    Worked example, stop = ("###",): push(a) "Hi #" shows "Hi " and holds "#"; push(b) "1 ##" shows "#1 " and holds
-    "##"; push(c) "# x" shows "" and ends with `stopped == "###"`.
+    Worked example, stop = ("###",): push(a) "Hi #" shows "Hi " and holds "#"; push(b) "1 ##" shows "#1 "
+    and holds "##"; push(c) "# x" shows "" and ends with `stopped == "###"`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continuation: bool = False) -> None:
         """Start a text.
 
-        `continuation`: the ids go on after a text that is already shown, so that a leading space is real; else the
-        dummy prefix of SentencePiece vocabularies is left out. Raises RequestError for an empty stop string.
+        `continuation`: the ids go on after a text that is already shown, so that a leading space is real;
+        else the dummy prefix of SentencePiece vocabularies is left out. Raises RequestError for an empty
+        stop string.
         """
         for index, string in enumerate(stop):
             if not string:
@@ -49,7 +51,9 @@ class TextStream:
         return self._stopped
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Add tokens and return the text that became safe to show; nothing once a stop string ended the text."""
+        """Add tokens and return the text that became safe to show; nothing once a stop string ended the
+        text.
+        """
         if self._ended:
             return ""
         data = b"".join(map(self._tokenizer.token_bytes, token_ids))

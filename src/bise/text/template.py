@@ -43,10 +43,10 @@ class ChatTemplate(Protocol):
 def load_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """Return the chat format of a model directory.
 
-    In this order: the version that Mistral's own tokenizer file names; `bise_template` in tokenizer_config.json (a
-    version such as `v7-tekken`); a Jinja template in chat_template.jinja or tokenizer_config.json.
-    Raises ModelFileError when the model has none (`bise generate` continues plain text with any model) or the
-    template is malformed.
+    In this order: the version that Mistral's own tokenizer file names; `bise_template` in
+    tokenizer_config.json (a version such as `v7-tekken`); a Jinja template in chat_template.jinja or
+    tokenizer_config.json. Raises ModelFileError when the model has none (`bise generate` continues plain
+    text with any model) or the template is malformed.
     """
     from bise.text.template_files import load_directory_template
 

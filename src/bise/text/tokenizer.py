@@ -61,11 +61,15 @@ class Tokenizer(Protocol):
         ...
 
     def control_id(self, name: str) -> int | None:
-        """Return the id of a control token such as `[INST]`, None when the vocabulary has none of that name."""
+        """Return the id of a control token such as `[INST]`, None when the vocabulary has none of that
+        name.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes a token adds inside a text; empty for control tokens and for ids without a piece."""
+        """Return the bytes a token adds inside a text; empty for control tokens and for ids without a
+        piece.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -76,9 +80,10 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """Read the tokenizer of a model directory; every id is below `vocab_size`, the model's embedding rows.
 
-    Mistral's own files win (`tekken.json`, then `tokenizer.model.v1` and later), because they carry the version of
-    the chat format; then Hugging Face's `tokenizer.json`; then a bare SentencePiece `tokenizer.model`.
-    Raises ModelFileError naming file and field when nothing fits or a file is malformed.
+    Mistral's own files win (`tekken.json`, then `tokenizer.model.v1` and later), because they carry the
+    version of the chat format; then Hugging Face's `tokenizer.json`; then a bare SentencePiece
+    `tokenizer.model`. Raises ModelFileError naming file and field when nothing fits or a file is
+    malformed.
     """
     from bise.text.mistral_tokenizer import find_mistral_file, load_mistral_tokenizer
 
@@ -91,7 +96,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if mistral := find_mistral_file(path, unversioned=True):
         return load_mistral_tokenizer(mistral, vocab_size)
     raise ModelFileError(
-        f"{path}: has no tokenizer; known files: tokenizer.json, tekken.json, tokenizer.model, tokenizer.model.v3",
+        f"{path}: has no tokenizer; known: tokenizer.json, tekken.json, tokenizer.model, tokenizer.model.v3",
         field="tokenizer",
     )
 
