@@ -5,7 +5,11 @@
 #include "../ops.h"
 
 #define BISE_PRAGMA(x) _Pragma(#x)
+#ifdef BISE_SANITIZED
+#define BISE_UNROLL(n)
+#else
 #define BISE_UNROLL(n) BISE_PRAGMA(GCC unroll n)
+#endif
 
 namespace bise {
 namespace {
@@ -71,6 +75,14 @@ struct R {
   template <int N>
   static I shl16(I a) {
     return _mm256_slli_epi16(a, N);
+  }
+  template <int N>
+  static I shl32(I a) {
+    return _mm256_slli_epi32(a, N);
+  }
+  template <int N>
+  static I sar32(I a) {
+    return _mm256_srai_epi32(a, N);
   }
   static I codebook() {
     alignas(16) uint8_t table[16];

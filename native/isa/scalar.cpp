@@ -183,6 +183,18 @@ struct R {
     for (int i = 0; i < 32; ++i) r.h[i] = uint16_t(a.h[i] << N);
     return r;
   }
+  template <int N>
+  static I shl32(const I& a) {
+    I r;
+    LANES r.w[i] = a.w[i] << N;
+    return r;
+  }
+  template <int N>
+  static I sar32(const I& a) {
+    I r;
+    LANES r.w[i] = a.w[i] >> N;
+    return r;
+  }
   static I codebook() {
     I r;
     for (int i = 0; i < 64; ++i) r.b[i] = uint8_t(kCodebook[i % 16] + 128);

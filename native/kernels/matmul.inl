@@ -209,13 +209,16 @@ struct Fmt<kQ2K> : WithScaleAndMin {
   }
 };
 
-// -zero * sum of codes, from -8 * sum
+// -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory
 template <int kOffset8>
 inline R::I offset_start(int32_t n8) {
+  const R::I start = R::set1i(n8);
   if constexpr (kOffset8 == 0) return R::set1i(0);
-  else if constexpr (kOffset8 == -1) return R::set1i(n8 / 2);
-  else if constexpr (kOffset8 == 1) return R::set1i(n8);
-  else return R::set1i(n8 * kOffset8);
+  else if constexpr (kOffset8 == -1) return R::template sar32<1>(start);
+  else if constexpr (kOffset8 == 1) return start;
+  else if constexpr (kOffset8 == 2) return R::template shl32<1>(start);
+  else if constexpr (kOffset8 == 4) return R::template shl32<2>(start);
+  else return R::template shl32<4>(start);
 }
 
 // Codes of 8-bit and codebook formats use all 8 bits; the others stay below 64, which AVX2 can add with fewer steps.
