@@ -51,18 +51,18 @@ class JinjaProcess:
             reply = self._ask(process, {"render": variables})
         if reply is None:
             raise RequestError(
-                f"{self._name}: takes more than {_BUDGET} for this conversation", field=self._name
+                f"{self._name}: takes more than {_BUDGET} for this conversation", field="template"
             )
         kind, message = reply.get("error"), reply.get("message", "")
         if kind in ("memory", "output"):
             self.close()
             raise RequestError(
-                f"{self._name}: takes more than {_BUDGET} for this conversation", field=self._name
+                f"{self._name}: takes more than {_BUDGET} for this conversation", field="template"
             )
         if kind == "raised":
             raise RequestError(f"the model's chat template refuses: {message}", field="messages")
         if kind is not None:
-            raise RequestError(f"{self._name}: fails on this conversation ({message})", field=self._name)
+            raise RequestError(f"{self._name}: fails on this conversation ({message})", field="template")
         return reply["text"]
 
     def close(self) -> None:
@@ -89,9 +89,9 @@ class JinjaProcess:
         if reply is None and process.returncode > 0:
             raise EngineError(f"the template worker ended with status {process.returncode} while it compiled")
         if reply is None or reply.get("error") in ("memory", "output"):
-            raise ModelFileError(f"{self._name}: takes more than {_BUDGET} to compile", field=self._name)
+            raise ModelFileError(f"{self._name}: takes more than {_BUDGET} to compile", field="template")
         if "error" in reply:
-            raise ModelFileError(f"{self._name}: is malformed ({reply.get('message', '')})", field=self._name)
+            raise ModelFileError(f"{self._name}: is malformed ({reply.get('message', '')})", field="template")
         return process
 
     def _ask(self, process: subprocess.Popen[bytes], request: Mapping[str, object]) -> dict[str, str] | None:

@@ -11,7 +11,6 @@ from typing import cast
 
 from bise.errors import ModelFileError
 from bise.jsonfile import kind_of, read_bytes, read_json_object
-from bise.text.jinja_template import JinjaTemplate
 from bise.text.mistral_template import MistralTemplate
 from bise.text.pieces import PieceTokenizer
 from bise.text.template import ChatTemplate
@@ -19,6 +18,8 @@ from bise.text.tokenizer import Tokenizer
 
 _MAX_TEMPLATE_BYTES = 1 << 20
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+_MALFORMED = "template"
+"""`field` of the errors of a template that is there but bad; a missing one has `chat_template`."""
 _WAY_OUT = "use `bise generate`, which continues plain text"
 
 
@@ -47,6 +48,8 @@ def load_directory_template(path: Path, tokenizer: Tokenizer) -> ChatTemplate:
         name = file
     if source is None:
         raise ModelFileError(f"{path}: the model has no chat template; {_WAY_OUT}", field="chat_template")
+    from bise.text.jinja_template import JinjaTemplate
+
     template = JinjaTemplate(
         tokenizer, source, str(name), special_tokens=_special_tokens(config), tool_source=tool_source
     )
@@ -73,6 +76,8 @@ def load_gguf_template(metadata: Mapping[str, object], tokenizer: Tokenizer) -> 
     tool_source = metadata.get(f"{key}.tool_use")
     if tool_source is not None:
         _check_source(tool_source, f"{key}.tool_use")
+    from bise.text.jinja_template import JinjaTemplate
+
     template = JinjaTemplate(
         tokenizer,
         cast(str, source),
@@ -101,32 +106,28 @@ def _sources(value: object, file: Path) -> tuple[str | None, str | None]:
         return value, None
     if not isinstance(value, list):
         raise ModelFileError(
-            f"{file}: chat_template must be a string or an array, not {kind_of(value)}", field="chat_template"
+            f"{file}: chat_template must be a string or an array, not {kind_of(value)}", field=_MALFORMED
         )
     named: dict[str, str] = {}
     for index, entry in enumerate(cast(list[object], value)):
         fields = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
         name = fields.get("name")
         if not isinstance(name, str):
-            raise ModelFileError(
-                f"{file}: chat_template[{index}].name must be a string", field="chat_template"
-            )
+            raise ModelFileError(f"{file}: chat_template[{index}].name must be a string", field=_MALFORMED)
         _check_source(fields.get("template"), f"{file}: chat_template[{index}].template")
         named[name] = cast(str, fields["template"])
     if named and "default" not in named:
-        raise ModelFileError(f"{file}: chat_template has no entry named default", field="chat_template")
+        raise ModelFileError(f"{file}: chat_template has no entry named default", field=_MALFORMED)
     return named.get("default"), named.get("tool_use")
 
 
 def _check_source(value: object, name: str) -> None:
     if not isinstance(value, str) or not value.strip():
-        raise ModelFileError(
-            f"{name} must be a template as text, not {kind_of(value)}", field="chat_template"
-        )
+        raise ModelFileError(f"{name} must be a template as text, not {kind_of(value)}", field=_MALFORMED)
     if len(value) > _MAX_TEMPLATE_BYTES:
         raise ModelFileError(
             f"{name} has {len(value)} characters; at most {_MAX_TEMPLATE_BYTES} make sense",
-            field="chat_template",
+            field=_MALFORMED,
         )
 
 
