@@ -168,6 +168,15 @@ def test_tekken_takes_a_million_spaces(tmp_path, tekken_document):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_tekken_pattern_that_loses_text_is_an_error(tmp_path, tekken_document):
+    config = tekken_document["config"] | {"pattern": r"\p{L}+"}
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken_document | {"config": config}))
+    tokenizer = load_tokenizer(tmp_path, 10000)
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    with pytest.raises(ModelFileError, match="would get lost"):
+        tokenizer.encode("abc 1")
+
+
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Split each token by the merges of lower rank: two pieces are left, its merge."""
     merges: list[tuple[bytes, bytes]] = []

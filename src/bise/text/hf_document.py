@@ -17,6 +17,7 @@ from typing import cast
 from bise.errors import ModelFileError, RequestError
 from bise.jsonfile import kind_of, shown
 from bise.text.pieces import byte_alphabet
+from bise.text.regex_check import repeats_within_repetition
 from bise.text.rust_tokenizer import build_encoder
 
 
@@ -43,6 +44,8 @@ def text_encoder(
         "model": _plain_model(model, vocab, renamed, name),
     }
     _check_charsmaps(document.get("normalizer"), name)
+    for part in ("normalizer", "pre_tokenizer"):
+        _check_patterns(document.get(part), f"{name}: {part}")
     encode = build_encoder(plain, name)
     encode_inner = encode
     later, changed = _without_first_prefix(plain["pre_tokenizer"])
@@ -150,6 +153,22 @@ def _check_charsmaps(component: object, name: str) -> None:
         raise ModelFileError(
             f"{name}: normalizer.precompiled_charsmap {reason}", field="normalizer.precompiled_charsmap"
         )
+
+
+def _check_patterns(component: object, name: str) -> None:
+    """Refuse regular expressions that could take endless time."""
+    if isinstance(component, list):
+        for part in cast(list[object], component):
+            _check_patterns(part, name)
+    if not isinstance(component, dict):
+        return
+    for key, value in cast(dict[str, object], component).items():
+        if key == "Regex" and isinstance(value, str) and repeats_within_repetition(value):
+            raise ModelFileError(
+                f"{name} has a regular expression that repeats a repetition, which can take endless time",
+                field=name,
+            )
+        _check_patterns(value, name)
 
 
 def _charsmap_fault(data: bytes) -> str:

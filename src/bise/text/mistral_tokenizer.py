@@ -18,6 +18,7 @@ from typing import cast
 from bise.errors import ModelFileError
 from bise.jsonfile import kind_of, read_bytes, read_json_object, shown
 from bise.text.pieces import ControlString, PieceTokenizer
+from bise.text.regex_check import repeats_within_repetition
 from bise.text.rust_tokenizer import guarded
 from bise.text.sentencepiece_model import PieceType, parse_model, spm_tokenizer
 
@@ -105,6 +106,11 @@ def _load_tekken(file: Path, vocab_size: int) -> PieceTokenizer:
     pattern = config.get("pattern")
     if not isinstance(pattern, str) or not pattern:
         raise ModelFileError(f"{file}: config.pattern must be a regular expression", field="config.pattern")
+    if repeats_within_repetition(pattern):
+        raise ModelFileError(
+            f"{file}: config.pattern repeats a repetition, which can take endless time",
+            field="config.pattern",
+        )
     _check_size(size, vocab_size, file)
     controls = _tekken_controls(document.get("special_tokens"), num_controls, int(str(version)[1:]), file)
     ranks = _tekken_ranks(document.get("vocab"), size - num_controls, file)
@@ -222,12 +228,19 @@ def _tekken_encoder(
         f"{file}: config.pattern is refused",
     )
 
+    sizes = [len(piece) for piece in ranks]
+
     def encode(text: str, start: bool) -> list[int]:
         del start  # no dummy prefix
         ids: list[int] = []
         for part in _without_long_runs(text):
             ids += guarded(lambda part=part: encoding.encode_ordinary(part), f"{file}: fails on a text")
-        return [token_id + offset for token_id in ids]
+        if sum(sizes[rank] for rank in ids) != len(text.encode("utf-8")):
+            raise ModelFileError(
+                f"{file}: config.pattern does not match all of a text, which would get lost",
+                field="config.pattern",
+            )
+        return [rank + offset for rank in ids]
 
     return encode
 
