@@ -101,7 +101,7 @@ INDEXES = [
     _index("shard_with_nul", _set_all("a\0b.safetensors"), "a\\x00b"),
     _index("shard_very_long", _set_all("a" * 5000 + ".safetensors"), "aaa"),
     _index("shard_up", _with_secret("../secret.safetensors"), "secret"),
-    _index("shard_absolute", _with_secret("{outside}"), "secret"),
+    _index("shard_absolute", _with_secret("{outside}"), "plain file name"),
     _index("shard_absolute_inside", _with_secret("{inside}"), "plain file name"),
     _index("shard_backslash", _with_secret("..\\secret.safetensors"), "secret"),
     _index("shard_dot", _with_secret("./model-00001-of-00002.safetensors"), "plain file name"),
