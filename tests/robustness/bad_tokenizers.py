@@ -184,6 +184,7 @@ HF_CASES = [
         "broken normalizer regex",
         hf("normalizer", to={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
     ),
+    Case("prepend nothing", hf("normalizer", to={"type": "Prepend", "prepend": ""})),
     Case("charsmap not base64", hf("normalizer", to=charsmap("!!!"))),
     Case("charsmap too short", hf("normalizer", to=charsmap(b"\1\2"))),
     Case(

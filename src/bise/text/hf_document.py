@@ -156,13 +156,17 @@ def _check_charsmaps(component: object, name: str) -> None:
 
 
 def _check_patterns(component: object, name: str) -> None:
-    """Refuse regular expressions that could take endless time."""
+    """Refuse regular expressions that could take endless time, and rules on which the library panics."""
     if isinstance(component, list):
         for part in cast(list[object], component):
             _check_patterns(part, name)
     if not isinstance(component, dict):
         return
-    for key, value in cast(dict[str, object], component).items():
+    fields = cast(dict[str, object], component)
+    if fields.get("type") == "Prepend" and not fields.get("prepend"):
+        # The library indexes past the text's end when it prepends nothing.
+        raise ModelFileError(f"{name} prepends an empty string", field=name)
+    for key, value in fields.items():
         if key == "Regex" and isinstance(value, str) and repeats_within_repetition(value):
             raise ModelFileError(
                 f"{name} has a regular expression that repeats a repetition, which can take endless time",

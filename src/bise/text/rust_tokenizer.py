@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_REASON = 160
+_PROBE = "Hé, 12\n\t a"
+"""A document that fails on this fails on nearly every text, and is refused when it is read."""
 _LONG_TEXT = 4096
 """Characters from which the library's batch call pays; it starts a thread pool."""
 
@@ -40,6 +42,7 @@ def build_encoder(specification: dict[str, object], name: str) -> Callable[[str]
 
         return guarded(ids, f"{name}: fails on a text")
 
+    encode(_PROBE)
     return encode
 
 
