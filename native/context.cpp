@@ -10,19 +10,19 @@ namespace bise {
 namespace {
 
 // Bytes of weights that a thread keeps in its L2 while it walks over the row tiles.
-constexpr int64_t kGroupBytes = 384 * 1024;
+constexpr int64_t kGroupBytes = 640 * 1024;
 
 }  // namespace
 
 Context::Context(int threads) : ops_(chosen_ops()), pool_(threads) {}
 
-// Rows are cut into tiles of 16, 8, 4, 2 and 1; a short last tile is padded where that costs less than a second pass.
+// Rows are cut into tiles of 6, 4, 2 and 1; a tile of 5 or 3 is padded, which costs less than a second pass.
 std::vector<Context::Tile> Context::tiles_of(int64_t rows) {
   std::vector<Tile> tiles;
   int64_t padded = 0;
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
-    const int mt = left > 12 ? 16 : left > 4 ? 8 : left > 2 ? 4 : int(left);
+    const int mt = left > 4 ? kTileRows : left > 2 ? 4 : int(left);
     const int used = int(std::min<int64_t>(left, mt));
     tiles.push_back({row, used, mt, padded});
     row += used;
@@ -54,33 +54,37 @@ const uint8_t* Context::quantized(const float* x, int64_t rows, int64_t k, const
   return out;
 }
 
-// Panel p of w times tiles [t0, t1) into columns of out.
-void Context::multiply(const Matrix& w, int64_t p, const std::vector<Tile>& tiles, size_t t0, size_t t1,
-                       const uint8_t* acts, const float* x, float* out, int64_t ldo) {
-  const uint8_t* panel = w.panel(p);
+// Panels [p0, p1) of w times one tile into columns of out [rows, n].
+void Context::multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& t, const uint8_t* acts, const float* x,
+                       float* out) {
   const int64_t blocks = w.blocks();
-  const bool whole = (p + 1) * kPanelRows <= w.n;
-  alignas(64) float local[16 * kPanelRows];
-  for (size_t i = t0; i < t1; ++i) {
-    const Tile& t = tiles[i];
-    const bool direct = whole && t.rows == t.mt;
-    float* to = direct ? out + t.row * ldo + p * kPanelRows : local;
-    const int64_t ld = direct ? ldo : kPanelRows;
-    if (is_float(w.format)) ops_.matmul_float(w.format, panel, x + t.row * w.k, w.k, w.k, t.rows, to, ld);
-    else ops_.matmul(w.format, panel, acts + t.offset * blocks * kTileRowBytes, blocks, t.mt, to, ld);
-    if (!direct) {
-      const size_t bytes = size_t(std::min<int64_t>(kPanelRows, w.n - p * kPanelRows)) * sizeof(float);
-      for (int m = 0; m < t.rows; ++m) std::memcpy(out + (t.row + m) * ldo + p * kPanelRows, local + m * 16, bytes);
+  const uint8_t* tile = acts + t.offset * blocks * kTileRowBytes;
+  const auto run = [&](int64_t p, int panels, float* to, int64_t ldo) {
+    if (is_float(w.format)) ops_.matmul_float(w.format, w.panel(p), x + t.row * w.k, w.k, w.k, t.rows, to, ldo);
+    else ops_.matmul(w.format, w.panel(p), panels, tile, blocks, t.mt, to, ldo);
+  };
+  alignas(64) float local[kTileRows * 2 * kPanelRows];
+  const int64_t step = is_float(w.format) ? 1 : 2;
+  for (int64_t p = p0; p < p1; p += step) {
+    const int panels = int(std::min(step, p1 - p));
+    float* to = out + t.row * w.n + p * kPanelRows;
+    const int64_t columns = std::min<int64_t>(panels * kPanelRows, w.n - p * kPanelRows);
+    if (t.rows == t.mt && columns == panels * kPanelRows) {
+      run(p, panels, to, w.n);
+      continue;
     }
+    run(p, panels, local, 2 * kPanelRows);  // padded rows or columns: keep what is real
+    for (int m = 0; m < t.rows; ++m)
+      std::memcpy(to + m * w.n, local + m * 2 * kPanelRows, size_t(columns) * sizeof(float));
   }
 }
 
 // Panels per chunk: few rows want many chunks of contiguous weights, many rows want a group that stays in L2.
 int64_t Context::grain(int64_t panels, int64_t bytes, int64_t rows) const {
   const int64_t fit = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes));
-  const int64_t fair = std::max<int64_t>(1, panels / (int64_t(threads()) * (rows > 16 ? 4 : 8)));
-  const int64_t worth = std::max<int64_t>(1, 12 * 1024 / std::max<int64_t>(1, bytes * std::min<int64_t>(rows, 16)));
-  return std::max(std::min(fit, fair), std::min(worth, panels));
+  const int64_t fair = std::max<int64_t>(1, panels / (int64_t(threads()) * (rows > kTileRows ? 4 : 8)));
+  const int64_t worth = std::max<int64_t>(1, 12 * 1024 / std::max<int64_t>(1, bytes * std::min<int64_t>(rows, kTileRows)));
+  return round_up(std::max(std::min(fit, fair), std::min(worth, panels)), 2);  // kernels take panels in pairs
 }
 
 void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& weights,
@@ -101,8 +105,7 @@ void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& we
     while (begin < end) {
       const Matrix& w = weights[which];
       const int64_t stop = std::min(end, base + w.panels());
-      for (size_t t = 0; t < tiles.size(); ++t)
-        for (int64_t p = begin; p < stop; ++p) multiply(w, p - base, tiles, t, t + 1, acts, x, outs[which], w.n);
+      for (const Tile& t : tiles) multiply(w, begin - base, stop - base, t, acts, x, outs[which]);
       base += w.panels();
       ++which;
       begin = stop;
@@ -115,16 +118,14 @@ void Context::gate_up(const Expert& e, const std::vector<Tile>& tiles, const uin
   const int64_t blocks = round_up(e.gate.n, kBlockCols) / kBlockCols;
   const int64_t stride = 2 * (e.gate.stride() + e.up.stride());
   pool_.parallel_for(blocks, grain(blocks, stride, tiles.back().row + 1), [&](int64_t begin, int64_t end, int) {
-    alignas(64) float gate[16 * kBlockCols], up[16 * kBlockCols];
+    alignas(64) float gate[kTileRows * kBlockCols], up[kTileRows * kBlockCols];
     for (const Tile& t : tiles) {
       const uint8_t* a = acts + t.offset * e.gate.blocks() * kTileRowBytes;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t valid = std::min<int64_t>(kBlockCols, e.gate.n - b * kBlockCols);
-        for (int64_t half = 0; half * kPanelRows < valid; ++half) {
-          const int64_t p = 2 * b + half;
-          ops_.matmul(e.gate.format, e.gate.panel(p), a, e.gate.blocks(), t.mt, gate + 16 * half, kBlockCols);
-          ops_.matmul(e.up.format, e.up.panel(p), a, e.up.blocks(), t.mt, up + 16 * half, kBlockCols);
-        }
+        const int panels = valid > kPanelRows ? 2 : 1;
+        ops_.matmul(e.gate.format, e.gate.panel(2 * b), panels, a, e.gate.blocks(), t.mt, gate, kBlockCols);
+        ops_.matmul(e.up.format, e.up.panel(2 * b), panels, a, e.up.blocks(), t.mt, up, kBlockCols);
         const int64_t columns = round_up(valid, kPanelRows);
         for (int m = 0; m < t.rows; ++m) ops_.silu_mul(gate + m * kBlockCols, up + m * kBlockCols, columns);
         ops_.quantize(gate - b * kBlockCols, kBlockCols, t.rows, b * kBlockCols + valid, b, b + 1, t.mt,
@@ -152,8 +153,7 @@ void Context::mlp(const float* x, int64_t rows, const Expert& e, float* out) {
   gate_up(e, tiles, acts, hidden);
   const Matrix& w = e.down;
   pool_.parallel_for(w.panels(), grain(w.panels(), w.stride(), rows), [&](int64_t begin, int64_t end, int) {
-    for (size_t t = 0; t < tiles.size(); ++t)
-      for (int64_t p = begin; p < end; ++p) multiply(w, p, tiles, t, t + 1, hidden, nullptr, out, w.n);
+    for (const Tile& t : tiles) multiply(w, begin, end, t, hidden, nullptr, out);
   });
 }
 

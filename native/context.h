@@ -86,8 +86,8 @@ class Context {
   static std::vector<Tile> tiles_of(int64_t rows);
   static int64_t padded_rows(const std::vector<Tile>& tiles);
   const uint8_t* quantized(const float* x, int64_t rows, int64_t k, const std::vector<Tile>& tiles, Buffer<uint8_t>& to);
-  void multiply(const Matrix& w, int64_t p, const std::vector<Tile>& tiles, size_t t0, size_t t1, const uint8_t* acts,
-                const float* x, float* out, int64_t ldo);
+  void multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& tile, const uint8_t* acts, const float* x,
+                float* out);
   int64_t grain(int64_t panels, int64_t panel_bytes, int64_t rows) const;
   void gate_up(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden);
 

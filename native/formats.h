@@ -75,5 +75,6 @@ inline int64_t packed_bytes(int format, int64_t n, int64_t k) {
 //   n8lo   int32  -8 x sum of the first 16 codes
 //   ssum   float  scale x sum of the codes
 constexpr int kTileRowBytes = 48;  // per row and block
+constexpr int kTileRows = 6;       // rows of a full tile
 
 }  // namespace bise

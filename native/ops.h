@@ -37,8 +37,9 @@ struct Ops {
   // become zeros. Columns beyond k count as zeros.
   void (*quantize)(const float* x, int64_t ldx, int rows, int64_t k, int64_t b0, int64_t b1, int mt, uint8_t* tile);
 
-  // out[m][0..15] = tile row m . panel rows, for a quantised panel of `blocks` 32-column blocks.
-  void (*matmul)(int format, const uint8_t* panel, const uint8_t* tile, int64_t blocks, int mt, float* out,
+  // out[m][16 p + lane] = tile row m . panel row, for `panels` adjacent quantised panels of `blocks` 32-column blocks;
+  // mt is 1, 2, 4 or 6.
+  void (*matmul)(int format, const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
                  int64_t ldo);
 
   // The same for a float panel and float rows.

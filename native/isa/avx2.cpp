@@ -15,7 +15,7 @@ namespace bise {
 namespace {
 
 struct R {
-  static constexpr int L = 8;
+  static constexpr int L = 8, kRegisters = 16;
   using F = __m256;
   using I = __m256i;
 
@@ -90,16 +90,17 @@ struct R {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+  static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
   // Codes below 128: pairs fit 16 bits (2 x 127 x 127 < 2^15), so maddubs does not saturate.
-  static I dot(I acc, I codes, int32_t x) {
-    const I pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(x));
+  static I dot(I acc, I codes, I x) {
+    const I pairs = _mm256_maddubs_epi16(codes, x);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   // Codes up to 255 would saturate: split into nibbles, both halves exact.
-  static I dot_wide(I acc, I codes, int32_t x) {
-    const I mask = _mm256_set1_epi8(15), b = _mm256_set1_epi32(x);
-    const I low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), b);
-    const I high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), b);
+  static I dot_wide(I acc, I codes, I x) {
+    const I mask = _mm256_set1_epi8(15);
+    const I low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x);
+    const I high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x);
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
   }

@@ -15,7 +15,7 @@ namespace bise {
 namespace {
 
 struct R {
-  static constexpr int L = 16;
+  static constexpr int L = 16, kRegisters = 32;
   using F = __m512;
   using I = __m512i;
 
@@ -86,8 +86,9 @@ struct R {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static I lut(I table, I index) { return _mm512_shuffle_epi8(table, index); }
-  static I dot(I acc, I codes, int32_t x) { return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x)); }
-  static I dot_wide(I acc, I codes, int32_t x) { return dot(acc, codes, x); }
+  static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+  static I dot_wide(I acc, I codes, I x) { return dot(acc, codes, x); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 

@@ -9,7 +9,7 @@ namespace bise {
 namespace {
 
 struct R {
-  static constexpr int L = 16;
+  static constexpr int L = 16, kRegisters = 16;
   struct F {
     float v[16];
   };
@@ -205,17 +205,21 @@ struct R {
     for (int i = 0; i < 64; ++i) r.b[i] = table.b[index.b[i] & 15];
     return r;
   }
-  static I dot(const I& acc, const I& codes, int32_t x) {
-    int8_t b[4];
-    __builtin_memcpy(b, &x, 4);
+  static I addi(const I& a, const I& b) {
+    I r;
+    LANES r.w[i] = a.w[i] + b.w[i];
+    return r;
+  }
+  static I dot(const I& acc, const I& codes, const I& x) {
     I r;
     LANES {
       const uint8_t* c = codes.b + 4 * i;
-      r.w[i] = acc.w[i] + c[0] * b[0] + c[1] * b[1] + c[2] * b[2] + c[3] * b[3];
+      const uint8_t* b = x.b + 4 * i;
+      r.w[i] = acc.w[i] + c[0] * int8_t(b[0]) + c[1] * int8_t(b[1]) + c[2] * int8_t(b[2]) + c[3] * int8_t(b[3]);
     }
     return r;
   }
-  static I dot_wide(const I& acc, const I& codes, int32_t x) { return dot(acc, codes, x); }
+  static I dot_wide(const I& acc, const I& codes, const I& x) { return dot(acc, codes, x); }
   static void prefetch(const uint8_t*) {}
 #undef LANES
 };

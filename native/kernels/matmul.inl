@@ -4,203 +4,119 @@
 // enters the float accumulator with one fused multiply-add (two for formats with scales per 16, one more for a min),
 // blocks in ascending order: the result of a row depends on nothing but that row and the weight.
 
-constexpr int kQStep = R::L * 4;  // code bytes of one 4-column group that fit a register
-
-struct Codes {
-  R::I q[8];  // group g: columns 4g .. 4g+3 of R::L rows
-};
-
-inline void nibbles(const uint8_t* w, Codes& c) {
-  const R::I mask = R::set1b(15);
-  for (int g = 0; g < 4; ++g) {
-    const R::I both = R::loadi(w + 64 * g);
-    c.q[g] = R::band(both, mask);
-    c.q[g + 4] = R::band(R::template shr16<4>(both), mask);
-  }
-}
-
-template <int G>
-inline void add_bit(const R::I& plane, Codes& c, int weight_shift) {
-  // bit G of each byte becomes bit `weight_shift` (4 or 2) of the code
-  const R::I bit = R::band(R::template shr16<G>(plane), R::set1b(1));
-  c.q[G] = R::bor(c.q[G], weight_shift == 4 ? R::template shl16<4>(bit) : R::template shl16<2>(bit));
-}
-inline void bit_plane(const uint8_t* w, Codes& c, int weight_shift) {
-  const R::I plane = R::loadi(w);
-  add_bit<0>(plane, c, weight_shift);
-  add_bit<1>(plane, c, weight_shift);
-  add_bit<2>(plane, c, weight_shift);
-  add_bit<3>(plane, c, weight_shift);
-  add_bit<4>(plane, c, weight_shift);
-  add_bit<5>(plane, c, weight_shift);
-  add_bit<6>(plane, c, weight_shift);
-  add_bit<7>(plane, c, weight_shift);
-}
-
-inline void two_bits(const uint8_t* w, R::I (&out)[8]) {
-  const R::I mask = R::set1b(3);
-  for (int h = 0; h < 2; ++h) {
-    const R::I plane = R::loadi(w + 64 * h);
-    out[4 * h] = R::band(plane, mask);
-    out[4 * h + 1] = R::band(R::template shr16<2>(plane), mask);
-    out[4 * h + 2] = R::band(R::template shr16<4>(plane), mask);
-    out[4 * h + 3] = R::band(R::template shr16<6>(plane), mask);
-  }
-}
-
-inline void through_codebook(Codes& c) {
-  const R::I table = R::codebook();  // codebook + 128, so that codes stay unsigned
-  for (int g = 0; g < 8; ++g) c.q[g] = R::lut(table, c.q[g]);
-}
-
 struct Header {
   R::F d, dmin;
 };
 
-// Each format: kOffset8 = offset of the codes / 8 (zero point = 8 * kOffset8; kHalfOffset: zero point 4),
-// kSubs scales per block, kMin whether a min follows, and how to load a block of R::L rows starting at lane `at`.
-struct Plain {
-  static constexpr int kHeader = 0;
+// How codes are stored. `pair<G>` returns the codes of column groups G and G + 4 (G < 4) of R::L rows; `w` points at
+// the block's bytes of the first of these rows.
+struct Bytes8 {
+  static constexpr int kBytes = 512;
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    lo = R::loadi(w + 64 * G);
+    hi = R::loadi(w + 64 * (G + 4));
+  }
+};
+struct Nibbles {
+  static constexpr int kBytes = 256;
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    const R::I both = R::loadi(w + 64 * G);
+    lo = R::band(both, R::set1b(15));
+    hi = R::band(R::template shr16<4>(both), R::set1b(15));
+  }
+};
+struct Codebook : Nibbles {
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    Nibbles::pair<G>(w, lo, hi);
+    lo = R::lut(R::codebook(), lo);  // codebook + 128, so that codes stay unsigned
+    hi = R::lut(R::codebook(), hi);
+  }
+};
+struct TwoBits {
+  static constexpr int kBytes = 128;
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    lo = R::band(R::template shr16<2 * G>(R::loadi(w)), R::set1b(3));
+    hi = R::band(R::template shr16<2 * G>(R::loadi(w + 64)), R::set1b(3));
+  }
+};
+// Codes of `Low` with one more bit, at bit kShift, from a plane behind them.
+template <class Low, int kShift>
+struct PlusBit {
+  static constexpr int kBytes = Low::kBytes + 64;
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    Low::template pair<G>(w, lo, hi);
+    const R::I plane = R::loadi(w + Low::kBytes);
+    const R::I one = R::set1b(1);
+    lo = R::bor(lo, R::template shl16<kShift>(R::band(R::template shr16<G>(plane), one)));
+    hi = R::bor(hi, R::template shl16<kShift>(R::band(R::template shr16<G + 4>(plane), one)));
+  }
+};
+struct NibblesPlusTwo {
+  static constexpr int kBytes = Nibbles::kBytes + TwoBits::kBytes;
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    R::I low_bits, high_bits;
+    Nibbles::pair<G>(w, lo, hi);
+    TwoBits::pair<G>(w + Nibbles::kBytes, low_bits, high_bits);
+    lo = R::bor(lo, R::template shl16<4>(low_bits));
+    hi = R::bor(hi, R::template shl16<4>(high_bits));
+  }
+};
+
+// How scales are stored behind the codes (`w` points there). kSubs scales per block; kMin: a min per scale too.
+struct HalfScale {
+  static constexpr int kHeader = 0, kSubs = 1;
+  static constexpr bool kMin = false;
   static void header(const uint8_t*, int, Header&) {}
+  static void scales(const uint8_t* w, int at, const Header&, R::F (&s)[2], R::F (&)[2]) {
+    s[0] = R::loadh(w + 2 * at);
+  }
 };
-struct WithScale : Plain {
-  static constexpr int kHeader = 32;
+struct HalfScaleAndMin : HalfScale {
+  static constexpr bool kMin = true;
+  static void scales(const uint8_t* w, int at, const Header&, R::F (&s)[2], R::F (&m)[2]) {
+    s[0] = R::loadh(w + 2 * at);
+    m[0] = R::loadh(w + 32 + 2 * at);
+  }
+};
+struct ByteScale {
+  static constexpr int kHeader = 32, kSubs = 1;
+  static constexpr bool kMin = false;
   static void header(const uint8_t* w, int at, Header& h) { h.d = R::loadh(w + 2 * at); }
+  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&)[2]) {
+    s[0] = R::mul(h.d, R::from_s8(w + at));
+  }
 };
-struct WithScaleAndMin : Plain {
-  static constexpr int kHeader = 64;
+struct TwoByteScales : ByteScale {
+  static constexpr int kSubs = 2;
+  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&)[2]) {
+    s[0] = R::mul(h.d, R::from_s8(w + at));
+    s[1] = R::mul(h.d, R::from_s8(w + 16 + at));
+  }
+};
+struct ByteScaleAndMin {
+  static constexpr int kHeader = 64, kSubs = 1;
+  static constexpr bool kMin = true;
   static void header(const uint8_t* w, int at, Header& h) {
     h.d = R::loadh(w + 2 * at);
     h.dmin = R::loadh(w + 32 + 2 * at);
   }
-};
-
-template <int kFormat>
-struct Fmt;
-
-template <>
-struct Fmt<kQ8> : Plain {
-  static constexpr int kOffset8 = 16, kSubs = 1;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    for (int g = 0; g < 8; ++g) c.q[g] = R::loadi(w + 64 * g + 4 * at);
-    s[0] = R::loadh(w + 512 + 2 * at);
+  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&m)[2]) {
+    s[0] = R::mul(h.d, R::from_u8(w + at));
+    m[0] = R::mul(h.dmin, R::from_u8(w + 16 + at));
   }
 };
-template <>
-struct Fmt<kQ4> : Plain {
-  static constexpr int kOffset8 = 1, kSubs = 1;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    nibbles(w + 4 * at, c);
-    s[0] = R::loadh(w + 256 + 2 * at);
-  }
-};
-template <>
-struct Fmt<kQ41> : Plain {
-  static constexpr int kOffset8 = 0, kSubs = 1;
-  static constexpr bool kMin = true;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&m)[2]) {
-    nibbles(w + 4 * at, c);
-    s[0] = R::loadh(w + 256 + 2 * at);
-    m[0] = R::loadh(w + 288 + 2 * at);
-  }
-};
-template <>
-struct Fmt<kQ5> : Plain {
-  static constexpr int kOffset8 = 2, kSubs = 1;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    nibbles(w + 4 * at, c);
-    bit_plane(w + 256 + 4 * at, c, 4);
-    s[0] = R::loadh(w + 320 + 2 * at);
-  }
-};
-template <>
-struct Fmt<kQ51> : Plain {
-  static constexpr int kOffset8 = 0, kSubs = 1;
-  static constexpr bool kMin = true;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&m)[2]) {
-    nibbles(w + 4 * at, c);
-    bit_plane(w + 256 + 4 * at, c, 4);
-    s[0] = R::loadh(w + 320 + 2 * at);
-    m[0] = R::loadh(w + 352 + 2 * at);
-  }
-};
-template <>
-struct Fmt<kN4> : Plain {
-  static constexpr int kOffset8 = 16, kSubs = 1;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header&, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    nibbles(w + 4 * at, c);
-    through_codebook(c);
-    s[0] = R::loadh(w + 256 + 2 * at);
-  }
-};
-template <>
-struct Fmt<kN4K> : WithScale {
-  static constexpr int kOffset8 = 16, kSubs = 1;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    nibbles(w + 4 * at, c);
-    through_codebook(c);
-    s[0] = R::mul(h.d, R::from_s8(w + 256 + at));
-  }
-};
-template <>
-struct Fmt<kQ4K> : WithScaleAndMin {
-  static constexpr int kOffset8 = 0, kSubs = 1;
-  static constexpr bool kMin = true;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&m)[2]) {
-    nibbles(w + 4 * at, c);
-    s[0] = R::mul(h.d, R::from_u8(w + 256 + at));
-    m[0] = R::mul(h.dmin, R::from_u8(w + 272 + at));
-  }
-};
-template <>
-struct Fmt<kQ5K> : WithScaleAndMin {
-  static constexpr int kOffset8 = 0, kSubs = 1;
-  static constexpr bool kMin = true;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&m)[2]) {
-    nibbles(w + 4 * at, c);
-    bit_plane(w + 256 + 4 * at, c, 4);
-    s[0] = R::mul(h.d, R::from_u8(w + 320 + at));
-    m[0] = R::mul(h.dmin, R::from_u8(w + 336 + at));
-  }
-};
-template <>
-struct Fmt<kQ6K> : WithScale {
-  static constexpr int kOffset8 = 4, kSubs = 2;
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    nibbles(w + 4 * at, c);
-    R::I high[8];
-    two_bits(w + 256 + 4 * at, high);
-    for (int g = 0; g < 8; ++g) c.q[g] = R::bor(c.q[g], R::template shl16<4>(high[g]));
-    s[0] = R::mul(h.d, R::from_s8(w + 384 + at));
-    s[1] = R::mul(h.d, R::from_s8(w + 400 + at));
-  }
-};
-template <>
-struct Fmt<kQ3K> : WithScale {
-  static constexpr int kOffset8 = -1, kSubs = 2;  // -1: zero point 4
-  static constexpr bool kMin = false;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&)[2]) {
-    two_bits(w + 4 * at, c.q);
-    bit_plane(w + 128 + 4 * at, c, 2);
-    s[0] = R::mul(h.d, R::from_s8(w + 192 + at));
-    s[1] = R::mul(h.d, R::from_s8(w + 208 + at));
-  }
-};
-template <>
-struct Fmt<kQ2K> : WithScaleAndMin {
-  static constexpr int kOffset8 = 0, kSubs = 2;
-  static constexpr bool kMin = true;
-  static void load(const uint8_t* w, int at, const Header& h, Codes& c, R::F (&s)[2], R::F (&m)[2]) {
-    two_bits(w + 4 * at, c.q);
+struct TwoNibbleScalesAndMins : ByteScaleAndMin {
+  static constexpr int kSubs = 2;
+  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&m)[2]) {
     uint8_t part[16];
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* both = w + 128 + 16 * half + at;
+      const uint8_t* both = w + 16 * half + at;
       for (int i = 0; i < R::L; ++i) part[i] = both[i] & 15;
       s[half] = R::mul(h.d, R::from_u8(part));
       for (int i = 0; i < R::L; ++i) part[i] = both[i] >> 4;
@@ -209,113 +125,210 @@ struct Fmt<kQ2K> : WithScaleAndMin {
   }
 };
 
-// -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory
-template <int kOffset8>
-inline R::I offset_start(int32_t n8) {
-  const R::I start = R::set1i(n8);
-  if constexpr (kOffset8 == 0) return R::set1i(0);
-  else if constexpr (kOffset8 == -1) return R::template sar32<1>(start);
-  else if constexpr (kOffset8 == 1) return start;
-  else if constexpr (kOffset8 == 2) return R::template shl32<1>(start);
-  else if constexpr (kOffset8 == 4) return R::template shl32<2>(start);
-  else return R::template shl32<4>(start);
-}
-
-// Codes of 8-bit and codebook formats use all 8 bits; the others stay below 64, which AVX2 can add with fewer steps.
+// A format: its codes, its scales, its zero point, and whether codes use all 8 bits (AVX2 adds those in more steps).
+template <class CodesT, class ScalesT, int kZeroT, bool kWideT = false>
+struct Layout {
+  using Codes = CodesT;
+  using Scales = ScalesT;
+  static constexpr int kZero = kZeroT;
+  static constexpr bool kWide = kWideT;
+};
 template <int kFormat>
-inline R::I dot(const R::I& acc, const R::I& codes, int32_t x) {
-  if constexpr (kFormat == kQ8 || kFormat == kN4 || kFormat == kN4K) return R::dot_wide(acc, codes, x);
-  else return R::dot(acc, codes, x);
+struct LayoutOf;
+template <>
+struct LayoutOf<kQ8> : Layout<Bytes8, HalfScale, 128, true> {};
+template <>
+struct LayoutOf<kQ4> : Layout<Nibbles, HalfScale, 8> {};
+template <>
+struct LayoutOf<kQ41> : Layout<Nibbles, HalfScaleAndMin, 0> {};
+template <>
+struct LayoutOf<kQ5> : Layout<PlusBit<Nibbles, 4>, HalfScale, 16> {};
+template <>
+struct LayoutOf<kQ51> : Layout<PlusBit<Nibbles, 4>, HalfScaleAndMin, 0> {};
+template <>
+struct LayoutOf<kN4> : Layout<Codebook, HalfScale, 128, true> {};
+template <>
+struct LayoutOf<kN4K> : Layout<Codebook, ByteScale, 128, true> {};
+template <>
+struct LayoutOf<kQ4K> : Layout<Nibbles, ByteScaleAndMin, 0> {};
+template <>
+struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, ByteScaleAndMin, 0> {};
+template <>
+struct LayoutOf<kQ6K> : Layout<NibblesPlusTwo, TwoByteScales, 32> {};
+template <>
+struct LayoutOf<kQ3K> : Layout<PlusBit<TwoBits, 2>, TwoByteScales, 4> {};
+template <>
+struct LayoutOf<kQ2K> : Layout<TwoBits, TwoNibbleScalesAndMins, 0> {};
+
+// -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory
+template <int kZero>
+inline R::I offset_start(int32_t n8) {
+  if constexpr (kZero == 0) return R::set1i(0);
+  else if constexpr (kZero == 4) return R::template sar32<1>(R::set1i(n8));
+  else if constexpr (kZero == 8) return R::set1i(n8);
+  else if constexpr (kZero == 16) return R::template shl32<1>(R::set1i(n8));
+  else if constexpr (kZero == 32) return R::template shl32<2>(R::set1i(n8));
+  else return R::template shl32<4>(R::set1i(n8));
 }
 
-template <int kFormat, int MT>
-inline void matmul_lanes(const uint8_t* w, const uint8_t* a, int64_t blocks, int at, float* out, int64_t ldo) {
-  using Format = Fmt<kFormat>;
-  constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes;
-  R::F acc[MT];
-  for (int m = 0; m < MT; ++m) acc[m] = R::set1(0.0f);
-  Header header = {R::set1(0.0f), R::set1(0.0f)};
-  for (int64_t b = 0; b < blocks; ++b) {
-    if constexpr (Format::kHeader != 0) {
-      if (b % kSuperBlocks == 0) {
-        Format::header(w, at, header);
-        w += Format::kHeader;
+// A block of kPanels panels x MT rows: integer sums and the float accumulators.
+template <int kFormat, int MT, int kPanels>
+struct Block {
+  using Form = LayoutOf<kFormat>;
+  static constexpr int kSubs = Form::Scales::kSubs;
+  // Few rows: two chains of dependent sums instead of one. Integers: the split does not change the result.
+  static constexpr int kChains = kSubs == 2 || MT <= 2 ? 2 : 1;
+
+  template <int G>
+  static void add_groups(const uint8_t* const (&w)[kPanels], const uint8_t* a, R::I (&sum)[kPanels][kChains][MT]) {
+    R::I lo[kPanels], hi[kPanels];
+    for (int p = 0; p < kPanels; ++p) Form::Codes::template pair<G>(w[p], lo[p], hi[p]);
+    BISE_UNROLL(8)
+    for (int m = 0; m < MT; ++m) {
+      const int32_t* x = reinterpret_cast<const int32_t*>(a + m * 32);
+      const R::I first = R::set1i(x[G]), second = R::set1i(x[G + 4]);
+      for (int p = 0; p < kPanels; ++p) {
+        R::I& one = sum[p][0][m];
+        R::I& other = sum[p][kChains - 1][m];
+        if constexpr (Form::kWide) {
+          one = R::dot_wide(one, lo[p], first);
+          other = R::dot_wide(other, hi[p], second);
+        } else {
+          one = R::dot(one, lo[p], first);
+          other = R::dot(other, hi[p], second);
+        }
       }
     }
-    if constexpr (MT <= 4) {
-      for (int line = 0; line < kBlockBytes; line += 64) R::prefetch(w + 4096 + line);
-    }
-    Codes c;
-    R::F s[2], min[2];
-    Format::load(w, at, header, c, s, min);
-    w += kBlockBytes;
+  }
+
+  // acc += the block of 32 columns at w (codes of lane `at` onward) times the tile's block at a.
+  static void add(const uint8_t* const (&w)[kPanels], int at, const Header (&header)[kPanels], const uint8_t* a,
+                  R::F (&acc)[kPanels][MT]) {
     const int32_t* n8 = reinterpret_cast<const int32_t*>(a + MT * 32);
     const float* scale = reinterpret_cast<const float*>(a + MT * 36);
     const int32_t* n8lo = reinterpret_cast<const int32_t*>(a + MT * 40);
     const float* ssum = reinterpret_cast<const float*>(a + MT * 44);
-BISE_UNROLL(16)
-    for (int m = 0; m < MT; ++m) {
-      const int32_t* x = reinterpret_cast<const int32_t*>(a + m * 32);
-      R::F r = acc[m];
-      if constexpr (Format::kSubs == 1) {
-        R::I i = offset_start<Format::kOffset8>(n8[m]);
-BISE_UNROLL(8)
-        for (int g = 0; g < 8; ++g) i = dot<kFormat>(i, c.q[g], x[g]);
-        r = R::fma(R::from_i(i), R::mul(s[0], R::set1(scale[m])), r);
-        if constexpr (Format::kMin) r = R::fnma(min[0], R::set1(ssum[m]), r);
-      } else {
-        R::I lo = offset_start<Format::kOffset8>(n8lo[m]);
-        R::I hi = offset_start<Format::kOffset8>(n8[m] - n8lo[m]);
-BISE_UNROLL(4)
-        for (int g = 0; g < 4; ++g) {
-          lo = dot<kFormat>(lo, c.q[g], x[g]);
-          hi = dot<kFormat>(hi, c.q[g + 4], x[g + 4]);
-        }
-        const R::F sc = R::set1(scale[m]);
-        r = R::fma(R::from_i(lo), R::mul(s[0], sc), r);
-        r = R::fma(R::from_i(hi), R::mul(s[1], sc), r);
-        if constexpr (Format::kMin) {
-          const float lo_sum = scale[m] * float(n8lo[m] / -8);
-          const float hi_sum = scale[m] * float((n8[m] - n8lo[m]) / -8);
-          r = R::fnma(min[0], R::set1(lo_sum), r);
-          r = R::fnma(min[1], R::set1(hi_sum), r);
+    R::I sum[kPanels][kChains][MT];
+    for (int p = 0; p < kPanels; ++p)
+      for (int m = 0; m < MT; ++m) {
+        if constexpr (kSubs == 2) {
+          sum[p][0][m] = offset_start<Form::kZero>(n8lo[m]);
+          sum[p][1][m] = offset_start<Form::kZero>(n8[m] - n8lo[m]);
+        } else {
+          sum[p][0][m] = offset_start<Form::kZero>(n8[m]);
+          if constexpr (kChains == 2) sum[p][1][m] = R::set1i(0);
         }
       }
-      acc[m] = r;
+    const uint8_t* codes[kPanels];
+    for (int p = 0; p < kPanels; ++p) codes[p] = w[p] + 4 * at;
+    add_groups<0>(codes, a, sum);
+    add_groups<1>(codes, a, sum);
+    add_groups<2>(codes, a, sum);
+    add_groups<3>(codes, a, sum);
+    for (int p = 0; p < kPanels; ++p) {
+      R::F s[2], min[2];
+      Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], s, min);
+      BISE_UNROLL(8)
+      for (int m = 0; m < MT; ++m) {
+        const R::F factor = R::set1(scale[m]);
+        R::F r = acc[p][m];
+        if constexpr (kSubs == 1) {
+          R::I total = sum[p][0][m];
+          if constexpr (kChains == 2) total = R::addi(total, sum[p][1][m]);
+          r = R::fma(R::from_i(total), R::mul(s[0], factor), r);
+          if constexpr (Form::Scales::kMin) r = R::fnma(min[0], R::set1(ssum[m]), r);
+        } else {
+          r = R::fma(R::from_i(sum[p][0][m]), R::mul(s[0], factor), r);
+          r = R::fma(R::from_i(sum[p][1][m]), R::mul(s[1], factor), r);
+          if constexpr (Form::Scales::kMin) {
+            r = R::fnma(min[0], R::set1(scale[m] * float(n8lo[m] / -8)), r);
+            r = R::fnma(min[1], R::set1(scale[m] * float((n8[m] - n8lo[m]) / -8)), r);
+          }
+        }
+        acc[p][m] = r;
+      }
     }
+  }
+};
+
+// Bytes that a row of weights is fetched ahead of its use; by sweep on a 2-core Zen 4, 21 Nov 2026 (docs/log.md).
+constexpr int kAhead = 4096;
+
+template <int kFormat, int MT, int kPanels>
+inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a, int64_t blocks, int at, float* out,
+                         int64_t ldo) {
+  using Scales = LayoutOf<kFormat>::Scales;
+  constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes;
+  const uint8_t* w[kPanels];
+  R::F acc[kPanels][MT];
+  Header header[kPanels];
+  for (int p = 0; p < kPanels; ++p) {
+    w[p] = panel + p * stride;
+    header[p] = {R::set1(0.0f), R::set1(0.0f)};
+    for (int m = 0; m < MT; ++m) acc[p][m] = R::set1(0.0f);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int p = 0; p < kPanels; ++p) {
+      if constexpr (Scales::kHeader != 0) {
+        if (b % kSuperBlocks == 0) {
+          Scales::header(w[p], at, header[p]);
+          w[p] += Scales::kHeader;
+        }
+      }
+      for (int line = 0; line < kBlockBytes; line += 64) R::prefetch(w[p] + kAhead + line);
+    }
+    Block<kFormat, MT, kPanels>::add(w, at, header, a, acc);
+    for (int p = 0; p < kPanels; ++p) w[p] += kBlockBytes;
     a += MT * kTileRowBytes;
   }
-  for (int m = 0; m < MT; ++m) R::store(out + m * ldo + at, acc[m]);
+  for (int p = 0; p < kPanels; ++p)
+    for (int m = 0; m < MT; ++m) R::store(out + m * ldo + p * kPanelRows + at, acc[p][m]);
 }
 
-template <int kFormat>
-void matmul_format(const uint8_t* panel, const uint8_t* tile, int64_t blocks, int mt, float* out, int64_t ldo) {
-  for (int at = 0; at < 16; at += R::L) {
+template <int kFormat, int kPanels>
+void matmul_rows(const uint8_t* panel, int64_t stride, const uint8_t* tile, int64_t blocks, int mt, float* out,
+                 int64_t ldo) {
+  for (int at = 0; at < kPanelRows; at += R::L) {
     switch (mt) {
-      case 1: matmul_lanes<kFormat, 1>(panel, tile, blocks, at, out, ldo); break;
-      case 2: matmul_lanes<kFormat, 2>(panel, tile, blocks, at, out, ldo); break;
-      case 4: matmul_lanes<kFormat, 4>(panel, tile, blocks, at, out, ldo); break;
-      case 8: matmul_lanes<kFormat, 8>(panel, tile, blocks, at, out, ldo); break;
-      case 16: matmul_lanes<kFormat, 16>(panel, tile, blocks, at, out, ldo); break;
+      case 1: matmul_lanes<kFormat, 1, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
+      case 2: matmul_lanes<kFormat, 2, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
+      case 4: matmul_lanes<kFormat, 4, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
+      case 6: matmul_lanes<kFormat, 6, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
       default: __builtin_trap();
     }
   }
 }
 
-void matmul(int format, const uint8_t* panel, const uint8_t* tile, int64_t blocks, int mt, float* out, int64_t ldo) {
+// Two panels at once share each broadcast activation; formats with two scales per block have no registers for that.
+template <int kFormat>
+void matmul_format(const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
+                   int64_t ldo) {
+  using Scales = LayoutOf<kFormat>::Scales;
+  const int64_t stride = blocks * kFormatInfo[kFormat].block_bytes + blocks / kSuperBlocks * Scales::kHeader;
+  constexpr int kTogether = Scales::kSubs == 1 && R::kRegisters >= 32 ? 2 : 1;
+  int p = 0;
+  for (; p + kTogether <= panels; p += kTogether)
+    matmul_rows<kFormat, kTogether>(panel + p * stride, stride, tile, blocks, mt, out + p * kPanelRows, ldo);
+  if constexpr (kTogether == 2) {
+    if (p < panels) matmul_rows<kFormat, 1>(panel + p * stride, stride, tile, blocks, mt, out + p * kPanelRows, ldo);
+  }
+}
+
+void matmul(int format, const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
+            int64_t ldo) {
   switch (format) {
-    case kQ8: return matmul_format<kQ8>(panel, tile, blocks, mt, out, ldo);
-    case kQ4: return matmul_format<kQ4>(panel, tile, blocks, mt, out, ldo);
-    case kQ41: return matmul_format<kQ41>(panel, tile, blocks, mt, out, ldo);
-    case kQ5: return matmul_format<kQ5>(panel, tile, blocks, mt, out, ldo);
-    case kQ51: return matmul_format<kQ51>(panel, tile, blocks, mt, out, ldo);
-    case kN4: return matmul_format<kN4>(panel, tile, blocks, mt, out, ldo);
-    case kN4K: return matmul_format<kN4K>(panel, tile, blocks, mt, out, ldo);
-    case kQ4K: return matmul_format<kQ4K>(panel, tile, blocks, mt, out, ldo);
-    case kQ5K: return matmul_format<kQ5K>(panel, tile, blocks, mt, out, ldo);
-    case kQ6K: return matmul_format<kQ6K>(panel, tile, blocks, mt, out, ldo);
-    case kQ3K: return matmul_format<kQ3K>(panel, tile, blocks, mt, out, ldo);
-    case kQ2K: return matmul_format<kQ2K>(panel, tile, blocks, mt, out, ldo);
+    case kQ8: return matmul_format<kQ8>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ4: return matmul_format<kQ4>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ41: return matmul_format<kQ41>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ5: return matmul_format<kQ5>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ51: return matmul_format<kQ51>(panel, panels, tile, blocks, mt, out, ldo);
+    case kN4: return matmul_format<kN4>(panel, panels, tile, blocks, mt, out, ldo);
+    case kN4K: return matmul_format<kN4K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ4K: return matmul_format<kQ4K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ5K: return matmul_format<kQ5K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ6K: return matmul_format<kQ6K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ3K: return matmul_format<kQ3K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ2K: return matmul_format<kQ2K>(panel, panels, tile, blocks, mt, out, ldo);
     default: __builtin_trap();
   }
 }
