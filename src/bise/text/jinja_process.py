@@ -81,6 +81,7 @@ class JinjaProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C at the terminal is for us, not for it
             env={},
         )
         weakref.finalize(self, _end, process)
