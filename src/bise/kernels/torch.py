@@ -102,7 +102,8 @@ class TorchOps:
         pages.k[slots] = k3.to(pages.k.dtype)
         pages.v[slots] = v3.to(pages.v.dtype)
         outputs: list[Tensor] = []
-        for index, first in enumerate(meta.q_pos.tolist()):
+        for index in range(len(meta.q_pos)):
+            first = int(meta.q_pos[index])
             start, end = int(meta.q_start[index]), int(meta.q_start[index + 1])
             low = max(0, first - (window or first + 1) + 1)
             positions = np.arange(low, first + end - start)

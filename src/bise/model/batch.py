@@ -32,7 +32,7 @@ def training_batch(token_ids: npt.NDArray[np.int32], num_groups: int) -> Batch:
     Example: [[5, 6, 7], [8, 9, 10]] gives token_ids [5, 6, 7, 8, 9, 10], positions [0, 1, 2, 0, 1, 2] and
     q_start [0, 3, 6].
     """
-    num_sequences, length = token_ids.shape
+    num_sequences, length = int(token_ids.shape[0]), int(token_ids.shape[1])
     rows = num_sequences * length
     meta = AttentionMeta(
         q_start=np.arange(0, rows + 1, length, dtype=np.int32),
