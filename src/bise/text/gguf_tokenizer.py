@@ -10,8 +10,9 @@ from typing import cast
 
 from bise.errors import ModelFileError
 from bise.jsonfile import shown
+from bise.text.controls import ControlString
 from bise.text.hf_document import text_encoder
-from bise.text.pieces import BRACKETED, ControlString, PieceTokenizer, byte_alphabet, byte_level_bytes
+from bise.text.pieces import BRACKETED, PieceTokenizer, byte_alphabet, byte_level_bytes
 from bise.text.sentencepiece_model import Piece, PieceType, SentencePieceModel, spm_tokenizer
 
 _PREFIX = "tokenizer.ggml."

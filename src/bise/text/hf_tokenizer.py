@@ -14,10 +14,10 @@ from typing import cast
 
 from bise.errors import ModelFileError
 from bise.jsonfile import kind_of, read_json_object, shown
+from bise.text.controls import ControlString
 from bise.text.hf_document import text_encoder
 from bise.text.pieces import (
     BRACKETED,
-    ControlString,
     PieceTokenizer,
     byte_alphabet,
     byte_level_bytes,

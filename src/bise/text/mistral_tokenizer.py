@@ -17,7 +17,8 @@ from typing import cast
 
 from bise.errors import ModelFileError
 from bise.jsonfile import kind_of, read_bytes, read_json_object, shown
-from bise.text.pieces import ControlString, PieceTokenizer
+from bise.text.controls import ControlString
+from bise.text.pieces import PieceTokenizer
 from bise.text.regex_check import repeats_within_repetition
 from bise.text.rust_tokenizer import guarded
 from bise.text.sentencepiece_model import PieceType, parse_model, spm_tokenizer

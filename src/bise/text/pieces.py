@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bise.errors import RequestError
+from bise.text.controls import ControlSplitter, ControlString
 
 SPACE_MARK = "\u2581"
 """SentencePiece's visible stand-in for a space."""
@@ -19,18 +20,6 @@ BRACKETED = re.compile(r"<\S+>|\[\S+\]")
 """Tokens that look like markup are never made from text, even when their file calls them ordinary."""
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlString:
-    """One control token as templates spell it."""
-
-    text: str
-    token_id: int
-    eats_left: bool = False
-    """White space before it belongs to it (Hugging Face's lstrip)."""
-    eats_right: bool = False
-    """White space after it belongs to it (rstrip)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +40,11 @@ class PieceTokenizer:
     model_settings: str = ""
     """JSON text of the model settings that chat prompts carry by default (v15); "" for none."""
     controls: Mapping[str, int] = field(init=False)
-    _pattern: re.Pattern[str] | None = field(init=False, repr=False)
+    _splitter: ControlSplitter = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "controls", {item.text: item.token_id for item in self.control_strings})
-        # Longest first: alternation takes the first branch that matches, and the rule is leftmost longest.
-        ordered = sorted(self.control_strings, key=lambda item: -len(item.text))
-        branches = [
-            (r"\s*" if item.eats_left else "")
-            + f"({re.escape(item.text)})"
-            + (r"\s*" if item.eats_right else "")
-            for item in ordered
-        ]
-        object.__setattr__(self, "_pattern", re.compile("|".join(branches)) if branches else None)
+        object.__setattr__(self, "_splitter", ControlSplitter(self.control_strings))
 
     @property
     def vocab_size(self) -> int:
@@ -85,18 +66,7 @@ class PieceTokenizer:
 
     def split_controls(self, text: str) -> list[str | int]:
         """Return `text` cut at its control strings, each replaced by its id."""
-        if self._pattern is None:
-            return [text] if text else []
-        parts: list[str | int] = []
-        end = 0
-        for match in self._pattern.finditer(text):
-            if match.start() > end:
-                parts.append(text[end : match.start()])
-            parts.append(self.controls[match[match.lastindex or 0]])
-            end = match.end()
-        if end < len(text):
-            parts.append(text[end:])
-        return parts
+        return self._splitter.split(text)
 
     def control_id(self, name: str) -> int | None:
         """Return the id of a control token by its string, or None."""

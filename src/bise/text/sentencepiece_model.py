@@ -15,7 +15,8 @@ from enum import IntEnum
 from math import isfinite
 
 from bise.errors import ModelFileError
-from bise.text.pieces import BRACKETED, ControlString, PieceTokenizer, sentencepiece_bytes
+from bise.text.controls import ControlString
+from bise.text.pieces import BRACKETED, PieceTokenizer, sentencepiece_bytes
 
 
 class PieceType(IntEnum):
