@@ -202,3 +202,22 @@ def test_the_speed_line_counts_decoding_without_the_first_token(fake, home):
         fake, Request(token_ids=(1, 300, 100, 301)), ignore_text
     )  # 7 tokens, 0.25 s prefill, 0.5 s decode
     assert answer.speed_line(200) == "7 tokens · 12.0 tok/s · first token after 0.25 s · 11 of 200 context"
+
+
+def test_an_empty_answer_leaves_no_turn_behind(cli, fake, model_dir, monkeypatch):
+    answers = iter([[], None])
+    monkeypatch.setattr(fake.engine, "_answer", empty_first(fake.engine, answers))
+    result = cli("chat", str(model_dir), stdin=b"one\ntwo\n")
+    assert "(no answer; the question is not kept)" in result.err
+    assert result.out == "\necho: two\n"
+    assert bytes(i - 3 for i in fake.engine.requests[1].token_ids if 3 <= i < 259) == b"two"
+
+
+def empty_first(engine, answers):
+    real = engine._answer
+
+    def answer(request, room):
+        deltas = real(request, room)
+        return deltas[-1:] if next(answers) == [] else deltas
+
+    return answer

@@ -22,6 +22,8 @@ VERBS = {
     "inspect": "Show what a model file holds and what it costs to run.",
     "score": "Give the log-probs and perplexity of texts or chats.",
     "quantize": "Pack a model into 4 or 8 bits on disk.",
+    "plan": "Tell what fits in memory and how fast it can be.",
+    "bench": "Measure prefill and decode speed on this machine.",
     "models": "List the models on this machine and the known aliases.",
     "doctor": "Check this machine and this installation.",
 }

@@ -103,8 +103,10 @@ def _processor(findings: Findings) -> None:
         from bise.kernels.cpu import CpuOps, detected_isas
 
         isa, available = CpuOps().isa, list(detected_isas())
-    except (BiseError, ImportError, RuntimeError, ValueError) as error:
-        findings.problems.append(f"the native extension does not load: {' '.join(str(error).split())}")
+    except (BiseError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        broken = isinstance(error, ImportError)
+        findings.problems.append(f"the native extension does not load: {reason}" if broken else reason)
         findings.tell("instructions", "unknown", isa=None, isa_available=[])
         return
     findings.tell(

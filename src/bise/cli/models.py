@@ -34,12 +34,20 @@ def command(as_json: bool) -> None:
     if as_json:
         write_json({"local": here, "packed_cache": cache, "known": known}, indent=2)
         return
-    rows = [[entry["name"], gigabytes(entry["bytes"]), entry["path"]] for entry in here]
+    rows = [
+        [
+            entry["name"] + (" (embedded)" if entry["embedded"] else ""),
+            gigabytes(entry["bytes"]),
+            entry["path"],
+        ]
+        for entry in here
+    ]
     if rows:
         write_table(["ON THIS MACHINE", "SIZE", "PATH"], rows)
         click.echo()
     if cache["files"]:
-        click.echo(f"packed cache: {cache['files']} files, {gigabytes(cache['bytes'])}, {cache['path']}\n")
+        count = f"{cache['files']} file{'' if cache['files'] == 1 else 's'}"
+        click.echo(f"packed cache: {count}, {gigabytes(cache['bytes'])}, {cache['path']}\n")
     write_table(
         ["ALIAS", "16 BIT", "4 BIT", "PUBLISHED AS", "LICENCE"],
         [
@@ -55,14 +63,17 @@ def command(as_json: bool) -> None:
 
 def _local() -> list[dict[str, Any]]:
     from bise.errors import ModelFileError
-    from bise.hub.embedded import NAME, embedded_path
+    from bise.hub.embedded import NAME, embedded_path, is_embedded
     from bise.hub.registry import local_models
 
     entries: list[tuple[str, Path]] = []
     with suppress(ModelFileError):  # `bise doctor` tells; a list of models need not fail for it
-        entries.append((f"{NAME} (embedded)", embedded_path()))
+        entries.append((NAME, embedded_path()))
     entries += [(path.stem if path.suffix == ".gguf" else path.name, path) for path in local_models()]
-    return [{"name": name, "path": str(path), "bytes": size_on_disk(path)} for name, path in entries]
+    return [
+        {"name": name, "path": str(path), "bytes": size_on_disk(path), "embedded": is_embedded(path)}
+        for name, path in entries
+    ]
 
 
 def _packed_cache() -> dict[str, Any]:

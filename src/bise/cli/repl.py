@@ -76,8 +76,12 @@ class Chat:
         except BaseException:
             self.transcript.drop_last()
             raise
-        self.transcript.add("assistant", answer.text)
         self._finish(answer)
+        if answer.text:
+            self.transcript.add("assistant", answer.text)
+        else:  # an empty turn is no turn: most chat formats cannot say it
+            self.transcript.drop_last()
+            aside("(no answer; the question is not kept)")
         return answer
 
     def _finish(self, answer: Answer) -> None:
