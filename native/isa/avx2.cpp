@@ -16,6 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 8, kRegisters = 16;
+  static constexpr bool kShortSums = true;
   using F = __m256;
   using I = __m256i;
 
@@ -91,6 +92,9 @@ struct R {
   }
   static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
   static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
+  // Codes up to 15: eight pairs fit 16 bits, so a block needs one widening.
+  static I dot16(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
+  static I widen16(I x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
   // Codes below 128: pairs fit 16 bits (2 x 127 x 127 < 2^15), so maddubs does not saturate.
   static I dot(I acc, I codes, I x) {
     const I pairs = _mm256_maddubs_epi16(codes, x);

@@ -16,6 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 16, kRegisters = 32;
+  static constexpr bool kShortSums = false;
   using F = __m512;
   using I = __m512i;
 
@@ -88,6 +89,9 @@ struct R {
   static I lut(I table, I index) { return _mm512_shuffle_epi8(table, index); }
   static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+  // Nothing to gain from 16-bit sums here (kShortSums); the names must exist.
+  static I dot16(I acc, I codes, I x) { return dot(acc, codes, x); }
+  static I widen16(I x) { return x; }
   static I dot_wide(I acc, I codes, I x) { return dot(acc, codes, x); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };

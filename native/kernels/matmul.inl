@@ -125,40 +125,41 @@ struct TwoNibbleScalesAndMins : ByteScaleAndMin {
   }
 };
 
-// A format: its codes, its scales, its zero point, and whether codes use all 8 bits (AVX2 adds those in more steps).
-template <class CodesT, class ScalesT, int kZeroT, bool kWideT = false>
+// A format: its codes, its scales, its zero point and its largest code. Instruction sets without a four-way dot
+// product add codes up to 15 in 16 bits over a block (8 x 2 x 15 x 127 < 2^15) and split codes above 127.
+template <class CodesT, class ScalesT, int kZeroT, int kMaxT>
 struct Layout {
   using Codes = CodesT;
   using Scales = ScalesT;
   static constexpr int kZero = kZeroT;
-  static constexpr bool kWide = kWideT;
+  static constexpr bool kWide = kMaxT > 127, kShort = R::kShortSums && kMaxT <= 15;
 };
 template <int kFormat>
 struct LayoutOf;
 template <>
-struct LayoutOf<kQ8> : Layout<Bytes8, HalfScale, 128, true> {};
+struct LayoutOf<kQ8> : Layout<Bytes8, HalfScale, 128, 255> {};
 template <>
-struct LayoutOf<kQ4> : Layout<Nibbles, HalfScale, 8> {};
+struct LayoutOf<kQ4> : Layout<Nibbles, HalfScale, 8, 15> {};
 template <>
-struct LayoutOf<kQ41> : Layout<Nibbles, HalfScaleAndMin, 0> {};
+struct LayoutOf<kQ41> : Layout<Nibbles, HalfScaleAndMin, 0, 15> {};
 template <>
-struct LayoutOf<kQ5> : Layout<PlusBit<Nibbles, 4>, HalfScale, 16> {};
+struct LayoutOf<kQ5> : Layout<PlusBit<Nibbles, 4>, HalfScale, 16, 31> {};
 template <>
-struct LayoutOf<kQ51> : Layout<PlusBit<Nibbles, 4>, HalfScaleAndMin, 0> {};
+struct LayoutOf<kQ51> : Layout<PlusBit<Nibbles, 4>, HalfScaleAndMin, 0, 31> {};
 template <>
-struct LayoutOf<kN4> : Layout<Codebook, HalfScale, 128, true> {};
+struct LayoutOf<kN4> : Layout<Codebook, HalfScale, 128, 255> {};
 template <>
-struct LayoutOf<kN4K> : Layout<Codebook, ByteScale, 128, true> {};
+struct LayoutOf<kN4K> : Layout<Codebook, ByteScale, 128, 255> {};
 template <>
-struct LayoutOf<kQ4K> : Layout<Nibbles, ByteScaleAndMin, 0> {};
+struct LayoutOf<kQ4K> : Layout<Nibbles, ByteScaleAndMin, 0, 15> {};
 template <>
-struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, ByteScaleAndMin, 0> {};
+struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, ByteScaleAndMin, 0, 31> {};
 template <>
-struct LayoutOf<kQ6K> : Layout<NibblesPlusTwo, TwoByteScales, 32> {};
+struct LayoutOf<kQ6K> : Layout<NibblesPlusTwo, TwoByteScales, 32, 63> {};
 template <>
-struct LayoutOf<kQ3K> : Layout<PlusBit<TwoBits, 2>, TwoByteScales, 4> {};
+struct LayoutOf<kQ3K> : Layout<PlusBit<TwoBits, 2>, TwoByteScales, 4, 7> {};
 template <>
-struct LayoutOf<kQ2K> : Layout<TwoBits, TwoNibbleScalesAndMins, 0> {};
+struct LayoutOf<kQ2K> : Layout<TwoBits, TwoNibbleScalesAndMins, 0, 3> {};
 
 // -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory
 template <int kZero>
@@ -190,7 +191,10 @@ struct Block {
       for (int p = 0; p < kPanels; ++p) {
         R::I& one = sum[p][0][m];
         R::I& other = sum[p][kChains - 1][m];
-        if constexpr (Form::kWide) {
+        if constexpr (Form::kShort) {
+          one = R::dot16(one, lo[p], first);
+          other = R::dot16(other, hi[p], second);
+        } else if constexpr (Form::kWide) {
           one = R::dot_wide(one, lo[p], first);
           other = R::dot_wide(other, hi[p], second);
         } else {
@@ -208,17 +212,14 @@ struct Block {
     const float* scale = reinterpret_cast<const float*>(a + MT * 36);
     const int32_t* n8lo = reinterpret_cast<const int32_t*>(a + MT * 40);
     const float* ssum = reinterpret_cast<const float*>(a + MT * 44);
+    const auto start = [&](int m, int chain) {
+      if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
+      else return chain ? R::set1i(0) : offset_start<Form::kZero>(n8[m]);
+    };
     R::I sum[kPanels][kChains][MT];
     for (int p = 0; p < kPanels; ++p)
-      for (int m = 0; m < MT; ++m) {
-        if constexpr (kSubs == 2) {
-          sum[p][0][m] = offset_start<Form::kZero>(n8lo[m]);
-          sum[p][1][m] = offset_start<Form::kZero>(n8[m] - n8lo[m]);
-        } else {
-          sum[p][0][m] = offset_start<Form::kZero>(n8[m]);
-          if constexpr (kChains == 2) sum[p][1][m] = R::set1i(0);
-        }
-      }
+      for (int m = 0; m < MT; ++m)
+        for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort ? R::set1i(0) : start(m, c);
     const uint8_t* codes[kPanels];
     for (int p = 0; p < kPanels; ++p) codes[p] = w[p] + 4 * at;
     add_groups<0>(codes, a, sum);
@@ -230,6 +231,8 @@ struct Block {
       Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], s, min);
       BISE_UNROLL(8)
       for (int m = 0; m < MT; ++m) {
+        if constexpr (Form::kShort)
+          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::addi(start(m, c), R::widen16(sum[p][c][m]));
         const R::F factor = R::set1(scale[m]);
         R::F r = acc[p][m];
         if constexpr (kSubs == 1) {
