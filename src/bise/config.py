@@ -239,8 +239,8 @@ def state_directory(*parts: str) -> Path:
 
 
 def colour_wanted() -> bool:
-    """Return False when `NO_COLOR` is set to anything (no-color.org)."""
-    return not os.environ.get("NO_COLOR")
+    """Return False when `NO_COLOR` is set to anything (no-color.org) or the terminal is a dumb one."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def debug_enabled() -> bool:

@@ -177,8 +177,9 @@ def run_terminal(chat: Chat, *, keep_history: bool) -> None:
 
 def _prompt(continued: bool) -> str:
     text = "  … " if continued else "bise> "
-    # 1 and 2 tell readline which bytes take no room on the screen.
-    shown = f"\x01\x1b[1;36m\x02{text}\x01\x1b[0m\x02" if colour_wanted() else text
+    # 1 and 2 tell readline which bytes take no room on the screen; a terminal alone would show them.
+    coloured = colour_wanted() and "readline" in sys.modules
+    shown = f"\x01\x1b[1;36m\x02{text}\x01\x1b[0m\x02" if coloured else text
     try:
         return input(shown)
     except UnicodeDecodeError as error:
