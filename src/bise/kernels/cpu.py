@@ -50,6 +50,18 @@ def arena(size_bytes: int) -> Bytes:
     return _native.arena(size_bytes)
 
 
+def read_rate(memory: Bytes, threads: int) -> float:
+    """Return the bytes per second at which `threads` threads together read `memory` once (1 MiB at least)."""
+    return _native.read_rate(memory, threads)
+
+
+def arithmetic_rate(*, floats: bool, threads: int, seconds: float) -> float | None:
+    """Return the operations per second, two per multiply-add, of the instruction set's 8-bit dot product or float
+    multiply-add on `threads` threads; None where the instruction set has no such loop.
+    """
+    return _native.arithmetic_rate(floats, threads, seconds) or None
+
+
 class CpuOps:
     """Ops on this machine's processor; see `bise.kernels.Ops` for the contracts."""
 

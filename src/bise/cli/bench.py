@@ -1,0 +1,154 @@
+"""`bise bench`: how fast, beside what the machine could do at best, and beside other engines."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bise.cli.options import text
+from bise.cli.output import aside, write_json, write_pairs, write_table
+
+if TYPE_CHECKING:
+    from bise.model.source import ModelSource
+
+
+class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - generic only in stubs
+    """Positive whole numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the numbers."""
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+            self.fail(f"'{value}' is not a list of positive numbers such as 1,4,16", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+@click.command("bench")
+@click.argument("model", required=False, type=text, metavar="[MODEL]")
+@click.option(
+    "--shape", help="Random weights of a known shape instead: mistral-7b, mixtral-8x7b, s06, moe, ..."
+)
+@click.option("--window", type=click.IntRange(min=1), help="With --shape: a sliding window in every layer.")
+@click.option(
+    "--prompt",
+    "prompts",
+    type=Numbers(),
+    default="512",
+    show_default=True,
+    help="Prompt lengths to time; empty for none.",
+)
+@click.option(
+    "--gen",
+    type=click.IntRange(min=0),
+    default=128,
+    show_default=True,
+    help="Decoding steps per round; 0 for no decoding.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=Numbers(),
+    default="1",
+    show_default=True,
+    help="Sequences that decode together.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=Numbers(),
+    default="16",
+    show_default=True,
+    help="Depths at which decoding is timed, in tokens.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 100),
+    default=5,
+    show_default=True,
+    help="Turns of each engine; they alternate.",
+)
+@click.option(
+    "--vs",
+    "peers",
+    default="",
+    type=text,
+    help="Other engines: llama.cpp[:Q4_0|Q4_K_M|Q8_0|BF16], transformers, ctranslate2.",
+)
+@click.option(
+    "--quant",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
+    help="Width of the weights.",
+)
+@click.option(
+    "--kv",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
+    help="Storage of the key/value cache.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Threads of every engine.  [default: BISE_THREADS or all cores]",
+)
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 3600),
+    default=20.0,
+    show_default=True,
+    help="Seconds to wait for an idle machine before each case, at most.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document only.")
+def command(model: str | None, shape: str | None, window: int | None, peers: str, threads: int | None,
+            as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Measure prefill and decode speed on this machine.
+
+    Every number stands beside the machine's own limit, measured in the same run. The last line of standard
+    output is one JSON document. Disturbed rounds are left out, or marked as noisy when all are.
+    """
+    from bise.bench.peers import parse_peers
+    from bise.bench.report import COLUMNS, provenance, table_rows
+    from bise.bench.suite import BenchOptions, run_bench
+    from bise.config import default_threads
+    from bise.kernels.cpu import CpuOps
+
+    if window is not None and shape is None:
+        raise click.UsageError("--window needs --shape")
+    options = BenchOptions(threads=threads or default_threads(), **values)
+    document = run_bench(_source(model, shape, window), parse_peers(peers), options, aside)
+    origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
+    if not as_json:
+        write_table(COLUMNS, table_rows(document["results"]))
+        click.echo()
+        write_pairs([
+            ("model", f"{document['model']} as {document['quant']}, KV in {document['kv']}"),
+            ("machine", f"{origin['cpu']}, {origin['isa']}, {options.threads} threads"),
+            ("engine", f"{document['engine_step_us']:.0f} us per token beside the model"),
+            *(("absent", line) for line in document["skipped"]),
+        ])  # fmt: skip
+    write_json(origin | document)
+
+
+def _source(model: str | None, shape: str | None, window: int | None) -> ModelSource:
+    from bise.bench.suite import with_window
+    from bise.hub.registry import resolve
+    from bise.model.checkpoint import open_model
+    from bise.plan import known_shape
+
+    if shape is None:
+        return open_model(resolve(model))
+    if model is not None:
+        raise click.UsageError("give either MODEL or --shape")
+    return with_window(known_shape(shape), window)
