@@ -225,12 +225,18 @@ bool pack_block_rows(Context& c, int ggml, Array<const uint8_t, 2> raw, int64_t 
   return c.pack_blocks(ggml, raw.data(), int64_t(raw.shape(0)), k, out.data());
 }
 
-bool pack_float_rows(Context& c, int format, Floats2 x, Bytes out) {
-  require(format >= kF32 && format <= kQ4, "floats pack to f32, f16, bf16, q8 or q4");
+bool pack_float_rows(Context& c, int format, Floats2 x, Bytes out, std::optional<Floats1> importance) {
+  require((format >= kF32 && format <= kQ4) || format == kN4, "floats pack to f32, f16, bf16, q8, q4 or n4");
   const int64_t n = int64_t(x.shape(0)), k = int64_t(x.shape(1));
   require(int64_t(out.shape(0)) >= packed_bytes(format, n, k), "output too small");
+  if (importance) {
+    require(int64_t(importance->shape(0)) == k, "one importance per column");
+    for (int64_t i = 0; i < k; ++i)
+      require(importance->data()[i] > 0 && importance->data()[i] <= 1e15f, "importance must be positive");
+  }
+  const float* weights = importance ? importance->data() : nullptr;
   Locked locked(c);
-  return c.pack_floats(format, x.data(), n, k, out.data());
+  return c.pack_floats(format, x.data(), n, k, out.data(), weights);
 }
 
 void unpack(Context& c, const Packed& m, Out2 out) {
@@ -285,7 +291,8 @@ NB_MODULE(_native, m) {
            nb::arg("out").noconvert())
       .def("embed", &embed, "table"_a, nb::arg("ids").noconvert(), nb::arg("out").noconvert())
       .def("pack_blocks", &pack_block_rows, "ggml"_a, nb::arg("raw").noconvert(), "k"_a, nb::arg("out").noconvert())
-      .def("pack_floats", &pack_float_rows, "format"_a, nb::arg("x").noconvert(), nb::arg("out").noconvert())
+      .def("pack_floats", &pack_float_rows, "format"_a, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
+           nb::arg("importance").noconvert().none() = nb::none())
       .def("unpack", &unpack, "matrix"_a, nb::arg("out").noconvert());
 }
 

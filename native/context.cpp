@@ -275,13 +275,14 @@ bool Context::pack_blocks(int ggml, const uint8_t* raw, int64_t rows, int64_t k,
   return finite;
 }
 
-bool Context::pack_floats(int format, const float* x, int64_t rows, int64_t k, uint8_t* panels) {
+bool Context::pack_floats(int format, const float* x, int64_t rows, int64_t k, uint8_t* panels,
+                          const float* importance) {
   const int64_t bytes = panel_bytes(format, k);
   std::atomic<bool> fits{true};
   pool_.parallel_for(round_up(rows, 16) / 16, 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       const int count = int(std::min<int64_t>(16, rows - 16 * p));
-      if (!bise::pack_floats(format, x + 16 * p * k, count, k, panels + p * bytes)) fits = false;
+      if (!bise::pack_floats(format, x + 16 * p * k, count, k, importance, panels + p * bytes)) fits = false;
     }
   });
   return fits;

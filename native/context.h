@@ -56,7 +56,8 @@ class Context {
   void embed(const Matrix& table, const int32_t* ids, int64_t rows, float* out);
   // Packs rows into panels starting at `panels`; false when a value is not finite or does not fit.
   bool pack_blocks(int ggml, const uint8_t* raw, int64_t rows, int64_t k, uint8_t* panels);
-  bool pack_floats(int format, const float* x, int64_t rows, int64_t k, uint8_t* panels);
+  bool pack_floats(int format, const float* x, int64_t rows, int64_t k, uint8_t* panels,
+                   const float* importance = nullptr);
   void unpack(const Matrix& m, float* out);
 
   std::mutex& mutex() { return mutex_; }

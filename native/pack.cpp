@@ -232,59 +232,7 @@ void write_lane(int format, const Row& row, int lane, int64_t k, uint8_t* panel)
 
 // ---- quantising floats -------------------------------------------------------------------------------------------
 
-bool quantize_q8(const float* x, int count, uint8_t* codes, uint16_t& scale) {
-  float top = 0;
-  for (int j = 0; j < count; ++j) top = std::fmax(top, std::fabs(x[j]));
-  scale = float_to_half(top / 127.0f);
-  if (!finite_half(scale)) return false;
-  const float d = half_to_float(scale);
-  const float inverse = d > 0 ? 1.0f / d : 0.0f;
-  for (int j = 0; j < count; ++j) {
-    const float q = std::nearbyintf(x[j] * inverse);
-    codes[j] = uint8_t(int(q > 127 ? 127 : q < -127 ? -127 : q) + 128);
-  }
-  return true;
-}
-
-// Weighted least squares over a few scales around max/-8: for each candidate the codes are rounded, the best scale for
-// these codes is sum(w x q) / sum(w q^2), and the candidate with the smallest weighted error wins. Weights x^2 plus
-// the block's mean square keep large values exact without giving up the rest.
-bool quantize_q4(const float* x, int count, uint8_t* codes, uint16_t& scale) {
-  float top = 0, signed_top = 0, square = 0;
-  for (int j = 0; j < count; ++j) {
-    square += x[j] * x[j];
-    if (std::fabs(x[j]) > top) {
-      top = std::fabs(x[j]);
-      signed_top = x[j];
-    }
-  }
-  const float mean = square / float(count);
-  float best_gain = -1, best_d = 0;
-  for (int step = -6; step <= 6; ++step) {
-    if (top == 0) break;
-    const float inverse = -(8.0f + 0.15f * float(step)) / signed_top;
-    float wxq = 0, wqq = 0;
-    for (int j = 0; j < count; ++j) {
-      const float q = std::fmin(7.0f, std::fmax(-8.0f, std::nearbyintf(x[j] * inverse)));
-      const float w = x[j] * x[j] + mean;
-      wxq += w * x[j] * q;
-      wqq += w * q * q;
-    }
-    if (wqq > 0 && wxq * wxq > best_gain * wqq) {
-      best_gain = wxq * wxq / wqq;
-      best_d = wxq / wqq;
-    }
-  }
-  scale = float_to_half(best_d);
-  if (!finite_half(scale)) return false;
-  const float d = half_to_float(scale);
-  const float inverse = d != 0 ? 1.0f / d : 0.0f;
-  for (int j = 0; j < count; ++j) {
-    const float q = std::nearbyintf(x[j] * inverse);
-    codes[j] = uint8_t(int(q > 7 ? 7 : q < -8 ? -8 : q) + 8);
-  }
-  return true;
-}
+#include "quantize.inl"
 
 bool pack_float_columns(int format, const float* x, int rows, int64_t k, uint8_t* panel) {
   bool fits = true;
@@ -374,26 +322,10 @@ bool pack_blocks(int ggml, const uint8_t* raw, int rows, int64_t k, uint8_t* pan
   return finite;
 }
 
-bool pack_floats(int format, const float* x, int rows, int64_t k, uint8_t* panel) {
+bool pack_floats(int format, const float* x, int rows, int64_t k, const float* importance, uint8_t* panel) {
   if (is_float(format)) return pack_float_columns(format, x, rows, k, panel);
   std::memset(panel, 0, size_t(panel_bytes(format, k)));
-  bool fits = true;
-  Row row;
-  for (int lane = 0; lane < rows; ++lane) {
-    row.reset(k);
-    const float* source = x + lane * k;
-    for (int64_t i = 0; i < k; ++i) fits = fits && std::isfinite(source[i]);
-    if (!fits) return false;
-    for (int64_t b = 0; b * 32 < k; ++b) {
-      const int count = int(k - b * 32 < 32 ? k - b * 32 : 32);
-      uint8_t* codes = row.codes.data() + b * 32;
-      const bool fine = format == kQ8 ? quantize_q8(source + b * 32, count, codes, row.scale[size_t(b)])
-                                      : quantize_q4(source + b * 32, count, codes, row.scale[size_t(b)]);
-      fits = fits && fine;
-    }
-    write_lane(format, row, lane, k, panel);
-  }
-  return fits;
+  return pack_quantized(format, x, rows, k, importance, panel);
 }
 
 void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* out) {

@@ -56,8 +56,8 @@ def read_rate(memory: Bytes, threads: int) -> float:
 
 
 def arithmetic_rate(*, floats: bool, threads: int, seconds: float) -> float | None:
-    """Return the operations per second, two per multiply-add, of the instruction set's 8-bit dot product or float
-    multiply-add on `threads` threads; None where the instruction set has no such loop.
+    """Return the operations per second, two per multiply-add, of the instruction set's 8-bit dot product or
+    float multiply-add on `threads` threads; None where the instruction set has no such loop.
     """
     return _native.arithmetic_rate(floats, threads, seconds) or None
 
@@ -94,7 +94,7 @@ class CpuOps:
         return self.quantized(array, "f32")
 
     def quantized(self, array: Floats, packed_format: str) -> Packed:
-        """Return a float matrix [N, K] packed as f32, f16, bf16, q8 or q4."""
+        """Return a float matrix [N, K] packed as f32, f16, bf16, q8, q4 or n4."""
         array = np.ascontiguousarray(array, np.float32)
         memory = arena(packed_size(packed_format, *array.shape))
         if not self.pack_floats(packed_format, array, memory):
@@ -107,9 +107,15 @@ class CpuOps:
         """Return the matrix whose panels lie in `memory`, which stays alive with it."""
         return Packed(PACKED_FORMATS[packed_format], num_rows, num_columns, memory)
 
-    def pack_floats(self, packed_format: str, rows: Floats, out: Bytes) -> bool:
-        """Write rows [n, K] as panels to `out`; False when a value is not finite or does not fit."""
-        return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out)
+    def pack_floats(
+        self, packed_format: str, rows: Floats, out: Bytes, importance: Floats | None = None
+    ) -> bool:
+        """Write rows [n, K] as panels to `out`; False when a value is not finite or does not fit.
+
+        q4 and n4 search the scales with the smallest squared error, weighed per column by `importance` [K]
+        (positive) where it is given.
+        """
+        return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out, importance)
 
     def pack_blocks(self, ggml_id: int, raw: Bytes, num_columns: int, out: Bytes) -> bool:
         """Write rows of GGUF blocks [n, bytes per row] as panels to `out`; False when a scale is not
