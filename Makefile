@@ -46,8 +46,8 @@ docs: .venv/.dev ## Regenerate docs/cli.md from --help
 docs-check: .venv/.dev
 	@$(BIN)/python tools/cli_page.py --check
 
-bench: .venv/.dev ## Measure speed on this machine
-	@$(BIN)/python benchmarks/engine.py $(ARGS)
+bench: .venv/.dev ## Measure speed beside installed peers, all of docs/bench.md (under 30 minutes)
+	@$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 sanitize: .venv/.dev ## Build the native tests with ASan and UBSan and run them
 	@sh native/sanitize.sh

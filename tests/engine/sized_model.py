@@ -86,7 +86,8 @@ def _tokenizer(vocab: int) -> dict:
         "padding": None,
         "added_tokens": special,
         "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
@@ -116,7 +117,8 @@ def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "block_sparse_moe.gate.weight"] = (size.experts, size.dim)
         for expert in range(size.experts):
             inner = f"{prefix}block_sparse_moe.experts.{expert}."
-            shapes |= {inner + "w1.weight": (size.hidden, size.dim), inner + "w3.weight": (size.hidden, size.dim),
+            shapes |= {inner + "w1.weight": (size.hidden, size.dim),
+                       inner + "w3.weight": (size.hidden, size.dim),
                        inner + "w2.weight": (size.dim, size.hidden)}  # fmt: skip
     return shapes | {"model.norm.weight": (size.dim,), "lm_head.weight": (size.vocab, size.dim)}
 

@@ -1,6 +1,7 @@
 """llama.cpp as a peer, through the low-level functions of llama-cpp-python: one `llama_decode` per step.
 
-Both settings of flash attention are tried in the warm-up of each case; the faster one is measured.
+Both settings of flash attention are tried on the first case of a kind (prefill, decode, decode at depth); the
+faster one is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from bise.bench.rounds import Case
 from bise.bench.worker import serve
 
 CHUNK = 512
+
+LONG = 1024
+"""Contexts from here on count as deep: flash attention pays or costs there."""
 
 
 class LlamaPeer:
@@ -31,20 +35,28 @@ class LlamaPeer:
             raise ValueError(f"llama.cpp cannot load {options['path']}")
         vocab = self._api.llama_model_get_vocab(self._model)
         self._vocab_size = int(self._api.llama_vocab_n_tokens(vocab))
+        self._flash: dict[tuple[str, bool], int] = {}
         self._context: Any = None
         self._case: Case | None = None
         self._batch: Any = None
         self._position = 0
 
     def prepare(self, case: Case, rounds: int) -> None:
-        """Make a context with each setting of flash attention, time one turn, keep the faster setting."""
+        """Make a context; the first of its kind is tried with each setting of flash attention, and the faster
+        one is kept for that kind.
+        """
+        kind = (case.op, case.context >= LONG)
+        if kind not in self._flash:
+            self._flash[kind] = self._faster(case, rounds)
+        self._start(case, rounds, self._flash[kind])
+
+    def _faster(self, case: Case, rounds: int) -> int:
         seconds: list[tuple[float, int]] = []
         for flash in (0, 1):
             self._start(case, rounds, flash)
-            self.run()
             seconds.append((self.run(), flash))
             self.release()
-        self._start(case, rounds, min(seconds)[1])
+        return min(seconds)[1]
 
     def _start(self, case: Case, rounds: int, flash: int) -> None:
         api = self._api

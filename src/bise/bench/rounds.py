@@ -130,11 +130,18 @@ class Meters:
 
 
 def run_rounds(
-    case: Case, contestants: Sequence[Contestant], rounds: int, meters: Meters
+    case: Case,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    meters: Meters,
+    *,
+    warm_up: bool = True,
+    budget_s: float = float("inf"),
 ) -> tuple[list[Series], list[str]]:
     """Let every contestant take one turn per round, in an order that shifts by one each round.
 
-    A first turn of each is not counted. Returns the series, and a line for each contestant that cannot run.
+    With `warm_up` a first turn of each is not counted. No round but the first starts after `budget_s` seconds
+    of turns. Returns the series, and a line for each contestant that cannot run.
     """
     ready: list[Contestant] = []
     skipped: list[str] = []
@@ -144,13 +151,16 @@ def run_rounds(
             try:
                 contestant.prepare(case, rounds)
                 ready.append(contestant)
-                contestant.run()
+                if warm_up:
+                    contestant.run()
             except PeerError as error:
                 skipped.append(f"{contestant.name} skipped for {describe(case)}: {error}")
                 continue
             series[contestant.name] = Series(contestant.name, contestant.version, case)
         racing = [contestant for contestant in ready if contestant.name in series]
         for number in range(rounds):
+            if sum(turn.seconds for entry in series.values() for turn in entry.turns) >= budget_s:
+                break
             shift = number % max(len(racing), 1)
             for contestant in [*racing[shift:], *racing[:shift]]:
                 series[contestant.name].turns.append(_turn(contestant, meters))

@@ -45,6 +45,8 @@ class BenchOptions:
     rounds: int
     wait_s: float
     """How long to wait for an idle machine before each case, at most."""
+    budget_s: float
+    """No round of a case starts after so many seconds of turns."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "batches", "contexts"):
@@ -123,11 +125,18 @@ def _results(
     meters = Meters(read_rate=probe, busy_seconds=busy_seconds, joules=energy_joules)
     by_name = {contestant.name: contestant for contestant in contestants}
     results: list[dict[str, Any]] = []
-    for case in options.cases():
+    for number, case in enumerate(options.cases()):
         share = wait_until_idle(options.wait_s)
         if share is not None and share >= 0.08:
             tell(f"other processes use {share:.2f} cores: expect noisy rounds")
-        measured, missing = run_rounds(case, contestants, options.rounds, meters)
+        measured, missing = run_rounds(
+            case,
+            contestants,
+            options.rounds,
+            meters,
+            warm_up=number == 0 or case.op == "decode",
+            budget_s=options.budget_s,
+        )
         for line in missing:
             skipped.append(line)
             tell(line)

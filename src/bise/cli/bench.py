@@ -110,6 +110,14 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
     show_default=True,
     help="Seconds to wait for an idle machine before each case, at most.",
 )
+@click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(1, 86400),
+    default=240.0,
+    show_default=True,
+    help="No round of a case starts after so many seconds of turns.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document only.")
 def command(model: str | None, shape: str | None, window: int | None, peers: str, threads: int | None,
             as_json: bool, **values: Any) -> None:  # fmt: skip

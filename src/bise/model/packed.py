@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bise.config import ModelConfig, RopeScaling, bise_home, state_directory
-from bise.diskfile import open_regular, read_at
-from bise.errors import BiseError, ConfigError, ModelFileError
-from bise.jsonfile import parse_json
+from bise.diskfile import open_regular, read_at, resolve_inside
+from bise.errors import BiseError, ConfigError, ModelFileError, UserError, quoted
+from bise.jsonfile import kind_of, parse_json, read_json_object
 from bise.kernels.cpu import PACKED_FORMATS, CpuOps, arena
 from bise.model.pack import PackedWeights, PackPlan, Progress, Slot, pack_weights, plan_packing, plan_slots
 from bise.model.safetensors_file import SafetensorsFile
@@ -30,11 +30,15 @@ from bise.model.transformer import weight_shapes
 
 PACKED_FILE = "packed.safetensors"
 GGUF_METADATA_FILE = "gguf-metadata.json"
+_METADATA_BYTES = 256 << 20
 PACK_VERSION = 1
 """Raised when the panel layout changes: files of another version are refused (model) or made anew (cache)."""
 
 CACHE_MINIMUM_BYTES = 64 << 20
 """Smaller packed models are made anew at each start: packing them takes less time than telling anyone."""
+
+HASH_BYTES = 1 << 20
+"""Read at once while hashing: larger pieces are no faster, and the allocator would keep them."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -92,38 +96,41 @@ class PackedTensor:
 
 def open_packed(directory: Path) -> ModelSource:
     """Return the packed model in `directory` (see `pack_model`); reads its header only."""
+    resolve_inside(directory, PACKED_FILE)
     source = _open_file(directory / PACKED_FILE)
     metadata = source.metadata
-    if (directory / GGUF_METADATA_FILE).exists():
-        content = (directory / GGUF_METADATA_FILE).read_bytes()
-        metadata = cast(dict[str, object], parse_json(content, str(directory / GGUF_METADATA_FILE)))
+    if os.path.lexists(directory / GGUF_METADATA_FILE):
+        resolve_inside(directory, GGUF_METADATA_FILE)
+        metadata = read_json_object(directory / GGUF_METADATA_FILE, max_bytes=_METADATA_BYTES)
     return dataclasses.replace(source, path=directory, metadata=metadata)
 
 
 def _open_file(path: Path) -> ModelSource:
     file = SafetensorsFile(path)
-    try:
-        manifest = cast(dict[str, object], parse_json(file.metadata["bise"].encode(), str(path)))
-        version = manifest["version"]
-        config = _config_from_json(cast(dict[str, object], manifest["config"]))
-        formats = cast(dict[str, str], manifest["formats"])
-        name, licence = manifest.get("name"), manifest.get("licence")
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise ModelFileError(f"{path} is not a packed model of bise: {error}", field=str(path)) from error
-    if version != PACK_VERSION:
+    manifest = _manifest(file)
+    if (version := manifest.get("version")) != PACK_VERSION:
         raise ModelFileError(
-            f"{path} was packed in version {version}, this bise reads {PACK_VERSION}: pack it again",
-            field=str(path),
+            f"{path} was packed in version {quoted(version)}, this bise reads {PACK_VERSION}: pack it again",
+            field="version",
         )
+    try:
+        config = _config_from_json(_object(manifest, "config"))
+        formats = _object(manifest, "formats")
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise _not_packed(file, str(error)) from error
+    if config.num_layers * max(config.num_experts, 1) > len(file.entries):
+        # Refused before any name is built: a damaged count must not cost a dictionary of millions.
+        raise ModelFileError(f"{path}: weights do not match its configuration", field="num_layers")
     shapes = weight_shapes(config)
     if set(formats) != set(shapes) or set(file.entries) != set(shapes):
         raise ModelFileError(f"{path}: weights do not match its configuration", field=str(path))
     for tensor, packed_format in formats.items():
-        if packed_format not in PACKED_FORMATS:
+        if not isinstance(packed_format, str) or packed_format not in PACKED_FORMATS:
             raise ModelFileError(
-                f"{path}: weight {tensor} has the unknown format '{packed_format}'", field=tensor
+                f"{path}: weight {tensor} has the unknown format {quoted(packed_format)}", field=tensor
             )
-    slots, _ = plan_slots({tensor: (shapes[tensor], formats[tensor]) for tensor in shapes})
+    name, licence = manifest.get("name"), manifest.get("licence")
+    slots, _ = plan_slots({tensor: (shapes[tensor], str(formats[tensor])) for tensor in shapes})
     for slot in slots:
         if file.entries[slot.name].size_bytes != slot.size_bytes:
             raise ModelFileError(f"{path}: weight {slot.name} has the wrong size", field=slot.name)
@@ -136,6 +143,27 @@ def _open_file(path: Path) -> ModelSource:
         licence=licence if isinstance(licence, str) else None,
         default_quant="none",
     )
+
+
+def _manifest(file: SafetensorsFile) -> dict[str, object]:
+    """Return what `write_packed` noted in the header: version, config, formats, name, licence."""
+    if "bise" not in file.metadata:
+        raise _not_packed(file, "its header has no entry 'bise'")
+    manifest = parse_json(file.metadata["bise"].encode(), f"{file.path}: bise")
+    if not isinstance(manifest, dict):
+        raise _not_packed(file, f"bise is {kind_of(manifest)}, not an object")
+    return cast(dict[str, object], manifest)
+
+
+def _object(manifest: Mapping[str, object], key: str) -> dict[str, object]:
+    value = manifest.get(key)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} is {kind_of(value)}, not an object", field=key)
+    return cast(dict[str, object], value)
+
+
+def _not_packed(file: SafetensorsFile, reason: str) -> ModelFileError:
+    return ModelFileError(f"{file.path} is not a packed model of bise: {reason}", field=str(file.path))
 
 
 def read_packed(source: ModelSource, progress: Progress | None = None) -> PackedWeights:
@@ -203,23 +231,34 @@ def pack_model(source: ModelSource, quant: str, out: Path | None, progress: Prog
     ops = CpuOps(os.cpu_count() or 1)
     if source.kind == "packed":
         raise ConfigError(f"{source.path} is packed already; give the original model", field="model")
+    if out is not None:
+        _make_empty(out)
     packed = pack_weights(source, quant, ops, progress)
     if out is None:
         path = cache_path(source, quant, progress)
         _write_or_explain(path, source, packed)
         return path
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; give a new directory", field="out")
-    out.mkdir(parents=True, exist_ok=True)
     if source.kind == "gguf":
         text = json.dumps(dict(_portable(source.metadata)))
         (out / GGUF_METADATA_FILE).write_text(text, encoding="utf-8")
     else:
         for name in TOKENIZER_FILES:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, out / name)
+            if os.path.lexists(source.path / name):
+                resolve_inside(source.path, name)
+                if (source.path / name).is_file():
+                    shutil.copyfile(source.path / name, out / name)
     _write_or_explain(out / PACKED_FILE, source, packed)
     return out
+
+
+def _make_empty(out: Path) -> None:
+    """Make the directory `out`; UserError when it holds something or cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty; give a new directory", field="out")
+    except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}", field="out") from error
 
 
 def load_packed(
@@ -285,9 +324,9 @@ def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
     for path in files:
         descriptor, size = open_regular(path)
         try:
-            for offset in range(0, size, 1 << 24):
-                digest.update(read_at(descriptor, path, offset, min(1 << 24, size - offset)))
-                done += min(1 << 24, size - offset)
+            for offset in range(0, size, HASH_BYTES):
+                digest.update(read_at(descriptor, path, offset, min(HASH_BYTES, size - offset)))
+                done += min(HASH_BYTES, size - offset)
                 if progress is not None:
                     progress("hashing the files", done / max(total, 1))
         finally:
@@ -340,6 +379,8 @@ def _config_from_json(values: dict[str, object]) -> ModelConfig:
     fields = {item.name for item in dataclasses.fields(ModelConfig)}
     if unknown := set(values) - fields:
         raise ConfigError(f"unknown configuration field {sorted(unknown)[0]}")
+    if not isinstance(values.get("family"), str) or not isinstance(values.get("tied_embeddings"), bool):
+        raise ConfigError("family must be a string and tied_embeddings true or false")
     scaling = values.get("rope_scaling")
     prepared = dict(values)
     if scaling is not None:
