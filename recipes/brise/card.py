@@ -1,6 +1,7 @@
 """The model card of brise, filled with what the logs and the evaluation say.
 
-Owns the prose. Reads RUN/<stage>.jsonl, RUN/<stage>.safetensors' progress and RUN/evaluation.json.
+Owns the prose. Reads RUN/<stage>.jsonl, the progress in RUN/<stage>.safetensors and
+RUN/evaluation.json.
 """
 
 import json
@@ -8,6 +9,13 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from mixture import Mixture
+from safetensors import safe_open
+
+STAGE_WORDS = {
+    "pretrain": "text and chats, every token learned",
+    "tune": "chats, assistant turns learned",
+    "polish": "the same with drills (copying, small sums)",
+}
 
 
 class Report(TypedDict):
@@ -16,6 +24,7 @@ class Report(TypedDict):
     step: int
     tokens: int
     loss: float
+    lr: float
     tok_s: int
     elapsed_s: float
 
@@ -126,30 +135,42 @@ def _reports(run: Path, stage: str) -> list[Report]:
     return [cast(Report, json.loads(line)) for line in path.read_text("utf-8").splitlines()]
 
 
+def _steps(run: Path, stage: str) -> int:
+    """Return the step at which the stage's checkpoint stands; the log may end a few steps earlier."""
+    with safe_open(run / f"{stage}.safetensors", framework="numpy") as file:
+        return json.loads(file.metadata()["progress"])["step"]
+
+
 def _training(run: Path, mixture: Mixture) -> str:
     lines = [
         "## Training",
         "",
-        "| stage | steps | tokens seen | tokens a step | hours | tokens a second | last loss |",
+        "| stage | steps | tokens seen | hours | tokens/s | rate, peak to end | loss, begin to end |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, words in (("pretrain", "pre-training, every token"), ("tune", "chat tuning, assistant turns")):
+    total = 0
+    hours = 0.0
+    for name, words in STAGE_WORDS.items():
         reports = _reports(run, name)
         if not reports:
             continue
-        last, stage = reports[-1], mixture.stages[name]
-        hours, speed = last["elapsed_s"] / 3600, last["tokens"] / last["elapsed_s"]
+        first, last, stage = reports[min(1, len(reports) - 1)], reports[-1], mixture.stages[name]
+        steps = _steps(run, name)
+        tokens = steps * stage.rows_per_step * stage.row_tokens
+        total, hours = total + tokens, hours + last["elapsed_s"] / 3600
         lines.append(
-            f"| {words} | {last['step']} | {last['tokens'] / 1e6:.1f} M "
-            f"| {stage.rows_per_step * stage.row_tokens} | {hours:.2f} | {speed:.0f} | {last['loss']:.2f} |"
+            f"| {name}: {words} | {steps} | {tokens / 1e6:.1f} M "
+            f"| {last['elapsed_s'] / 3600:.2f} | {last['tokens'] / last['elapsed_s']:.0f} "
+            f"| {stage.peak_lr:g} to {last['lr']:.1g} | {first['loss']:.2f} to {last['loss']:.2f} |"
         )
     lines += [
+        f"| all | | {total / 1e6:.1f} M | {hours:.2f} | | | |",
         "",
-        "Two cores of an AMD EPYC (Zen 4) shared with other work, no accelerator. Muon for the matrices of "
-        "the blocks and AdamW for embeddings and norms (both of torch.optim), float32 master weights, bf16 "
-        "compute, gradients clipped to norm 1; the rate warms up, stays at "
-        f"{mixture.stages['pretrain'].peak_lr:g} (tuning {mixture.stages['tune'].peak_lr:g}) and falls "
-        f"linearly to zero. Seed {mixture.seed}; the order of the data follows from it.",
+        "Two cores of an AMD EPYC (Zen 4) shared with much other work, no accelerator; one step is "
+        f"{mixture.stages['pretrain'].rows_per_step} rows of {mixture.stages['pretrain'].row_tokens} tokens. "
+        "Muon for the matrices of the blocks and AdamW for embeddings and norms (both of torch.optim), "
+        "float32 master weights, bf16 compute, gradients clipped to norm 1. Losses are nats a learned token on "
+        f"the stage's own rows. Seed {mixture.seed}; the order of the data follows from it.",
         "",
     ]
     return "\n".join(lines)
@@ -214,6 +235,6 @@ def _one_line(text: str) -> str:
 
 
 def _sources(mixture: Mixture) -> str:
-    lines = ["| source | passes, pre-training | passes, tuning |", "|---|---:|---:|"]
+    lines = ["| source | passes planned, pretrain | passes planned, tune and polish |", "|---|---:|---:|"]
     lines += [f"| {source.name} | {source.pretrain:g} | {source.tune:g} |" for source in mixture.sources]
     return "\n".join(lines)

@@ -3,8 +3,8 @@
     python recipes/brise/data.py --data DATA --run RUN
 
 Writes `<name>.ids.npy` (uint16 rows [N, row_tokens + 1]) and `<name>.learned.npy` (bool) for pretrain, tune,
-valid_text and valid_chat. Row i trains on ids[:-1] to say ids[1:] where learned[1:]. Knows nothing of the
-network.
+polish, valid_text and valid_chat. Row i trains on ids[:-1] to say ids[1:] where learned[1:]. Knows nothing of
+the network.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from chat import PAD, ChatEncoder, Encoded
-from mixture import SMALLTALK, Mixture, Row, Source, read_rows, renamed
+from drills import echoes, sums, vocabulary
+from mixture import SMALLTALK, STAGES, Mixture, Row, read_rows, renamed, row_texts
 
 OPEN_BINS = 96
 """Rows kept open while packing; more fills them better and costs time."""
@@ -47,7 +48,7 @@ def documents(mixture: Mixture, stage: str, data: Path, encoder: ChatEncoder) ->
     """Return all documents of a stage in their training order."""
     found: list[Encoded] = []
     for source in mixture.sources:
-        share = _share(source, stage)
+        share = source.share(stage)
         if share > 0:
             chance = random.Random(f"{mixture.seed}:{stage}:{source.path}")
             rows = list(read_rows(data / source.path))
@@ -57,12 +58,21 @@ def documents(mixture: Mixture, stage: str, data: Path, encoder: ChatEncoder) ->
             ]
             tokens = sum(len(document) for document in found[before:])
             print(f"{stage}: {source.path} {len(found) - before} rows, {tokens} tokens", flush=True)
+    if stage == "polish":
+        chance = random.Random(f"{mixture.seed}:{stage}:drills")
+        found += [encode_row(row, encoder, mixture, "drills", chance) for row in drill_rows(mixture, data)]
     random.Random(f"{mixture.seed}:{stage}:order").shuffle(found)
     return found
 
 
-def _share(source: Source, stage: str) -> float:
-    return source.pretrain if stage == "pretrain" else source.tune
+def drill_rows(mixture: Mixture, data: Path) -> list[Row]:
+    """Return the generated exercises of the last stage; held-back prompts are not among them."""
+    chance = random.Random(f"{mixture.seed}:drills")
+    held = read_rows(data / "valid" / "chat.jsonl.zst")
+    left_out = frozenset(text.lower() for row in held for text in row_texts(row))
+    words = vocabulary(read_rows(data / "chat" / "wordnet.jsonl.zst"))
+    found = list(echoes(words, mixture.drills["echoes"], chance))
+    return found + list(sums(mixture.drills["sums"], chance, left_out))
 
 
 def concatenate(
@@ -143,11 +153,11 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder with tokenizer.json; arrays go here")
     parser.add_argument("--mixture", type=Path, default=Path(__file__).with_name("mixture.toml"))
-    parser.add_argument("--only", choices=("pretrain", "tune", "valid"), help="write one part (default: all)")
+    parser.add_argument("--only", choices=("valid", *STAGES), help="write one part (default: all)")
     args = parser.parse_args()
     mixture = Mixture.load(args.mixture)
     encoder = ChatEncoder.load(args.run / "tokenizer.json")
-    parts = (args.only,) if args.only else ("valid", "pretrain", "tune")
+    parts = (args.only,) if args.only else ("valid", *STAGES)
     if "valid" in parts:
         without_system = Mixture.load(args.mixture).without_system()
         sizes: dict[str, int] = {}
@@ -161,12 +171,10 @@ def main() -> None:
     if "pretrain" in parts:
         found = documents(mixture, "pretrain", args.data, encoder)
         write(args.run, "pretrain", concatenate(found, mixture.stages["pretrain"].row_tokens))
-    if "tune" in parts:
-        write(
-            args.run,
-            "tune",
-            pack(documents(mixture, "tune", args.data, encoder), mixture.stages["tune"].row_tokens),
-        )
+    for stage in parts:
+        if stage in STAGES[1:]:
+            found = documents(mixture, stage, args.data, encoder)
+            write(args.run, stage, pack(found, mixture.stages[stage].row_tokens))
 
 
 if __name__ == "__main__":

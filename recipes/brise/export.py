@@ -1,6 +1,6 @@
 """Write brise as a Hugging Face directory: weights in bf16, tokenizer, chat template, card and checksums.
 
-    python recipes/brise/export.py --run RUN --stage tune --out brise
+    python recipes/brise/export.py --run RUN --stage polish --out brise
     python recipes/brise/export.py --run RUN --out brise --card-only     (after evaluate.py)
 
 Owns the spelling of the files. The card's text is in card.py.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from card import model_card
 from chat import BOS, EOS, PAD
-from mixture import CONTROL_TOKENS, Mixture
+from mixture import CONTROL_TOKENS, STAGES, Mixture
 from network import Weights
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -146,7 +146,7 @@ def main() -> None:
     """Export a checkpoint, or renew the card of an export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder with tokenizer.json and checkpoints")
-    parser.add_argument("--stage", choices=("pretrain", "tune"), default="tune")
+    parser.add_argument("--stage", choices=STAGES, default=STAGES[-1])
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--card-only", action="store_true", help="leave the weights, renew card and checksums"

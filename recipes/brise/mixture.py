@@ -43,6 +43,8 @@ CONTROL_TOKENS = (
 )
 """Mistral's control tokens in the order of its own vocabularies: the index is the id."""
 
+STAGES = ("pretrain", "tune", "polish")
+
 SMALLTALK = "chat/smalltalk"
 """The only source in which the assistant says its own name."""
 
@@ -78,6 +80,14 @@ class Source:
     """Passes in pre-training."""
     tune: float = 0.0
     """Passes in chat tuning."""
+    polish: float | None = None
+    """Passes in the last stage; None: as in tuning."""
+
+    def share(self, stage: str) -> float:
+        """Return the passes of a stage."""
+        if stage == "pretrain":
+            return self.pretrain
+        return self.polish if stage == "polish" and self.polish is not None else self.tune
 
     @property
     def name(self) -> str:
@@ -111,6 +121,9 @@ class Mixture:
     system_prompts: tuple[str, ...]
     model: ModelConfig
     stages: dict[str, Stage]
+    """In their order: each begins with the weights of the one before."""
+    drills: dict[str, int]
+    """Generated exercises of the last stage, by kind: `echoes`, `sums`."""
     sources: tuple[Source, ...]
 
     def without_system(self) -> "Mixture":
@@ -137,7 +150,7 @@ class Mixture:
                     tied_embeddings=True,
                     **shape,
                 ),
-                stages={name: Stage(**fields.pop(name)) for name in ("pretrain", "tune")},
+                stages={name: Stage(**fields.pop(name)) for name in STAGES},
                 sources=tuple(Source(**source) for source in fields.pop("sources")),
                 system_prompts=tuple(fields.pop("system_prompts")),
                 **fields,

@@ -1,8 +1,8 @@
-"""Train brise: `--stage pretrain` (every token) or `--stage tune` (assistant turns), resumable at any moment.
+"""Train brise in stages: pretrain (every token), then tune and polish (assistant turns); always resumable.
 
     python recipes/brise/train.py --run RUN --stage pretrain
     python recipes/brise/train.py --run RUN --stage pretrain --decay-steps 400
-    python recipes/brise/train.py --run RUN --stage tune --decay-steps 600
+    python recipes/brise/train.py --run RUN --stage tune --max-steps 300
 
 The rate warms up and stays until a run is started with `--decay-steps`: from there it falls to zero over so
 many steps, and the run ends. Resume without the flag to keep to the plan; with it, the rest of the fall is
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from mixture import Mixture, RecipeError, Stage
+from mixture import STAGES, Mixture, RecipeError, Stage
 from network import Network, Weights, initial_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -193,14 +193,15 @@ def read_weights(path: Path) -> Weights:
 
 
 def start(run: Path, stage: str, mixture: Mixture, decay_steps: int) -> Trainer:
-    """Return the trainer of a stage: resumed, begun from scratch (pretrain) or from pre-training (tune)."""
+    """Return the trainer of a stage: resumed, begun from scratch or from the stage before."""
     path = run / f"{stage}.safetensors"
     if path.is_file():
         trainer = Trainer.load(path, mixture.model)
-    elif stage == "tune":
-        trainer = Trainer(mixture.model, read_weights(run / "pretrain.safetensors"), Progress(stage=stage))
-    else:
+    elif stage == STAGES[0]:
         trainer = Trainer(mixture.model, initial_weights(mixture.model, mixture.seed), Progress(stage=stage))
+    else:
+        before = STAGES[STAGES.index(stage) - 1]
+        trainer = Trainer(mixture.model, read_weights(run / f"{before}.safetensors"), Progress(stage=stage))
     if decay_steps:
         trainer.progress = trainer.progress.ending_in(decay_steps)
     return trainer
@@ -266,7 +267,7 @@ def main() -> None:
     """Train one stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder with the arrays; checkpoints go here")
-    parser.add_argument("--stage", choices=("pretrain", "tune"), required=True)
+    parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument(
         "--decay-steps", type=int, default=0, help="begin now to let the rate fall, over so many steps"
     )

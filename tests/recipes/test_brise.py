@@ -21,7 +21,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
 from data import concatenate, encode_row, pack  # noqa: E402
-from mixture import CONTROL_TOKENS, Mixture, Stage, renamed  # noqa: E402
+from drills import echoes, sums, vocabulary  # noqa: E402
+from mixture import CONTROL_TOKENS, Mixture, Source, Stage, renamed  # noqa: E402
 from network import Network, TrainingOps, initial_weights  # noqa: E402
 from tokenizer import train as train_tokenizer  # noqa: E402
 from train import Progress, Rows, Trainer, start  # noqa: E402
@@ -55,7 +56,9 @@ def mixture() -> Mixture:
         tied_embeddings=True,
     )
     stage = Stage(row_tokens=16, rows_per_step=4, peak_lr=1e-2, warmup_steps=2)
-    return replace(loaded, model=tiny, vocab_size=320, stages={"pretrain": stage, "tune": stage})
+    return replace(
+        loaded, model=tiny, vocab_size=320, stages={"pretrain": stage, "tune": stage, "polish": stage}
+    )
 
 
 @pytest.fixture
@@ -194,3 +197,28 @@ def test_the_shipped_mixture_names_every_input_width_in_whole_blocks() -> None:
     config = Mixture.load(RECIPE / "mixture.toml").model
     assert all(width % 64 == 0 for width in (config.dim, config.hidden_dim, config.q_dim))
     assert json.dumps(config.num_params)
+
+
+def test_drills_are_right_and_leave_held_back_prompts_out() -> None:
+    left_out = frozenset({"1+1", "what is 2 + 2?"})
+    for row in sums(3000, random.Random(1), left_out):
+        question, answer = (message["content"] for message in row["messages"])
+        assert question.lower() not in left_out
+        a, operator, b, _, result = answer.rstrip(".").split()
+        worked = {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}
+        worked |= {"plus": worked["+"], "minus": worked["-"], "times": worked["x"]}
+        assert worked[operator] == int(result)
+
+
+def test_echo_drills_answer_with_words_of_the_prompt() -> None:
+    words = vocabulary([{"messages": [{"role": "assistant", "content": "A river is a stream."}]}])
+    assert words == ["river", "stream"]
+    for row in echoes(words, 50, random.Random(1)):
+        question, answer = (message["content"] for message in row["messages"])
+        assert answer.rstrip(".").lower() in question.lower()
+
+
+def test_the_last_stage_falls_back_to_the_shares_of_tuning() -> None:
+    source = Source(path="chat/x.jsonl.zst", pretrain=1, tune=2)
+    assert [source.share(stage) for stage in ("pretrain", "tune", "polish")] == [1, 2, 2]
+    assert replace(source, polish=3).share("polish") == 3
