@@ -17,6 +17,9 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace bise {
+
+void bind_limits(nb::module_& m);
+
 namespace {
 
 template <class T, size_t N>
@@ -254,6 +257,7 @@ NB_MODULE(_native, m) {
     for (const FormatInfo& info : kFormatInfo) names.append(info.name);
     return names;
   }();
+  bind_limits(m);
   m.def("detected_isas", [] { return std::string(detected_isas()); });
   m.def("packed_bytes", &packed_bytes, "format"_a, "n"_a, "k"_a);
   m.def("format_of", &format_of, "ggml"_a);
