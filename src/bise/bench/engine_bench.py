@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import numpy as np
 
 from bise import __version__
+from bise.bench.roofline import TimedOps
 from bise.bench.rounds import Case, PeerError
 from bise.bench.synthetic import random_weights
 from bise.config import ModelConfig
@@ -44,7 +46,10 @@ class BiseContestant:
             packed = random_weights(source, quant, self._ops)
         else:
             packed, _ = load_packed(source, quant, self._ops)
-        self._transformer = Transformer(self.config, packed.weights(self._ops), self._ops)
+        weights = packed.weights(self._ops)
+        self._transformer = Transformer(self.config, weights, self._ops)
+        self._timed = TimedOps(self._ops)
+        self._timed_transformer = Transformer(self.config, weights, cast(Ops, self._timed))
         self._engine: Engine | None = None
         self._case: Case | None = None
         self._running: list[Iterator[Delta]] = []
@@ -90,6 +95,25 @@ class BiseContestant:
     def cpu_seconds(self) -> float:
         """Return 0: everything runs in this process."""
         return 0.0
+
+    def step_seconds(self, *, prompt: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the seconds per op of reading a prompt (one step at most), and of one decoding step after it."""
+        prompt = min(prompt, STEP_TOKENS)
+        self._engine = _engine(
+            self._timed_transformer, self._ops, self.config, self.kv_format, prompt + steps + 64, 1
+        )
+        try:
+            self._submit(prompt, 1).result()  # warm-up
+            self._timed.seconds.clear()
+            deltas = iter(self._submit(prompt, None))
+            _check(next(deltas))
+            prefill = dict(self._timed.seconds)
+            self._timed.seconds.clear()
+            for _ in range(steps):
+                self._engine.step()
+            return prefill, {op: seconds / steps for op, seconds in self._timed.seconds.items()}
+        finally:
+            self.release()
 
     def _submit(self, num_tokens: int, max_tokens: int | None) -> RequestHandle:
         assert self._engine is not None

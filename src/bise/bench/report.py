@@ -122,6 +122,17 @@ def limits_fields(limits: MachineLimits) -> dict[str, float | None]:
     }
 
 
+def limits_of(fields: Mapping[str, float | None]) -> MachineLimits:
+    """Return the limits that `limits_fields` wrote."""
+    read, whole, floats = fields["read_gb_per_s"], fields["int8_gops"], fields["float_gflops"]
+    assert read is not None
+    return MachineLimits(
+        read_bytes_s=1e9 * read,
+        int8_ops_s=None if whole is None else 1e9 * whole,
+        float_ops_s=None if floats is None else 1e9 * floats,
+    )
+
+
 def limits_text(limits: MachineLimits) -> str:
     """Return the machine's limits as one line."""
     parts = [f"memory {limits.read_bytes_s / 1e9:.1f} GB/s"]

@@ -10,6 +10,7 @@ from bise.bench.engine_bench import BiseContestant, engine_step_seconds
 from bise.bench.limits import ReadProbe, measure_limits
 from bise.bench.peers import PeerContestant, PeerSpec, start_peer
 from bise.bench.report import limits_fields, limits_text, result_of, with_ratios
+from bise.bench.roofline import op_rows, op_work
 from bise.bench.rounds import (
     Case,
     Meters,
@@ -21,6 +22,7 @@ from bise.bench.rounds import (
     wait_until_idle,
 )
 from bise.config import ModelConfig
+from bise.engine.memory import STEP_TOKENS
 from bise.errors import ConfigError
 from bise.model.source import ModelSource
 from bise.plan import MachineLimits, Work, decode_work, prefill_work
@@ -98,6 +100,9 @@ def run_bench(
             contestants.append(peer)
             tell(f"{peer.name} {peer.version} is ready")
         results = _results(contestants, source.config, options, limits, probe, skipped, tell)
+        own = contestants[0]
+        assert isinstance(own, BiseContestant)
+        ops = _ops(own, options, limits)
     finally:
         for contestant in contestants:
             if isinstance(contestant, PeerContestant):
@@ -109,8 +114,26 @@ def run_bench(
         "limits": limits_fields(limits),
         "engine_step_us": 1e6 * engine_step_seconds(source.config),
         "skipped": skipped,
+        "ops": ops,
         "results": results,
     }
+
+
+def _ops(own: BiseContestant, options: BenchOptions, limits: MachineLimits) -> list[dict[str, Any]]:
+    """Return where the time goes, op by op: one prompt of at most a step, and decoding after it."""
+    steps = max(1, min(options.gen, 16))
+    room = own.config.max_context - steps - 64
+    if room < 1:
+        return []
+    prompt = min([*options.prompts, STEP_TOKENS, room])
+    prefill, decode = own.step_seconds(prompt=prompt, steps=steps)
+    return [
+        entry
+        for phase, seconds, rows, depth in (("prefill", prefill, prompt, 0), ("decode", decode, 1, prompt))
+        for entry in op_rows(
+            seconds, op_work(own.config, own.formats, own.kv_format, rows=rows, depth=depth), limits, phase
+        )
+    ]
 
 
 def _results(

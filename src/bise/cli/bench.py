@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -118,16 +119,22 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
     show_default=True,
     help="No round of a case starts after so many seconds of turns.",
 )
+@click.option(
+    "--roofline",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw each op under the machine's roofs into this SVG file.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document only.")
 def command(model: str | None, shape: str | None, window: int | None, peers: str, threads: int | None,
-            as_json: bool, **values: Any) -> None:  # fmt: skip
+            roofline: Path | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Measure prefill and decode speed on this machine.
 
     Every number stands beside the machine's own limit, measured in the same run. The last line of standard
     output is one JSON document. Disturbed rounds are left out, or marked as noisy when all are.
     """
     from bise.bench.peers import parse_peers
-    from bise.bench.report import COLUMNS, provenance, table_rows
+    from bise.bench.report import COLUMNS, limits_of, provenance, table_rows
+    from bise.bench.roofline import draw_roofline, op_table
     from bise.bench.suite import BenchOptions, run_bench
     from bise.config import default_threads
     from bise.kernels.cpu import CpuOps
@@ -137,8 +144,13 @@ def command(model: str | None, shape: str | None, window: int | None, peers: str
     options = BenchOptions(threads=threads or default_threads(), **values)
     document = run_bench(_source(model, shape, window), parse_peers(peers), options, aside)
     origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
+    if roofline is not None:
+        title = f"{document['model']} as {document['quant']}, {origin['cpu']}, {options.threads} threads"
+        roofline.write_text(draw_roofline(document["ops"], limits_of(document["limits"]), title), "utf-8")
     if not as_json:
         write_table(COLUMNS, table_rows(document["results"]))
+        click.echo()
+        write_table(*op_table(document["ops"]))
         click.echo()
         write_pairs([
             ("model", f"{document['model']} as {document['quant']}, KV in {document['kv']}"),
