@@ -34,8 +34,10 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
             progress=bar,
         )
     try:
-        for note in loaded.notes:
-            aside(f"note: {note}")
+        # The embedded model's own line says that it runs in 8 bits; chosen formats and other models are noted.
+        if name is not None or options.quant != "auto":
+            for note in loaded.notes:
+                aside(f"note: {note}")
         yield loaded
     finally:
         loaded.close()
