@@ -97,7 +97,7 @@ class BiseContestant:
         return 0.0
 
     def step_seconds(self, *, prompt: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the seconds per op of reading a prompt (one step at most), and of one decoding step after it."""
+        """Return the seconds per op of reading a prompt (one step at most), and of one decoding step."""
         prompt = min(prompt, STEP_TOKENS)
         self._engine = _engine(
             self._timed_transformer, self._ops, self.config, self.kv_format, prompt + steps + 64, 1
