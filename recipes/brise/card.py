@@ -169,7 +169,7 @@ def _training(run: Path, mixture: Mixture) -> str:
         "Two cores of an AMD EPYC (Zen 4) shared with much other work, no accelerator; one step is "
         f"{mixture.stages['pretrain'].rows_per_step} rows of {mixture.stages['pretrain'].row_tokens} tokens. "
         "Muon for the matrices of the blocks and AdamW for embeddings and norms (both of torch.optim), "
-        "float32 master weights, bf16 compute, gradients clipped to norm 1. Losses are nats a learned token on "
+        "float32 master weights, bf16 compute, gradients clipped to norm 1. Losses are nats a token on "
         f"the stage's own rows. Seed {mixture.seed}; the order of the data follows from it.",
         "",
     ]
