@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from bise.errors import ModelFileError, quoted
@@ -112,6 +113,13 @@ def resolve_inside(directory: Path, name: str) -> Path:
             field=name,
         )
     return real
+
+
+def require_inside(directory: Path, names: Iterable[str]) -> None:
+    """Refuse those of the files `names` that are in `directory` but lead out of it or nowhere."""
+    for name in names:
+        if os.path.lexists(directory / name):
+            resolve_inside(directory, name)
 
 
 def _require_regular(path: Path, mode: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bise.config import default_threads
+from bise.diskfile import require_inside
 from bise.engine.engine import Engine
 from bise.engine.memory import (
     STEP_TOKENS,
@@ -20,7 +21,7 @@ from bise.engine.memory import (
 from bise.errors import ConfigError, ModelFileError
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
-from bise.model.packed import load_packed
+from bise.model.packed import TOKENIZER_FILES, load_packed
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
 from bise.text.template import ChatTemplate, load_template, template_from_gguf
@@ -104,20 +105,23 @@ def _checked_threads(threads: int) -> int:
 
 def _text(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     vocab_size = source.config.vocab_size
-    from_gguf = any(key.startswith("tokenizer.ggml.") for key in source.metadata)
-    tokenizer = (
-        tokenizer_from_gguf(source.metadata, vocab_size)
-        if from_gguf
-        else load_tokenizer(source.path, vocab_size)
-    )
+    if not any(key.startswith("tokenizer.ggml.") for key in source.metadata):
+        require_inside(source.path, TOKENIZER_FILES)
+        tokenizer = load_tokenizer(source.path, vocab_size)
+        return tokenizer, _template(lambda: load_template(source.path, tokenizer))
     try:
-        template = (
-            template_from_gguf(source.metadata, tokenizer)
-            if from_gguf
-            else load_template(source.path, tokenizer)
-        )
+        tokenizer = tokenizer_from_gguf(source.metadata, vocab_size)
+        return tokenizer, _template(lambda: template_from_gguf(source.metadata, tokenizer))
+    except ModelFileError as error:
+        # Metadata has no path of its own: only here is it known which file it came from.
+        raise ModelFileError(f"{source.path}: {error}", field=error.field) from error
+
+
+def _template(load: Callable[[], ChatTemplate]) -> ChatTemplate | None:
+    """Return the chat template; None for a model that has none."""
+    try:
+        return load()
     except ModelFileError as error:
         if error.field not in ("chat_template", "tokenizer.chat_template"):
             raise
-        template = None
-    return tokenizer, template
+        return None

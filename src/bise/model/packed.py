@@ -23,7 +23,16 @@ from bise.diskfile import open_regular, read_at, resolve_inside
 from bise.errors import BiseError, ConfigError, ModelFileError, UserError, quoted
 from bise.jsonfile import kind_of, parse_json, read_json_object
 from bise.kernels.cpu import PACKED_FORMATS, CpuOps, arena
-from bise.model.pack import PackedWeights, PackPlan, Progress, Slot, pack_weights, plan_packing, plan_slots
+from bise.model.pack import (
+    PackedWeights,
+    PackPlan,
+    Progress,
+    Rounding,
+    Slot,
+    pack_weights,
+    plan_packing,
+    plan_slots,
+)
 from bise.model.safetensors_file import SafetensorsFile
 from bise.model.source import ModelSource
 from bise.model.transformer import weight_shapes
@@ -53,9 +62,9 @@ TOKENIZER_FILES = (
     "tokenizer.model.v3",
     "tokenizer.model.v7",
     "tokenizer.model.v7m1",
-    "README.md",
-    "LICENSE",
+    "config.json",
 )
+"""What the tokenizer and the chat template may be read from; config.json can name the end-of-text tokens."""
 
 
 class PackedTensor:
@@ -223,8 +232,16 @@ def write_packed(path: Path, source: ModelSource, packed: PackedWeights) -> None
         temporary.unlink(missing_ok=True)
 
 
-def pack_model(source: ModelSource, quant: str, out: Path | None, progress: Progress | None = None) -> Path:
+def pack_model(
+    source: ModelSource,
+    quant: str,
+    out: Path | None,
+    progress: Progress | None = None,
+    rounding: Rounding | None = None,
+) -> Path:
     """Pack a source into the directory `out` (or the cache) and return the path of what was written.
+
+    With a `rounding` it must be a directory: the cache holds what any start would make.
 
     The directory can be given as MODEL afterwards: it holds the weights and what the tokenizer needs.
     """
@@ -233,7 +250,8 @@ def pack_model(source: ModelSource, quant: str, out: Path | None, progress: Prog
         raise ConfigError(f"{source.path} is packed already; give the original model", field="model")
     if out is not None:
         _make_empty(out)
-    packed = pack_weights(source, quant, ops, progress)
+    assert rounding is None or out is not None
+    packed = pack_weights(source, quant, ops, progress, rounding)
     if out is None:
         path = cache_path(source, quant, progress)
         _write_or_explain(path, source, packed)
@@ -242,7 +260,7 @@ def pack_model(source: ModelSource, quant: str, out: Path | None, progress: Prog
         text = json.dumps(dict(_portable(source.metadata)))
         (out / GGUF_METADATA_FILE).write_text(text, encoding="utf-8")
     else:
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, "README.md", "LICENSE"):
             if os.path.lexists(source.path / name):
                 resolve_inside(source.path, name)
                 if (source.path / name).is_file():
