@@ -20,6 +20,9 @@ from bise.text.pieces import byte_alphabet
 from bise.text.regex_check import repeats_within_repetition
 from bise.text.rust_tokenizer import build_encoder
 
+_MAX_GROWTH = 64
+"""Characters that a normalizer may put in the place of one; real ones put one or three."""
+
 
 def text_encoder(
     document: Mapping[str, object], vocab: Mapping[str, int], guarded: Collection[str], name: str
@@ -44,6 +47,7 @@ def text_encoder(
         "model": _plain_model(model, vocab, renamed, name),
     }
     _check_charsmaps(document.get("normalizer"), name)
+    _check_growth(document.get("normalizer"), name)
     for part in ("normalizer", "pre_tokenizer"):
         _check_patterns(document.get(part), f"{name}: {part}")
     encode = build_encoder(plain, name)
@@ -153,6 +157,32 @@ def _check_charsmaps(component: object, name: str) -> None:
         raise ModelFileError(
             f"{name}: normalizer.precompiled_charsmap {reason}", field="normalizer.precompiled_charsmap"
         )
+
+
+def _check_growth(normalizer: object, name: str) -> int:
+    """Refuse replacements of nothing, on which the library panics, and ones that blow a text up.
+
+    Returns how many times longer a text can become.
+    """
+    growth = 1
+    if isinstance(normalizer, list):
+        for part in cast(list[object], normalizer):
+            growth *= _check_growth(part, name)
+    elif isinstance(normalizer, dict):
+        fields = cast(dict[str, object], normalizer)
+        growth = _check_growth(fields.get("normalizers"), name)
+        content = fields.get("content")
+        if fields.get("type") == "Replace" and isinstance(content, str):
+            growth = max(1, len(content))
+            pattern = fields.get("pattern")
+            if isinstance(pattern, dict) and "" in cast(dict[str, object], pattern).values():
+                raise ModelFileError(f"{name}: normalizer replaces an empty text", field="normalizer")
+    if growth > _MAX_GROWTH:
+        raise ModelFileError(
+            f"{name}: normalizer can make a text {growth} times longer; at most {_MAX_GROWTH} make sense",
+            field="normalizer",
+        )
+    return growth
 
 
 def _check_patterns(component: object, name: str) -> None:

@@ -96,7 +96,7 @@ def load_hf_tokenizer(path: Path, vocab_size: int) -> PieceTokenizer:
             for text in sorted(guarded, key=vocab.__getitem__)
         ),
         bos_id=_bos_id(document, names, vocab, file),
-        adds_bos=_adds_bos(document, around, file),
+        adds_bos=_adds_bos(document, around, vocab, file),
         stop_ids=frozenset(
             [*around.eos_ids, *(vocab[text] for kind, text in names.items() if kind == "eos_token")]
         ),
@@ -356,7 +356,7 @@ def _piece_table(vocab: Mapping[str, int], hidden: set[str], decoding: _Decoding
     return table
 
 
-def _leading_specials(document: Mapping[str, object], file: Path) -> list[str]:
+def _leading_specials(document: Mapping[str, object], vocab: Mapping[str, int], file: Path) -> list[str]:
     """Return the special tokens that the post-processor puts before a text."""
     for step in _steps(document.get("post_processor"), "processors", file, "post_processor"):
         kind = step.get("type")
@@ -375,7 +375,16 @@ def _leading_specials(document: Mapping[str, object], file: Path) -> list[str]:
             special = _object(part, file, "post_processor.single").get("SpecialToken")
             if special is None:
                 return leading
-            leading.append(str(_object(special, file, "post_processor.single").get("id")))
+            token = str(_object(special, file, "post_processor.single").get("id"))
+            table = _object(step.get("special_tokens"), file, "post_processor.special_tokens")
+            ids = _object(table.get(token), file, "post_processor.special_tokens").get("ids")
+            if ids != [vocab.get(token)]:
+                raise ModelFileError(
+                    f"{file}: post_processor.special_tokens gives {token[:40]!r} the ids {shown(ids)}, "
+                    f"the vocabulary {vocab.get(token)}",
+                    field="post_processor.special_tokens",
+                )
+            leading.append(token)
         return leading
     return []
 
@@ -383,7 +392,7 @@ def _leading_specials(document: Mapping[str, object], file: Path) -> list[str]:
 def _bos_id(
     document: Mapping[str, object], names: Mapping[str, str], vocab: Mapping[str, int], file: Path
 ) -> int | None:
-    leading = _leading_specials(document, file)
+    leading = _leading_specials(document, vocab, file)
     if len(leading) > 1:
         raise ModelFileError(
             f"{file}: post_processor puts {len(leading)} tokens before a text; bise knows one, BOS",
@@ -406,15 +415,17 @@ def _bos_id(
     return vocab[name]
 
 
-def _adds_bos(document: Mapping[str, object], around: _Surroundings, file: Path) -> bool:
+def _adds_bos(
+    document: Mapping[str, object], around: _Surroundings, vocab: Mapping[str, int], file: Path
+) -> bool:
     """Say whether plain text gets a BOS: add_bos_token where it is given, else what the post-processor
     does.
     """
     if around.add_bos is not None:
-        if around.add_bos and not (_leading_specials(document, file) or "bos_token" in around.names):
+        if around.add_bos and not (_leading_specials(document, vocab, file) or "bos_token" in around.names):
             raise ModelFileError(
                 f"{file.parent / 'tokenizer_config.json'}: add_bos_token is true, but there is no bos_token",
                 field="add_bos_token",
             )
         return around.add_bos
-    return bool(_leading_specials(document, file))
+    return bool(_leading_specials(document, vocab, file))

@@ -101,7 +101,7 @@ def _library_encoder(
     try:
         processor = SentencePieceProcessor(model_proto=proto)
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join("".join(char if char.isprintable() else " " for char in str(error)).split())[:160]
         raise ModelFileError(f"{name}: the vocabulary is refused ({reason})", field="tokenizer") from error
 
     def encode(text: str, start: bool) -> list[int]:
