@@ -26,6 +26,7 @@ MAX_BYTES = 64 << 20
 MAX_VALUES = 8_000_000
 """Default limit on the values in one file; 200,000 pieces with their merges are about a million."""
 
+_SLICE = 1 << 16
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -119,7 +120,7 @@ def _check_budget(content: bytes, max_depth: int, max_values: int, refuse: Calla
         refuse(f"has more than {2 * max_values} strings")
     if b"\\" in content:
         content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b"".join(content.split(b'"')[::2])
+    outside = _outside_strings(content)
     if sum(outside.count(mark) for mark in (b",", b"[", b"{")) > max_values:
         refuse(f"has more than {max_values} values")
     brackets = outside.translate(None, _NOT_BRACKETS)
@@ -127,6 +128,17 @@ def _check_budget(content: bytes, max_depth: int, max_values: int, refuse: Calla
     depths = accumulate(1 if bracket in b"[{" else -1 for bracket in brackets[: 2 * max_values])
     if max(depths, default=0) > max_depth:
         refuse(f"is nested deeper than {max_depth} levels")
+
+
+def _outside_strings(content: bytes) -> bytes:
+    """Return JSON text without its strings; a slice at a time, for a list of all pieces would be huge."""
+    parts: list[bytes] = []
+    inside = 0
+    for start in range(0, len(content), _SLICE):
+        pieces = content[start : start + _SLICE].split(b'"')
+        parts.append(b"".join(pieces[inside::2]))
+        inside ^= (len(pieces) - 1) & 1
+    return b"".join(parts)
 
 
 def _decoder(refuse: Callable[[str], NoReturn]) -> json.JSONDecoder:
