@@ -12,6 +12,7 @@ import pytest
 from bise.engine.memory import checked_kv_format, loading_bytes, memory_need, planned_context, require_weights
 from bise.errors import ConfigError, MemoryPlanError
 from bise.model.checkpoint import open_model
+from bise.model.pack import SLICE_BYTES, plan_packing
 from bise.plan import known_shape
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -113,9 +114,18 @@ def test_a_context_beyond_the_models_own_names_the_limit():
         planned_context(known_shape("mistral-7b"), "q4", "f16", context=40000, sequences=1, available=None)
 
 
-def test_loading_takes_one_slice_or_the_end_of_one_and_the_next():
-    tensors = known_shape("s06").tensors
-    one = [tensors["layers.0.w1"]]  # 11.5 M values: one slice of bfloat16 and float32
-    assert loading_bytes(one) == 5632 * 2048 * 6
-    table = [tensors["output"]]  # 65.5 M values: a float32 slice of 12.6 M beside a full next one
-    assert loading_bytes(table) == 12 * (1 << 20) * 10
+def test_loading_exceeds_the_weights_by_the_slices_of_the_last_one_less_what_is_not_packed_yet():
+    source = known_shape("s06")  # its head, 65.5 M values, is converted last
+    step = (SLICE_BYTES // 4) // 2048 // 16 * 16 * 2048
+    rest = 32000 * 2048 % step
+    stored = 2 * step  # stays with the allocator
+    ends = [
+        stored + 8 * step - (step + rest) * 8.5 / 8,  # the last whole slice beside the one before it
+        stored + 4 * step + 4 * rest - rest * 8.5 / 8,
+    ]
+    assert loading_bytes(source, "q8") == pytest.approx(max(ends), rel=1e-3)
+    assert loading_bytes(source, "none") < loading_bytes(source, "q8")
+
+
+def test_shapes_in_their_own_order_are_packed_as_a_model_is():
+    assert [slot.name for slot in plan_packing(known_shape("s06"), "q8").slots][-1] == "output"

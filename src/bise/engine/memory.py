@@ -8,7 +8,7 @@ libraries, tokenizer): see docs/bench.md for how far prediction and peak lie apa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from bise.cache.pages import sequence_kv_bytes
 from bise.config import ModelConfig
 from bise.errors import ConfigError, MemoryPlanError
 from bise.formats import FORMATS, KV_FORMATS
-from bise.model.pack import SLICE_BYTES, plan_packing
+from bise.kernels.cpu import packed_format_of
+from bise.model.pack import ALIGNMENT, SLICE_BYTES, Slot, plan_packing
 from bise.model.source import ModelSource, SourceTensor
 
 DEFAULT_CONTEXT = 32768
@@ -28,7 +29,7 @@ STEP_TOKENS = 512
 PROCESS_BYTES = 50 << 20
 """Interpreter, numpy, the extension and bise, before any model (Python 3.11, Linux, 2026-11-21)."""
 
-TOKENIZER_FACTOR = 8
+TOKENIZER_FACTOR = 16
 """Bytes in memory per byte of tokenizer file: the text, its parsed form and the library's tables."""
 
 HUGE_PAGE = 2 << 20
@@ -48,7 +49,7 @@ class MemoryNeed:
     scratch: int
     """Activations of the largest step, quantised tiles, logits."""
     loading: int
-    """Slices of weights while they are converted; gone before KV and scratch appear."""
+    """What converting weights takes beyond them; gone before KV and scratch appear."""
     process: int
     """Interpreter, libraries and tokenizer."""
 
@@ -117,19 +118,39 @@ def _is_fused(formats: Mapping[str, str]) -> bool:
     return bool(inner) and all(chosen not in FLOAT_FORMATS for chosen in inner)
 
 
-def loading_bytes(tensors: Iterable[SourceTensor]) -> int:
-    """Return the most bytes that converting one weight takes beside its packed form: a slice as stored, the
-    same as float32, and the slice before it.
+def loading_bytes(source: ModelSource, quant: str) -> int:
+    """Return the bytes by which converting the weights, one after the other, exceeds the packed weights.
+
+    A slice of rows is alive as stored and as float32 beside the slice before it; the memory of weights that
+    come later is not touched yet.
     """
-    most = 0
-    for tensor in tensors:
-        if len(tensor.shape) != 2:
-            continue
-        values = tensor.shape[0] * tensor.shape[1]
-        step = min(values, max(SLICE_BYTES // 4, 16 * tensor.shape[1]))
-        each = 4 + FORMATS[tensor.format].bits_per_weight / 8 if tensor.format in FORMATS else 4
-        most = max(most, int(each * step), int(4 * step + each * min(step, values - step)))
-    return most
+    if source.kind == "packed":
+        return 0
+    done = most = 0
+    for slot in plan_packing(source, quant).slots:
+        if len(slot.shape) == 2:
+            most = max(most, done + _converting_bytes(source.tensors[slot.name], slot))
+        done += _rounded(slot.size_bytes, ALIGNMENT)
+    return max(0, most - done)
+
+
+def _converting_bytes(tensor: SourceTensor, slot: Slot) -> int:
+    """Return the most bytes that one weight takes while it is converted, its packed rows included."""
+    num_rows, num_columns = slot.shape
+    step = min(num_rows, max(16, SLICE_BYTES // (4 * num_columns) // 16 * 16))
+    stored = FORMATS[tensor.format].bits_per_weight / 8 * num_columns
+    ggml_id = FORMATS[tensor.format].ggml_id
+    repacks = FORMATS[tensor.format].is_quantised and packed_format_of(ggml_id or 0) == slot.packed_format
+    kept = stored if repacks else 4.0 * num_columns
+    # Stored slices are small enough for the allocator to keep their memory when they are freed.
+    slack = 0.0 if repacks else stored * step
+    packed = slot.size_bytes / num_rows
+    most = 0.0
+    for start in range(0, num_rows, step):
+        count = min(step, num_rows - start)
+        before = kept * step if start else 0.0
+        most = max(most, start * packed + before + kept * count, (start + count) * packed + kept * count)
+    return int(most + slack)
 
 
 def process_bytes(source: ModelSource) -> int:
@@ -157,15 +178,14 @@ def memory_need(
         weights=weight_bytes(source, quant),
         kv=kv_bytes(source.config, context, kv_format, sequences),
         scratch=scratch_bytes(source.config, formats, rows, sequences),
-        loading=0 if source.kind == "packed" else loading_bytes(source.tensors.values()),
+        loading=loading_bytes(source, quant),
         process=process_bytes(source),
     )
 
 
 def require_weights(source: ModelSource, quant: str, available: int | None) -> None:
     """Raise MemoryPlanError unless the weights, and the slices they are made of, fit `available` bytes."""
-    loading = 0 if source.kind == "packed" else loading_bytes(source.tensors.values())
-    needed = weight_bytes(source, quant) + loading
+    needed = weight_bytes(source, quant) + loading_bytes(source, quant)
     if available is not None and needed > available:
         raise MemoryPlanError(
             f"{source.path} needs {_gibibytes(needed)} GiB for its weights, {_gibibytes(available)} GiB "
