@@ -205,13 +205,16 @@ def _measured(run: Path) -> str:
         "Exact match of the greedy answer to the first user turn of every held-back conversation, in lower "
         "case and without punctuation (few rows a source: read the counts, not the percentages):",
         "",
-        "| source | rows | exact | % |",
-        "|---|---:|---:|---:|",
+        "| source | rows | exact | % | rows with a number | ending on it |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for source, match in matches.items():
         percent = 100 * match["matched"] / match["rows"]
-        lines.append(f"| {source} | {match['rows']} | {match['matched']} | {percent:.0f} |")
-    lines += [f"| all | {rows} | {matched} | {100 * matched / rows:.0f} |", ""]
+        lines.append(
+            f"| {source} | {match['rows']} | {match['matched']} | {percent:.0f} "
+            f"| {match['numbers']} | {match['number_matched']} |"
+        )
+    lines += [f"| all | {rows} | {matched} | {100 * matched / rows:.0f} | | |", ""]
     return "\n".join(lines)
 
 

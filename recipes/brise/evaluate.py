@@ -29,7 +29,7 @@ from bise.kernels.torch import TorchOps
 from bise.model.batch import training_batch
 from bise.model.transformer import Transformer
 
-ANSWER_TOKENS = 160
+ANSWER_TOKENS = 128
 """Longest greedy answer."""
 SCORE_BATCH = 32
 PROMPTS_AT_ONCE = 64
@@ -40,8 +40,12 @@ SAMPLES = 10
 class Match:
     """Exact match of one source."""
 
-    rows: int
-    matched: int
+    rows: int = 0
+    matched: int = 0
+    numbers: int = 0
+    """Rows whose held-back answer holds a number."""
+    number_matched: int = 0
+    """Of these, rows whose answer ends on the same number, however it is worded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,12 @@ def normal(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", "", text.lower()).split())
 
 
+def last_number(text: str) -> str | None:
+    """Return the last run of digits in `text`."""
+    found = re.findall(r"\d+", text)
+    return found[-1] if found else None
+
+
 def exact_match(
     answer: Callable[[list[list[int]]], list[list[int]]], encoder: ChatEncoder, mixture: Mixture, data: Path
 ) -> tuple[dict[str, Match], list[dict[str, str]]]:
@@ -143,9 +153,14 @@ def exact_match(
     said = [encoder.decode(ids) for ids in answer(prompts)]
     matches: dict[str, Match] = {}
     for (source, messages), text in zip(turns, said, strict=True):
-        before = matches.get(source, Match(rows=0, matched=0))
-        hit = normal(text) == normal(messages[1]["content"])
-        matches[source] = Match(rows=before.rows + 1, matched=before.matched + hit)
+        before, wanted = matches.get(source, Match()), messages[1]["content"]
+        number = last_number(wanted)
+        matches[source] = Match(
+            rows=before.rows + 1,
+            matched=before.matched + (normal(text) == normal(wanted)),
+            numbers=before.numbers + (number is not None),
+            number_matched=before.number_matched + (number is not None and last_number(text) == number),
+        )
     samples = [
         {"prompt": messages[0]["content"], "answer": text, "held_back": messages[1]["content"]}
         for (_, messages), text in zip(turns[:SAMPLES], said, strict=False)

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
 from data import concatenate, encode_row, pack  # noqa: E402
 from drills import echoes, sums, vocabulary  # noqa: E402
+from evaluate import Scorer, answers, last_number, normal  # noqa: E402
 from mixture import CONTROL_TOKENS, Mixture, Source, Stage, renamed  # noqa: E402
 from network import Network, TrainingOps, initial_weights  # noqa: E402
 from tokenizer import train as train_tokenizer  # noqa: E402
@@ -216,6 +217,19 @@ def test_echo_drills_answer_with_words_of_the_prompt() -> None:
     for row in echoes(words, 50, random.Random(1)):
         question, answer = (message["content"] for message in row["messages"])
         assert answer.rstrip(".").lower() in question.lower()
+
+
+def test_answers_are_compared_without_case_and_punctuation() -> None:
+    assert normal("  The answer is: 12. ") == normal("the answer is 12")
+    assert last_number("12 + 7 = 19.") == "19"
+    assert last_number("Nineteen.") is None
+
+
+def test_greedy_answers_do_not_depend_on_the_prompts_they_run_with(mixture: Mixture) -> None:
+    scorer = Scorer(mixture.model, initial_weights(mixture.model, 7))
+    prompts = [[1, 30, 31], [1, 40, 41, 42, 43, 44], [1, 50]]
+    together = answers(scorer, prompts, limit=5, context=64)
+    assert together == [answers(scorer, [prompt], limit=5, context=64)[0] for prompt in prompts]
 
 
 def test_the_last_stage_falls_back_to_the_shares_of_tuning() -> None:
