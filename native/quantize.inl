@@ -10,7 +10,7 @@
 #define BISE_CLONES
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
-#define BISE_FAST __attribute__((optimize("O3")))
+#define BISE_FAST __attribute__((optimize("O3", "no-trapping-math")))
 #else
 #define BISE_FAST
 #endif
@@ -33,7 +33,8 @@ constexpr float border(int i) { return 0.5f * float(kCodebook[i] + kCodebook[i +
 constexpr float step(int i) { return float(kCodebook[i + 1] - kCodebook[i]); }
 
 inline __attribute__((always_inline)) float nearest_integer(float y, float low, float high) {
-  const float held = y < low ? low : y > high ? high : y;
+  const float above = y < low ? low : y;
+  const float held = above > high ? high : above;
   return (held + 12582912.0f) - 12582912.0f;  // ties to even
 }
 
