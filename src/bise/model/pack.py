@@ -28,7 +28,11 @@ _FLOATS_AS = {"q4": "n4"}
 bits as evenly spaced ones and lose a fifth less (docs/quality.md)."""
 
 Rounding = Callable[[str, npt.NDArray[np.float32]], Bytes | None]
-"""Rounds rows [n, K] of the named matrix to IQ4_NL blocks [n, bytes per row]; None leaves them to the search. See `bise.quant.calibration`."""
+"""Rounds rows [n, K] of the named matrix to IQ4_NL blocks [n, bytes per row]; None leaves it to
+the search.
+
+See `bise.quant.calibration`.
+"""
 
 SLICE_BYTES = 48 << 20
 """Float bytes of the rows converted at once."""

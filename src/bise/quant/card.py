@@ -89,8 +89,8 @@ def measure(
 ) -> tuple[Quality | None, str | None]:
     """Compare the packed model in `out` with its source at full precision on a text.
 
-    Returns the quality, or None and the reason why nothing could be measured: no tokenizer, or a reference that
-    does not fit into memory.
+    Returns the quality, or None and the reason why nothing could be measured: no tokenizer, or a reference
+    that does not fit into memory.
     """
     packed = open_model(out)
     needed = plan_packing(source, "none").size_bytes + WORKING_BYTES
