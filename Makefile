@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help chat test test-slow check fmt lint types layers budget docs docs-check bench sanitize wheel clean
+.PHONY: help chat test test-slow check fmt lint types layers budget docs docs-check session bench sanitize wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -42,6 +42,9 @@ budget: .venv/.dev
 
 docs: .venv/.dev ## Regenerate docs/cli.md from --help
 	@$(BIN)/python tools/cli_page.py
+
+session: .venv/.dev ## Capture the README's session anew (after a change of the embedded model)
+	@$(BIN)/python tools/readme_session.py
 
 docs-check: .venv/.dev
 	@$(BIN)/python tools/cli_page.py --check
