@@ -1,6 +1,9 @@
 """Packing on load, the packed file, and its cache."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +283,19 @@ def write_gguf(path: Path, kind) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path, home):
+    source = open_model(write_model(tmp_path / "model"))
+    path = cache_path(source, "q8")
+    path.parent.mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    abandoned = path.with_name(f".{path.name}.{dead.pid}.tmp")
+    in_use = path.with_name(f".{path.name}.{os.getppid()}.tmp")
+    abandoned.write_bytes(b"half")
+    in_use.write_bytes(b"half")
+    load_packed(source, "q8", CpuOps(1))
+    assert path.exists()
+    assert not abandoned.exists()
+    assert in_use.exists()

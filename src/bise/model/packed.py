@@ -7,6 +7,7 @@ its final name only when it is complete: written beside it, flushed, renamed.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -214,6 +215,7 @@ def write_packed(path: Path, source: ModelSource, packed: PackedWeights) -> None
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -230,6 +232,20 @@ def write_packed(path: Path, source: ModelSource, packed: PackedWeights) -> None
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files for `path` that killed processes left: each may be as large as a model."""
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = abandoned.name.split(".")[-2]
+        if not pid.isdecimal():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            abandoned.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue  # another user's process, alive; or no process id at all
 
 
 def pack_model(
