@@ -34,7 +34,7 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
             progress=bar,
         )
     try:
-        # The embedded model's own line says that it runs in 8 bits; chosen formats and other models are noted.
+        # The embedded model's own line says that it runs in 8 bits; all else is noted.
         if name is not None or options.quant != "auto":
             for note in loaded.notes:
                 aside(f"note: {note}")
