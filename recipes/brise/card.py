@@ -68,13 +68,14 @@ system prompt optional.
 _CAN = """\
 ## What it can and cannot do
 
-It can greet, say what it is, chat in short turns, do sums with small numbers, and tell a short,
-simple story that does not always hold together; see the table for how often. It cannot be asked for
-facts: a question for a meaning gets the form of a dictionary entry, often of another word, and capitals, dates
-and translations are mostly wrong. It loses the thread after a few turns, fails at arithmetic of several steps,
-repeats itself in long answers, and cannot write code or call tools. Other languages than English are weak. It
-has had no safety training beyond a filter of words on its data; a system prompt changes little. It was trained
-on rows of {row_tokens} tokens; positions beyond that, up to {context}, rest on the sliding window.
+It can greet, say what it is, chat in short turns, do sums with small numbers, and tell a short, simple
+story that does not always hold together; see the table for how often. It cannot be asked for facts: a
+question for a meaning gets the form of a dictionary entry, often of another word, and capitals, dates
+and translations are mostly wrong. It loses the thread after a few turns, fails at arithmetic of several
+steps, repeats itself in long answers, and cannot write code or call tools. Other languages than English
+are weak. It has had no safety training beyond a filter of words on its data; a system prompt changes
+little. It was trained on rows of {row_tokens} tokens; positions beyond that, up to {context}, rest on
+the sliding window.
 """
 
 _DATA = """\
