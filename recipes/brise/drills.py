@@ -1,8 +1,8 @@
 """Generated exercises of the last stage: copying what the user wrote, and small sums.
 
-Why: after ten million tokens the model talked well, but got 7 + 5 wrong and answered "Define ocean" with
-another word; it did not copy. With drills whose learned tokens are copies, sums came right within two million tokens;
-definitions still name a wrong word. Owns the templates; held-back prompts are left out.
+Why: after ten million tokens the model talked well, but got 7 + 5 wrong and defined another word than the
+one asked for; it did not copy. With drills whose learned tokens are copies, sums came right within two
+million tokens; definitions still name a wrong word. Owns the templates; held-back prompts are left out.
 """
 
 import random
