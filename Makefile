@@ -32,7 +32,7 @@ lint: .venv/.dev
 	@$(BIN)/ruff check $(wildcard $(CODE))
 
 types: .venv/.dev
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: .venv/.dev
 	@$(BIN)/lint-imports --no-cache
