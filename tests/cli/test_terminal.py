@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -42,6 +43,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
         self.screen = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end inside a character
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -55,7 +57,7 @@ class Terminal:
                 self.type(nudge)
                 continue
             try:
-                self.screen += os.read(self.master, 65536).decode(errors="replace")
+                self.screen += self.decoder.decode(os.read(self.master, 65536))
             except OSError:
                 pytest.fail(f"{text!r} did not appear before the end: {self.screen!r}")
         self.screen = self.screen.partition(text)[2]
