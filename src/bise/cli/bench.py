@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bise.cli.options import text
+from bise.cli.options import kv_option, quant_option, text
 from bise.cli.output import aside, write_json, write_pairs, write_table
 
 if TYPE_CHECKING:
@@ -84,20 +84,8 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
     type=text,
     help="Other engines: llama.cpp[:Q4_0|Q4_K_M|Q8_0|BF16], transformers, ctranslate2.",
 )
-@click.option(
-    "--quant",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
-    help="Width of the weights.",
-)
-@click.option(
-    "--kv",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
-    help="Storage of the key/value cache.",
-)
+@quant_option()
+@kv_option()
 @click.option(
     "--threads",
     type=click.IntRange(1, 1024),

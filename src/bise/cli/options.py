@@ -80,23 +80,35 @@ def model_argument(function: F) -> F:
     return click.argument("model", required=False, type=text, metavar="[MODEL]")(function)
 
 
+def quant_option(description: str = "Width of the weights.") -> Callable[[F], F]:
+    """Return the decorator that adds --quant."""
+    return click.option(
+        "--quant",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
+        help=description,
+    )
+
+
+def kv_option() -> Callable[[F], F]:
+    """Return the decorator that adds --kv."""
+    return click.option(
+        "--kv",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
+        help="Storage of the key/value cache.",
+    )
+
+
 def load_options(function: F) -> F:
     """Add the options that say how to load a model; `pop_load_options` gathers them."""
     decorators = [
-        click.option(
-            "--quant",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
-            help="Weights: auto keeps the stored width; none computes with the stored values in float32.",
+        quant_option(
+            "Weights: auto keeps the stored width; none computes with the stored values in float32."
         ),
-        click.option(
-            "--kv",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
-            help="Storage of the key/value cache.",
-        ),
+        kv_option(),
         click.option(
             "--threads",
             type=click.IntRange(1, 1024),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bise.cli.options import text
+from bise.cli.options import kv_option, quant_option, text
 from bise.cli.output import write_json, write_pairs
 
 if TYPE_CHECKING:
@@ -47,20 +47,8 @@ class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     show_default=True,
     help="Sequences of that length at once.",
 )
-@click.option(
-    "--quant",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "q4", "q8", "bf16", "none"]),
-    help="Width of the weights.",
-)
-@click.option(
-    "--kv",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
-    help="Storage of the key/value cache.",
-)
+@quant_option()
+@kv_option()
 @click.option(
     "--memory", type=MemorySize(), help="Memory granted, such as 16GiB.  [default: what is free now]"
 )
