@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from bise.config import ModelConfig, RopeScaling, bise_home, state_directory
+from bise.config import ModelConfig, RopeScaling, bise_home, default_threads, state_directory
 from bise.diskfile import open_regular, read_at, resolve_inside
 from bise.errors import BiseError, ConfigError, ModelFileError, UserError, quoted
 from bise.jsonfile import kind_of, parse_json, read_json_object
@@ -261,7 +261,7 @@ def pack_model(
 
     The directory can be given as MODEL afterwards: it holds the weights and what the tokenizer needs.
     """
-    ops = CpuOps(os.cpu_count() or 1)
+    ops = CpuOps(default_threads())
     if source.kind == "packed":
         raise ConfigError(f"{source.path} is packed already; give the original model", field="model")
     if out is not None:
