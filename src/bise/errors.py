@@ -67,6 +67,11 @@ class QueueFullError(BiseError):
 
     code = "queue_full"
 
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+        """Seconds after which a place is expected, from the rate at which requests finish."""
+
 
 class EngineError(BiseError):
     """The engine failed while it ran."""

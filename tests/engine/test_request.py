@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bise.engine.request import SamplingParams
+from bise.engine.request import Request, SamplingParams
 from bise.errors import RequestError
 
 
@@ -62,3 +62,26 @@ def test_the_ends_of_every_range_are_accepted():
     SamplingParams(
         temperature=5, top_k=10**9, frequency_penalty=2, repetition_penalty=100, logprobs=20, max_tokens=0
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("deadline_s", -1),
+        ("deadline_s", math.nan),
+        ("deadline_s", "5"),
+        ("truncate", "newest"),
+        ("truncate_keep", -1),
+    ],
+)
+def test_a_request_field_out_of_range_is_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=field) as caught:
+        Request(token_ids=(1,), params=SamplingParams(max_tokens=1), **{field: value})
+    assert caught.value.field == field
+
+
+def test_truncating_needs_to_know_the_room_and_leaves_prompt_log_probs_alone():
+    with pytest.raises(RequestError, match="truncate needs max_tokens"):
+        Request(token_ids=(1,), truncate="oldest")
+    with pytest.raises(RequestError, match="truncate cannot drop"):
+        Request(token_ids=(1,), params=SamplingParams(max_tokens=1), prompt_logprobs=True, truncate="middle")

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isfinite
+from typing import Literal
 
-from bise.errors import BiseError, RequestError
+from bise.errors import BiseError, RequestError, quoted
 
 MAX_TOP_LOGPROBS = 20
 """Most rivals reported per token."""
@@ -22,6 +23,8 @@ class FinishReason(StrEnum):
     """max_tokens were produced, or the context is full."""
     ABORT = "abort"
     """The caller left or cancelled."""
+    DEADLINE = "deadline"
+    """`Request.deadline_s` passed; the tokens so far are there."""
     ERROR = "error"
     """The engine failed; see `Delta.error`."""
 
@@ -134,6 +137,42 @@ class Request:
     """The output goes on in the middle of a text, so that a leading space of SentencePiece vocabularies is
     real.
     """
+    tenant: str = ""
+    """Who asks (a key's id): tenants of one priority get equal shares and never see one another's cached
+    prefixes.
+    """
+    deadline_s: float | None = None
+    """Seconds from `submit` after which the request ends with `FinishReason.DEADLINE` and what it has; None:
+    never.
+    """
+    use_prefix_cache: bool = True
+    """Reuse and leave behind cached blocks of the prompt; the output is the same either way."""
+    truncate: Literal["oldest", "middle"] | None = None
+    """What may be dropped from a prompt that leaves no room for `max_tokens`: its oldest tokens or its middle
+    ones. None: nothing, such a request is refused.
+    """
+    truncate_keep: int = 0
+    """Leading tokens (BOS, system prompt) that `truncate` never drops."""
+
+    def __post_init__(self) -> None:
+        if self.deadline_s is not None:
+            _check_number("deadline_s", self.deadline_s, 0, 1e9)
+        if self.truncate not in (None, "oldest", "middle"):
+            raise RequestError(
+                f"truncate must be oldest or middle, or left out, got {quoted(self.truncate)}",
+                field="truncate",
+            )
+        _check_integer("truncate_keep", self.truncate_keep, 0)
+        if self.truncate is not None and self.params.max_tokens is None:
+            raise RequestError(
+                "truncate needs max_tokens, so that it is known how much room the answer takes",
+                field="max_tokens",
+            )
+        if self.truncate is not None and self.prompt_logprobs:
+            raise RequestError(
+                "prompt_logprobs scores every token of the prompt, so truncate cannot drop any",
+                field="truncate",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +187,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens counted."""
+    """Tokens counted. `prompt_tokens + dropped_tokens` are the tokens that the request brought."""
 
     prompt_tokens: int
+    """Prompt tokens that the answer rests on."""
     cached_tokens: int
+    """Of these, tokens whose keys and values came from the prefix cache."""
     completion_tokens: int
+    dropped_tokens: int = 0
+    """Prompt tokens that `Request.truncate` dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
