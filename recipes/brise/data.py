@@ -10,14 +10,19 @@ the network.
 import argparse
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from chat import PAD, ChatEncoder, Encoded
-from drills import echoes, sums, vocabulary
+from drills import definitions, echoes, meanings, sums, vocabulary
 from mixture import SMALLTALK, STAGES, Mixture, Row, read_rows, renamed, row_texts
+
+COMMON_WORDS = ("text/storybooks.jsonl.zst", "cdla/tinystories_text.jsonl.zst", "text/fairytales.jsonl.zst")
+"""Texts for children: how often a word stands there decides which meanings are drilled."""
 
 OPEN_BINS = 96
 """Rows kept open while packing; more fills them better and costs time."""
@@ -70,9 +75,16 @@ def drill_rows(mixture: Mixture, data: Path) -> list[Row]:
     chance = random.Random(f"{mixture.seed}:drills")
     held = read_rows(data / "valid" / "chat.jsonl.zst")
     left_out = frozenset(text.lower() for row in held for text in row_texts(row))
-    words = vocabulary(read_rows(data / "chat" / "wordnet.jsonl.zst"))
+    entries = list(read_rows(data / "chat" / "wordnet.jsonl.zst"))
+    words = vocabulary(entries)
     found = list(echoes(words, mixture.drills["echoes"], chance))
-    return found + list(sums(mixture.drills["sums"], chance, left_out))
+    found += sums(mixture.drills["sums"], chance, left_out)
+    counts = Counter[str]()
+    for path in COMMON_WORDS:
+        for row in read_rows(data / path):
+            counts.update(re.findall(r"[a-z]+", row["text"]) if "text" in row else ())
+    known = meanings(entries, counts, mixture.drills["words"])
+    return found + list(definitions(known, counts, mixture.drills["definitions"], chance))
 
 
 def concatenate(

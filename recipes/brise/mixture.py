@@ -123,7 +123,7 @@ class Mixture:
     stages: dict[str, Stage]
     """In their order: each begins with the weights of the one before."""
     drills: dict[str, int]
-    """Generated exercises of the last stage, by kind: `echoes`, `sums`."""
+    """Exercises of the last stage: how many `echoes`, `sums`, `definitions`; of how many `words`."""
     sources: tuple[Source, ...]
 
     def without_system(self) -> "Mixture":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
 from data import concatenate, encode_row, pack  # noqa: E402
-from drills import echoes, sums, vocabulary  # noqa: E402
+from drills import definitions, echoes, meanings, sums, vocabulary  # noqa: E402
 from evaluate import Scorer, answers, last_number, normal  # noqa: E402
-from mixture import CONTROL_TOKENS, Mixture, Source, Stage, renamed  # noqa: E402
+from mixture import CONTROL_TOKENS, Mixture, Row, Source, Stage, renamed  # noqa: E402
 from network import Network, TrainingOps, initial_weights  # noqa: E402
 from tokenizer import train as train_tokenizer  # noqa: E402
 from train import Progress, Rows, Trainer, start  # noqa: E402
@@ -217,6 +218,31 @@ def test_echo_drills_answer_with_words_of_the_prompt() -> None:
     for row in echoes(words, 50, random.Random(1)):
         question, answer = (message["content"] for message in row["messages"])
         assert answer.rstrip(".").lower() in question.lower()
+
+
+def entry(answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]}
+
+
+def test_drilled_meanings_are_the_short_first_senses_of_the_commonest_words() -> None:
+    rows = [
+        entry("Cat is a noun that means: feline mammal (with fur); not a dog. As a verb, it means: to whip."),
+        entry('Oak is a noun that means: a tree. For example: "an old oak".'),
+        entry("Law is a noun that means: " + "very " * 40 + "long."),
+        entry('Another word for "law" is "rule".'),
+        entry("Elk is a noun that means: a deer."),
+    ]
+    known = meanings(rows, Counter({"oak": 2, "cat": 9, "law": 99}), 2)
+    assert known == {"cat": ("noun", "feline mammal"), "oak": ("noun", "a tree")}
+
+
+def test_definition_drills_answer_for_the_word_they_ask_for() -> None:
+    known = {"oak": ("noun", "a tree"), "angry": ("adjective", "feeling anger")}
+    for row in definitions(known, Counter({"oak": 5}), 60, random.Random(2)):
+        prompt, answer = (message["content"] for message in row["messages"])
+        word = next(word for word in known if word in prompt)
+        article = {"oak": "a", "angry": "an"}[word]
+        assert answer == f"{word.capitalize()} is {article} {known[word][0]} that means: {known[word][1]}."
 
 
 def test_answers_are_compared_without_case_and_punctuation() -> None:
