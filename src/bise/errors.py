@@ -8,8 +8,10 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     │   ├── ModelFileError     a model file is malformed, incomplete or unsupported
     │   ├── RequestError       a request cannot be honoured as asked
     │   │   └── ContextOverflowError   prompt + max_tokens exceed the context
-    │   └── MemoryPlanError    the work does not fit the memory that was granted
+    │   ├── MemoryPlanError    the work does not fit the memory that was granted
+    │   └── ModelNotFoundError no such model, alias or adapter is served
     ├── QueueFullError [1]     the engine refuses work for now
+    ├── ModelBusyError [1]     a model cannot be loaded or unloaded while others run
     └── EngineError [1]        the engine or the model failed while it ran
         └── NonFiniteError     the model produced NaN or infinity
 """
@@ -71,6 +73,18 @@ class QueueFullError(BiseError):
         super().__init__(message, field=field)
         self.retry_after_s = retry_after_s
         """Seconds after which a place is expected, from the rate at which requests finish."""
+
+
+class ModelNotFoundError(UserError):
+    """No model, alias or adapter of that name is served."""
+
+    code = "model_not_found"
+
+
+class ModelBusyError(BiseError):
+    """A model must wait for running ones before it can be loaded or unloaded; try again later."""
+
+    code = "model_busy"
 
 
 class EngineError(BiseError):

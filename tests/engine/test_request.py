@@ -72,6 +72,9 @@ def test_the_ends_of_every_range_are_accepted():
         ("deadline_s", "5"),
         ("truncate", "newest"),
         ("truncate_keep", -1),
+        ("adapter", ""),
+        ("adapter", 3),
+        ("pooling", "max"),
     ],
 )
 def test_a_request_field_out_of_range_is_refused_by_name(field, value):
@@ -85,3 +88,11 @@ def test_truncating_needs_to_know_the_room_and_leaves_prompt_log_probs_alone():
         Request(token_ids=(1,), truncate="oldest")
     with pytest.raises(RequestError, match="truncate cannot drop"):
         Request(token_ids=(1,), params=SamplingParams(max_tokens=1), prompt_logprobs=True, truncate="middle")
+
+
+def test_a_vector_comes_without_tokens_and_without_prompt_log_probs():
+    with pytest.raises(RequestError, match="max_tokens must be 0"):
+        Request(token_ids=(1,), params=SamplingParams(max_tokens=1), pooling="mean")
+    with pytest.raises(RequestError, match="send two"):
+        Request(token_ids=(1,), params=SamplingParams(max_tokens=0), pooling="last", prompt_logprobs=True)
+    Request(token_ids=(1,), params=SamplingParams(max_tokens=0), pooling="last")

@@ -153,8 +153,15 @@ class Request:
     """
     truncate_keep: int = 0
     """Leading tokens (BOS, system prompt) that `truncate` never drops."""
+    adapter: str | None = None
+    """Name under which a LoRA adapter was loaded into the engine; None: the model as it is."""
+    pooling: Literal["last", "mean"] | None = None
+    """Return the prompt as a unit vector instead of producing tokens: the last token's final hidden state, or
+    the mean over all of them. Needs max_tokens 0.
+    """
 
     def __post_init__(self) -> None:
+        self._check_adapter_and_pooling()
         if self.deadline_s is not None:
             _check_number("deadline_s", self.deadline_s, 0, 1e9)
         if self.truncate not in (None, "oldest", "middle"):
@@ -172,6 +179,28 @@ class Request:
             raise RequestError(
                 "prompt_logprobs scores every token of the prompt, so truncate cannot drop any",
                 field="truncate",
+            )
+
+    def _check_adapter_and_pooling(self) -> None:
+        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
+            raise RequestError(
+                f"adapter must be the name of a loaded adapter, or left out, got {quoted(self.adapter)}",
+                field="adapter",
+            )
+        if self.pooling not in (None, "last", "mean"):
+            raise RequestError(
+                f"pooling must be last or mean, or left out, got {quoted(self.pooling)}", field="pooling"
+            )
+        if self.pooling is not None and self.params.max_tokens != 0:
+            raise RequestError(
+                f"pooling {self.pooling} returns a vector and no text: max_tokens must be 0, got "
+                f"{self.params.max_tokens}",
+                field="max_tokens",
+            )
+        if self.pooling is not None and self.prompt_logprobs:
+            raise RequestError(
+                "pooling and prompt_logprobs cannot be asked for in one request; send two",
+                field="prompt_logprobs",
             )
 
 
@@ -219,6 +248,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None
     """The stop string or stop token that ended the text, when one did."""
+    embedding: tuple[float, ...] = ()
+    """Unit vector [E] of float32 values, in the last delta of a request with `pooling`."""
     usage: Usage | None = None
     timings: Timings | None = None
     error: BiseError | None = None
@@ -236,6 +267,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     stop_match: str | int | None = None
+    embedding: tuple[float, ...] = ()
 
 
 def collect(deltas: Iterable[Delta]) -> Completion:
@@ -258,4 +290,5 @@ def collect(deltas: Iterable[Delta]) -> Completion:
         logprobs=tuple(entry for part in parts for entry in part.logprobs),
         prompt_logprobs=tuple(entry for part in parts for entry in part.prompt_logprobs),
         stop_match=last.stop_match,
+        embedding=last.embedding,
     )
