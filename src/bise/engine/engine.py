@@ -194,6 +194,11 @@ class Engine:
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"token {wrong} is outside the vocabulary of {vocab_size}", field="token_ids")
+        for token_id in request.prediction:
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"token {token_id} is outside the vocabulary of {vocab_size}", field="prediction"
+                )
         sequence = Sequence(request, next(self._arrivals), self._resolve_max_tokens(request))
         eos_ids = (
             frozenset[int]() if params.ignore_eos or self._tokenizer is None else self._tokenizer.stop_ids

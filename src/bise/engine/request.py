@@ -137,6 +137,12 @@ class Request:
     """The output goes on in the middle of a text, so that a leading space of SentencePiece vocabularies is
     real.
     """
+    prediction: tuple[int, ...] = ()
+    """What the output will probably be, as its tokens: where it comes true, several tokens are verified per
+    step. The output is the same with it, without it and with a wrong one.
+    """
+    speculate: bool = True
+    """Let the engine guess tokens ahead and verify them where that is faster; the output is the same."""
     tenant: str = ""
     """Who asks (a key's id): tenants of one priority get equal shares and never see one another's cached
     prefixes.
@@ -223,6 +229,10 @@ class Usage:
     cached_tokens: int
     """Of these, tokens whose keys and values came from the prefix cache."""
     completion_tokens: int
+    accepted_prediction_tokens: int = 0
+    """Tokens of `Request.prediction` that came true: the output has them, in place."""
+    rejected_prediction_tokens: int = 0
+    """The other tokens of `Request.prediction`."""
     dropped_tokens: int = 0
     """Prompt tokens that `Request.truncate` dropped."""
 
