@@ -10,6 +10,12 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     │   │   └── ContextOverflowError   prompt + max_tokens exceed the context
     │   ├── MemoryPlanError    the work does not fit the memory that was granted
     │   └── ModelNotFoundError no such model, alias or adapter is served
+    │   ├── AuthenticationError    no key, or one that is wrong, expired or revoked
+    │   ├── PermissionDeniedError  the key is good but not for this
+    │   ├── NotFoundError          no such object, or it is someone else's
+    │   ├── ConflictError          the object's state does not allow what is asked
+    │   └── RateLimitError         the key has used up one of its limits
+    ├── StoreError [1]         the database or its files cannot be read or written for now
     ├── QueueFullError [1]     the engine refuses work for now
     ├── ModelBusyError [1]     a model cannot be loaded or unloaded while others run
     └── EngineError [1]        the engine or the model failed while it ran
@@ -62,6 +68,49 @@ class MemoryPlanError(UserError):
     """The memory needed is more than the memory granted."""
 
     code = "out_of_memory_plan"
+
+
+class AuthenticationError(UserError):
+    """No key was given, or it is unknown, expired or revoked."""
+
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(UserError):
+    """The key is good, but it may not do this."""
+
+    code = "permission_denied"
+
+
+class NotFoundError(UserError):
+    """There is no such object, or it belongs to someone else (nobody is told which)."""
+
+    code = "not_found"
+
+
+class ConflictError(UserError):
+    """The object is in a state that does not allow what is asked."""
+
+    code = "conflict"
+
+
+class RateLimitError(UserError):
+    """A key has used up one of its limits."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+        """Seconds until the same request can pass; None when it never can."""
+
+
+class StoreError(BiseError):
+    """The database or its files cannot be read or written for now."""
+
+    code = "store_unavailable"
 
 
 class QueueFullError(BiseError):
