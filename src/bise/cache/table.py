@@ -65,6 +65,13 @@ class BlockTable:
         for _ in range(self.num_missing(end)):
             self.blocks.append(self._pool.allocate())
 
+    def shrink(self, end: int) -> None:
+        """Free the blocks at the end that hold no position < `end`; `extend` allocates them again."""
+        kept = max(-(-end // BLOCK_SIZE), self._first)
+        for block in reversed(self.blocks[kept:]):
+            self._pool.free(block)
+        del self.blocks[kept:]
+
     def slot(self, position: int) -> int:
         """Return the physical slot (block * 32 + offset) of a position that is stored."""
         block = self.blocks[position // BLOCK_SIZE]

@@ -60,7 +60,8 @@ def build_batch(step: Step, num_groups: int) -> Batch:
             token_ids[start] = row.sequence.token_ids[row.first]
             positions[start] = row.first
         else:
-            token_ids[start:stop] = row.sequence.token_ids[row.first : row.first + row.num_tokens]
+            known = row.sequence.token_ids[row.first : row.first + row.num_tokens - len(row.draft)]
+            token_ids[start:stop] = (*known, *row.draft)
             positions[start:stop] = np.arange(row.first, row.first + row.num_tokens, dtype=np.int32)
         start = stop
         logit_rows.extend(range(stop - row.num_samples, stop))

@@ -23,19 +23,21 @@ from bise.kernels import BLOCK_SIZE
 
 
 class StepRow(NamedTuple):
-    """One sequence's share of a step: its tokens [first, first + num_tokens)."""
+    """One sequence's share of a step: its tokens [first, first + num_tokens), the last ones guessed."""
 
     sequence: Sequence
     first: int
     """Absolute position of the first token."""
     num_tokens: int
     num_samples: int
-    """Rows at the end whose logits choose new tokens: 1 when the sequence is caught up after this step, else
-    0.
+    """Rows at the end whose logits choose new tokens: 1 when the sequence is caught up after this step, one
+    more per guessed token, else 0.
     """
     score_start: int
     """Positions [score_start, score_stop) are prompt tokens whose successor's log-prob is wanted."""
     score_stop: int
+    draft: tuple[int, ...] = ()
+    """Guessed tokens at the end of the row; they count only once `Scheduler.keep_drafted` was told so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +151,53 @@ class Scheduler:
             return None
         return Step(tuple(rows), sum(row.num_tokens for row in rows))
 
+    def add_drafts(self, step: Step, drafts: SequenceOf[tuple[int, ...]]) -> Step:
+        """Return `step` with the guessed tokens `drafts[i]` behind row i, as far as token budget and free
+        blocks go; nobody is preempted for a guess.
+        """
+        budget = self._max_step_tokens - step.num_tokens
+        rows: list[StepRow] = []
+        for row, draft in zip(step.rows, drafts, strict=True):
+            sequence = row.sequence
+            room = min(budget, self._num_fitting(sequence) - row.num_tokens) if draft else 0
+            if room <= 0:
+                rows.append(row)
+                continue
+            taken = draft[:room]
+            budget -= len(taken)
+            for table in sequence.tables:
+                table.extend(row.first + row.num_tokens + len(taken))
+            rows.append(
+                row._replace(
+                    num_tokens=row.num_tokens + len(taken),
+                    num_samples=row.num_samples + len(taken),
+                    draft=taken,
+                )
+            )
+        return Step(tuple(rows), sum(row.num_tokens for row in rows))
+
     def complete(self, step: Step) -> None:
-        """Record that a step was computed, and free the blocks that slid out of each window."""
+        """Record that a step was computed, its guesses excepted, and free the blocks that slid out of each
+        window.
+        """
         for row in step.rows:
             sequence = row.sequence
-            sequence.num_computed = end = row.first + row.num_tokens
             sequence.num_scored = max(sequence.num_scored, row.score_stop)
-            for table in sequence.tables:
-                if table.window is not None:
-                    table.release_before(end)
+            self._advance(sequence, row.first + row.num_tokens - len(row.draft))
+
+    def keep_drafted(self, sequence: Sequence, count: int) -> None:
+        """Record that the first `count` guessed tokens came true, and free the blocks of those that did
+        not.
+        """
+        self._advance(sequence, sequence.num_computed + count)
+        for table in sequence.tables:
+            table.shrink(sequence.num_computed)
+
+    def _advance(self, sequence: Sequence, end: int) -> None:
+        sequence.num_computed = end
+        for table in sequence.tables:
+            if table.window is not None:
+                table.release_before(end)
 
     def check_integrity(self) -> None:
         """Assert that every block is free or held by exactly the sequences that run."""
