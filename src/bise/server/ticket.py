@@ -1,0 +1,88 @@
+"""What routes know of keys, quotas and the ledger: two protocols, and the gate that is always open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from bise.engine.request import Timings, Usage
+
+
+class Ticket(Protocol):
+    """The right to run one request, from admission to the row in the ledger."""
+
+    @property
+    def tenant(self) -> str:
+        """Id of the key; shares of the engine and cached prefixes are kept apart by it."""
+        ...
+
+    @property
+    def priority(self) -> int:
+        """Lower runs first."""
+        ...
+
+    async def finish(
+        self,
+        *,
+        model: str | None,
+        usage: Usage | None,
+        timings: Timings | None,
+        finish_reason: str | None,
+        error_code: str | None = None,
+    ) -> None:
+        """Settle and record; called exactly once, also for a request that failed or was abandoned.
+
+        `model` is the served model's name, None where none was found. `usage` and `timings` are None when
+        nothing ran. `finish_reason`: `stop`, `length`, `tool_calls`, `abort` or `error`.
+        """
+        ...
+
+
+class Gate(Protocol):
+    """Decides who may do what. Raises BiseError subclasses (AuthenticationError, PermissionDeniedError,
+    RateLimitError), which become the union error body.
+    """
+
+    async def authenticate(self, request: Request) -> None:
+        """Refuse a request without a good key, before its body is read. `admit` follows for those that run.
+
+        Called for every route but /health.
+        """
+        ...
+
+    async def admit(self, request: Request, *, scope: str, model: str | None) -> Ticket:
+        """Check the scope (`inference`, `read` or `admin`) and the limits of the request's key, and return
+        its ticket.
+        """
+        ...
+
+
+class OpenTicket:
+    """A ticket that costs nothing."""
+
+    tenant = ""
+    priority = 0
+
+    async def finish(
+        self,
+        *,
+        model: str | None,
+        usage: Usage | None,
+        timings: Timings | None,
+        finish_reason: str | None,
+        error_code: str | None = None,
+    ) -> None:
+        """Record nothing."""
+
+
+class OpenGate:
+    """Lets everyone in; for loopback without keys, and for tests."""
+
+    async def authenticate(self, request: Request) -> None:
+        """Let everyone in."""
+
+    async def admit(self, request: Request, *, scope: str, model: str | None) -> Ticket:
+        """Return a ticket that costs nothing."""
+        return OpenTicket()
