@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Literal
 
 from bise.errors import BiseError, RequestError, quoted
+from bise.grammar.spec import GrammarSpec
 
 MAX_TOP_LOGPROBS = 20
 """Most rivals reported per token."""
@@ -165,6 +166,8 @@ class Request:
     """Return the prompt as a unit vector instead of producing tokens: the last token's final hidden state, or
     the mean over all of them. Needs max_tokens 0.
     """
+    grammar: GrammarSpec | None = None
+    """The language that the output must belong to, whatever the model and the sampling say."""
 
     def __post_init__(self) -> None:
         self._check_adapter_and_pooling()
