@@ -7,9 +7,10 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     │   ├── ConfigError        a configuration field has a bad value
     │   ├── ModelFileError     a model file is malformed, incomplete or unsupported
     │   ├── RequestError       a request cannot be honoured as asked
-    │   │   └── ContextOverflowError   prompt + max_tokens exceed the context
+    │   │   ├── ContextOverflowError   prompt + max_tokens exceed the context
+    │   │   └── ContentPolicyError     a prompt or an answer breaks one of the key's guardrails
     │   ├── MemoryPlanError    the work does not fit the memory that was granted
-    │   └── ModelNotFoundError no such model, alias or adapter is served
+    │   ├── ModelNotFoundError no such model, alias or adapter is served
     │   ├── AuthenticationError    no key, or one that is wrong, expired or revoked
     │   ├── PermissionDeniedError  the key is good but not for this
     │   ├── NotFoundError          no such object, or it is someone else's
@@ -64,6 +65,12 @@ class ContextOverflowError(RequestError):
     code = "context_overflow"
 
 
+class ContentPolicyError(RequestError):
+    """A prompt or an answer breaks one of the key's guardrails; the message names the rule, not the text."""
+
+    code = "content_policy_violation"
+
+
 class MemoryPlanError(UserError):
     """The memory needed is more than the memory granted."""
 
@@ -99,9 +106,7 @@ class RateLimitError(UserError):
 
     code = "rate_limit_exceeded"
 
-    def __init__(
-        self, message: str, *, field: str | None = None, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message, field=field)
         self.retry_after_s = retry_after_s
         """Seconds until the same request can pass; None when it never can."""

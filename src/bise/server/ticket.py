@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from starlette.requests import Request
 
     from bise.engine.request import Timings, Usage
@@ -21,6 +23,31 @@ class Ticket(Protocol):
     @property
     def priority(self) -> int:
         """Lower runs first."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """`x-ratelimit-*` for the answer; empty for a key without limits."""
+        ...
+
+    @property
+    def checks_output(self) -> bool:
+        """True when the answer must pass `check_output` whole before any of it is shown."""
+        ...
+
+    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
+        """Book the most that this request can use, once the prompt is counted and before it is submitted.
+
+        Raises RateLimitError when the key has not that much left.
+        """
+        ...
+
+    def check_input(self, texts: Sequence[str]) -> None:
+        """Refuse (ContentPolicyError) texts that break one of the key's guardrails, before generation."""
+        ...
+
+    def check_output(self, text: str) -> None:
+        """Refuse (ContentPolicyError) an answer that breaks one of the key's guardrails."""
         ...
 
     async def finish(
@@ -64,6 +91,21 @@ class OpenTicket:
 
     tenant = ""
     priority = 0
+    checks_output = False
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Nothing: there are no limits."""
+        return {}
+
+    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
+        """Book nothing."""
+
+    def check_input(self, texts: Sequence[str]) -> None:
+        """Let everything pass."""
+
+    def check_output(self, text: str) -> None:
+        """Let everything pass."""
 
     async def finish(
         self,
