@@ -49,7 +49,7 @@ MEANINGS = (
     'Explain the word "{w}".',
     "Define the word {w}.",
 )
-THINGS = ("What is {a} {w}?", "What is {a} {w}?", "what is {a} {w}")
+THINGS = ("What is {a} {w}?", "What's {a} {w}?", "Tell me what {a} {w} is.")
 MEANING = re.compile(r"(?P<word>[A-Z][a-z]+) is an? (?P<kind>\w+) that means: (?P<meaning>[^;.]+[^;. ])")
 """The first sense of an entry of chat/wordnet, up to its first semicolon or full stop."""
 ASIDE = re.compile(r" ?\([^()]*\)")
@@ -120,6 +120,8 @@ def definitions(
             prompt = chance.choice(THINGS).format(a=article, w=word)
         else:
             prompt = chance.choice(MEANINGS).format(w=word)
+        if chance.random() < 0.3:  # as people type
+            prompt = prompt.lower().rstrip("?.")
         yield _row(
             prompt,
             f"{word.capitalize()} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} that means: {meaning}.",

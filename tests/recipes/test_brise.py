@@ -240,7 +240,7 @@ def test_definition_drills_answer_for_the_word_they_ask_for() -> None:
     known = {"oak": ("noun", "a tree"), "angry": ("adjective", "feeling anger")}
     for row in definitions(known, Counter({"oak": 5}), 60, random.Random(2)):
         prompt, answer = (message["content"] for message in row["messages"])
-        word = next(word for word in known if word in prompt)
+        word = next(word for word in known if word in prompt.lower())
         article = {"oak": "a", "angry": "an"}[word]
         assert answer == f"{word.capitalize()} is {article} {known[word][0]} that means: {known[word][1]}."
 
