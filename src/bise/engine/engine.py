@@ -21,12 +21,15 @@ from typing import Self
 from bise.cache.pages import KVCache, plan_num_blocks
 from bise.cache.pool import BlockPool
 from bise.config import ModelConfig
+from bise.engine.choice import choose
 from bise.engine.handle import RequestHandle
+from bise.engine.lookup import Prediction
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.engine.runner import Logits, Model, Runner, score_rows
 from bise.engine.sampling import Sampler, check_finite, token_logprob
 from bise.engine.scheduler import Scheduler, Step, StepRow
 from bise.engine.sequence import Sequence, Status
+from bise.engine.speculation import Speculation
 from bise.errors import (
     BiseError,
     ConfigError,
@@ -75,13 +78,15 @@ class Engine:
         max_step_tokens: int = 512,
         max_sequences: int = 32,
         max_queue: int = 256,
+        speculation: Speculation | None = None,
         threaded: bool = True,
     ) -> None:
         """Allocate the KV cache and, unless `threaded` is False, start the engine's thread.
 
         Give either `num_blocks` (per window group, or one number for all) or `kv_memory_bytes`. Without a
-        tokenizer deltas carry no text. Without a thread, iterating a handle or calling `step` does the work.
-        Raises ConfigError, and MemoryPlanError when the memory holds no block.
+        tokenizer deltas carry no text; without `speculation` every step decodes one token. Without a thread,
+        iterating a handle or calling `step` does the work. Raises ConfigError, and MemoryPlanError when the
+        memory holds no block.
         """
         if max_queue < 1:
             raise ConfigError(f"max_queue must be at least 1, got {max_queue}", field="max_queue")
@@ -112,6 +117,7 @@ class Engine:
         """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
         self._cache = KVCache(config, ops, blocks, kv_format)
         self._runner = Runner(transformer, self._cache)
+        self._speculation = speculation
         self._max_queue = max_queue
         self._arrivals = itertools.count()
         self._wake = threading.Condition()
@@ -208,6 +214,8 @@ class Engine:
         sequence.sampler = Sampler(
             params, vocab_size=vocab_size, prompt=request.token_ids, stop_ids=sequence.stop_ids, seed=seed
         )
+        if request.prediction:
+            sequence.prediction = Prediction(request.prediction)
         if self._tokenizer is not None:
             sequence.stream = TextStream(self._tokenizer, params.stop, continuation=request.continuation)
         elif params.stop:
@@ -273,6 +281,8 @@ class Engine:
         for row in step.rows:
             if not row.sequence.started_s:
                 self._start(row.sequence)
+        if self._speculation is not None:
+            step = self._speculation.extend(step, self._scheduler)
         try:
             hidden, wanted = self._runner.forward(step)
             logits = self._runner.logits(hidden, wanted) if len(wanted) else None
@@ -283,6 +293,8 @@ class Engine:
             return True
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
+        if self._speculation is not None:
+            self._speculation.settle(step)
         return True
 
     def _take_inbox(self) -> None:
@@ -309,7 +321,7 @@ class Engine:
                 scores = self._score_prompt(row, start, hidden) if row.score_stop > row.score_start else ()
                 if row.num_samples:
                     assert logits is not None
-                    self._choose(sequence, logits[sampled], scores)
+                    self._choose(row, logits[sampled : sampled + row.num_samples], scores)
                 elif sequence.max_tokens == 0 and not sequence.num_pending:
                     self._end(sequence, FinishReason.LENGTH, prompt_logprobs=self._lead(sequence, scores))
                 elif scores:
@@ -342,33 +354,30 @@ class Engine:
         alone = sequence.request.prompt_logprobs and sequence.num_prompt == 1 and sequence.num_output == 0
         return (None,) if alone else scores
 
-    def _choose(self, sequence: Sequence, logits: Logits, prompt_logprobs: PromptLogprobs) -> None:
-        """Choose one token from a row of logits, test whether it ends the text, and tell the caller."""
-        params = sequence.params
+    def _choose(self, row: StepRow, logits: Logits, prompt_logprobs: PromptLogprobs) -> None:
+        """Choose tokens from rows of logits [1 + guesses, V], and tell the caller."""
+        sequence = row.sequence
         if sequence.num_prompt == 1:
             prompt_logprobs = self._lead(sequence, prompt_logprobs)
-        token_id = sequence.sampler.choose(logits, len(sequence.token_ids), sequence.num_output)
-        logprobs = () if params.logprobs is None else (token_logprob(logits, token_id, params.logprobs),)
-        sequence.token_ids.append(token_id)
-        sequence.sampler.accept(token_id)
-        if not sequence.first_token_s:
-            sequence.first_token_s = time.perf_counter()
-        stream = sequence.stream
-        text, reason, match = "", None, None
-        if token_id in sequence.stop_ids:
-            reason, match = FinishReason.STOP, token_id
-        elif stream is not None:
-            text = stream.push((token_id,))
-            if stream.stopped is not None:
-                reason, match = FinishReason.STOP, stream.stopped
-        if reason is None and sequence.num_output >= sequence.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is None:
-            sequence.handle.push(
-                Delta(token_ids=(token_id,), text=text, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        choice = choose(sequence, logits, row.draft)
+        if row.draft:
+            self._scheduler.keep_drafted(sequence, max(0, len(choice.token_ids) - 1))
+        token_ids, logprobs = tuple(choice.token_ids), tuple(choice.logprobs)
+        if choice.reason is not None:
+            self._end(
+                sequence, choice.reason, token_ids, choice.text, logprobs, prompt_logprobs, choice.match
             )
-            return
-        self._end(sequence, reason, (token_id,), text, logprobs, prompt_logprobs, match)
+        elif token_ids:
+            sequence.handle.push(
+                Delta(
+                    token_ids=token_ids,
+                    text=choice.text,
+                    logprobs=logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                )
+            )
+        if choice.error is not None:
+            raise choice.error
 
     def _end(
         self,
@@ -437,7 +446,11 @@ def _last_delta(sequence: Sequence, delta: Delta) -> Delta:
     return replace(
         delta,
         usage=Usage(
-            prompt_tokens=sequence.num_prompt, cached_tokens=0, completion_tokens=sequence.num_output
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=0,
+            completion_tokens=sequence.num_output,
+            accepted_prediction_tokens=sequence.prediction.num_accepted if sequence.prediction else 0,
+            rejected_prediction_tokens=sequence.prediction.num_rejected if sequence.prediction else 0,
         ),
         timings=Timings(
             queue_s=started - sequence.submitted_s, prefill_s=first - started, decode_s=now - first

@@ -11,8 +11,11 @@ from bise.cache.table import BlockTable
 from bise.engine.request import Request
 
 if TYPE_CHECKING:
+    from bise.cache.prefix import Node
     from bise.engine.handle import RequestHandle
+    from bise.engine.lookup import Prediction
     from bise.engine.sampling import Sampler
+    from bise.engine.speculation import Foresight
     from bise.text.stream import TextStream
 
 
@@ -39,14 +42,19 @@ class Sequence:
     __slots__ = (
         "arrival",
         "first_token_s",
+        "foresight",
         "handle",
         "max_tokens",
+        "num_cached",
         "num_computed",
+        "num_kept",
         "num_prompt",
         "num_scored",
         "params",
+        "prediction",
         "rank",
         "request",
+        "salt",
         "sampler",
         "started_s",
         "status",
@@ -54,6 +62,7 @@ class Sequence:
         "stream",
         "submitted_s",
         "tables",
+        "tail",
         "token_ids",
     )
 
@@ -69,6 +78,10 @@ class Sequence:
         """Order of service; whoever comes later gives way."""
         self.max_tokens = max_tokens
         self.stream: TextStream | None = None
+        self.prediction: Prediction | None = None
+        """What the caller expects, as far as the output has followed it."""
+        self.foresight: Foresight | None = None
+        """What guessing ahead knows about this sequence; None until it is asked."""
         self.token_ids = list(request.token_ids)
         self.num_prompt = len(request.token_ids)
         self.num_computed = 0
@@ -76,6 +89,14 @@ class Sequence:
         self.status = Status.WAITING
         self.tables: tuple[BlockTable, ...] = ()
         """One per window group while running."""
+        self.salt: bytes | None = None
+        """Where its chain of block hashes starts; None when it neither uses nor feeds the prefix cache."""
+        self.tail: Node | None = None
+        """The last of its blocks that the prefix cache knows, while running."""
+        self.num_kept = 0
+        """Blocks up to and including `tail`."""
+        self.num_cached: int | None = None
+        """Prompt tokens that the prefix cache spared it; None before it ran."""
         self.stop_ids: frozenset[int] = frozenset()
         """Tokens that end the text."""
         self.submitted_s = 0.0

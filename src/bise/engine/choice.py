@@ -1,0 +1,67 @@
+"""From rows of logits to what a step adds to one sequence: tokens, text, log-probs, and whether it ends."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from bise.engine.request import FinishReason, TokenLogprob
+from bise.engine.runner import Logits
+from bise.engine.sampling import token_logprob
+from bise.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Choice:
+    """What was chosen in one step for one sequence, in order."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprob] = field(default_factory=list[TokenLogprob])
+    text: str = ""
+    reason: FinishReason | None = None
+    """Why the sequence ends with this step; None when it goes on."""
+    match: str | int | None = None
+    """The stop string or stop token that ended it."""
+    error: Exception | None = None
+    """What went wrong at the token after `token_ids`; those before it stand."""
+
+
+def choose(sequence: Sequence, logits: Logits, draft: tuple[int, ...] = ()) -> Choice:
+    """Choose tokens from rows of logits [1 + guesses, V], one after the other while the guesses come true.
+
+    Each is chosen with all before it accepted, exactly as if none had been guessed: penalties, min_tokens,
+    stop strings and draws see the same history.
+    """
+    choice = Choice()
+    try:
+        for row, guess in zip(logits, (*draft, None), strict=True):
+            _choose_one(sequence, row, choice)
+            if choice.reason is not None or choice.token_ids[-1] != guess:
+                break
+    except Exception as error:  # whatever fails here ends this sequence; the engine tells its caller
+        choice.error = error
+    return choice
+
+
+def _choose_one(sequence: Sequence, logits: Logits, choice: Choice) -> None:
+    """Choose one token from a row of logits [V] and test whether it ends the text."""
+    params = sequence.params
+    token_id = sequence.sampler.choose(logits, len(sequence.token_ids), sequence.num_output)
+    if params.logprobs is not None:
+        choice.logprobs.append(token_logprob(logits, token_id, params.logprobs))
+    sequence.token_ids.append(token_id)
+    sequence.sampler.accept(token_id)
+    choice.token_ids.append(token_id)
+    if sequence.prediction is not None:
+        sequence.prediction.follow(token_id)
+    if not sequence.first_token_s:
+        sequence.first_token_s = time.perf_counter()
+    stream = sequence.stream
+    if token_id in sequence.stop_ids:
+        choice.reason, choice.match = FinishReason.STOP, token_id
+    elif stream is not None:
+        choice.text += stream.push((token_id,))
+        if stream.stopped is not None:
+            choice.reason, choice.match = FinishReason.STOP, stream.stopped
+    if choice.reason is None and sequence.num_output >= sequence.max_tokens:
+        choice.reason = FinishReason.LENGTH
