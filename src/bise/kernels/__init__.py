@@ -32,6 +32,9 @@ Pages = Any
 Experts = Any
 """A backend's own bank of feed-forward weights: (gate, up, down) of one dense layer or of each expert."""
 
+Lora = Any
+"""A backend's own low-rank addition to a weight: (A [r, K], B [N, r], scale)."""
+
 BLOCK_SIZE = 32
 """Tokens in one KV block (a page); block b of a sequence holds positions [32 b, 32 b + 32)."""
 
@@ -142,6 +145,22 @@ class Ops(Protocol):
 
         Experts are ranked by score, ties by lower index; contributions are added in rank order.
         """
+        ...
+
+    def lora(self, a: Array, b: Array, scale: float) -> Lora:
+        """Return A [r, K], B [N, r] and their scale in the backend's form, values unchanged."""
+        ...
+
+    def add_lora(self, y: Array, x: Array, lora: Lora, rows: npt.NDArray[np.intp]) -> Array:
+        """Return y [T, N] with scale * (x A^T) B^T added to its `rows` (distinct, ascending), x [T, K].
+
+        In float32 at least, in one order per row whatever the other rows are; rows not named keep their bits.
+        May reuse the storage of y.
+        """
+        ...
+
+    def gated(self, gate: Array, up: Array) -> Array:
+        """Return silu(gate) * up, element by element, [T, F]; what `mlp` has between its products."""
         ...
 
     def logits(self, x: Array, head: Weight) -> npt.NDArray[np.float32] | Array:

@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Packed = _native.Packed
 Bank = tuple["_native.Experts", int]
+CpuLora = tuple["_native.Packed", "_native.Packed", np.float32]
 
 PACKED_FORMATS: dict[str, int] = {name: number for number, name in enumerate(_native.formats)}
 """Packed formats by name; the number is the native one."""
@@ -43,6 +44,14 @@ def packed_format_of(ggml_id: int) -> str | None:
 def packed_size(packed_format: str, num_rows: int, num_columns: int) -> int:
     """Return the bytes of a packed matrix [num_rows, num_columns], padding included."""
     return _native.packed_bytes(PACKED_FORMATS[packed_format], num_rows, num_columns)
+
+
+def narrowest_float(array: Floats) -> str:
+    """Return the narrowest float format that holds every value of `array` unchanged: bf16, f16 or f32."""
+    if not (array.view(np.uint32) & 0xFFFF).any():
+        return "bf16"
+    with np.errstate(over="ignore"):
+        return "f16" if np.array_equal(array.astype(np.float16).astype(np.float32), array) else "f32"
 
 
 def arena(size_bytes: int) -> Bytes:
@@ -228,6 +237,31 @@ class CpuOps:
         out = np.empty((x.shape[0], bank[1]), np.float32)
         self._native.moe(x, router, bank[0], top_k, out)
         return out
+
+    def lora(self, a: Floats, b: Floats, scale: float) -> CpuLora:
+        """See `Ops.lora`; half the memory where 16 bits hold every value, the results are the same bits."""
+        return self.quantized(a, narrowest_float(a)), self.quantized(b, narrowest_float(b)), np.float32(scale)
+
+    def add_lora(self, y: Floats, x: Floats, lora: CpuLora, rows: npt.NDArray[np.intp]) -> Floats:
+        """See `Ops.add_lora`: float products of the rows alone, so that no row knows of another."""
+        a, b, scale = lora
+        everyone = len(rows) == len(x)
+        low = self.linear(x if everyone else x[rows], [a])[0]
+        low *= scale
+        added = self.linear(low, [b])[0]
+        if everyone:
+            y += added
+        else:
+            y[rows] += added
+        return y
+
+    def gated(self, gate: Floats, up: Floats) -> Floats:
+        """See `Ops.gated`; the exponential is taken in float64, rounded once."""
+        wide = gate.astype(np.float64)
+        with np.errstate(over="ignore"):  # exp(-x) of a very negative x is infinite, its silu is 0
+            wide /= 1.0 + np.exp(-wide)
+        wide *= up
+        return wide.astype(np.float32)
 
     def logits(self, x: Floats, head: Packed) -> Floats:
         """See `Ops.logits`."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from bise.kernels import BLOCK_SIZE, AttentionMeta
 
 Bank = list[tuple[Tensor, Tensor, Tensor]]
+TorchLora = tuple[Tensor, Tensor, float]
 
 _KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -134,7 +135,7 @@ class TorchOps:
         """See `Ops.mlp`."""
         gate, up, down = bank[0]
         left, right = self.linear(x, (gate, up))
-        return self.linear(functional.silu(left) * right, (down,))[0]
+        return self.linear(self.gated(left, right), (down,))[0]
 
     def moe(self, x: Tensor, router: Tensor, bank: Bank, top_k: int) -> Tensor:
         """See `Ops.moe`."""
@@ -148,6 +149,24 @@ class TorchOps:
             if len(rows):
                 parts = parts.index_put((rank, rows), self.mlp(x[rows], [expert]) * share[rows, rank, None])
         return parts.sum(0)
+
+    def lora(
+        self, a: npt.NDArray[np.float32] | Tensor, b: npt.NDArray[np.float32] | Tensor, scale: float
+    ) -> TorchLora:
+        """See `Ops.lora`."""
+        return self.weight(a), self.weight(b), scale
+
+    def add_lora(self, y: Tensor, x: Tensor, lora: TorchLora, rows: npt.NDArray[np.intp]) -> Tensor:
+        """See `Ops.add_lora`."""
+        a, b, scale = lora
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+        wide = x[index].to(_wide(x.dtype))
+        low = functional.linear(wide, a.to(wide.dtype)) * scale
+        return y.index_add(0, index, functional.linear(low, b.to(wide.dtype)).to(y.dtype))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """See `Ops.gated`."""
+        return functional.silu(gate) * up
 
     def logits(self, x: Tensor, head: Tensor) -> Tensor:
         """See `Ops.logits`."""

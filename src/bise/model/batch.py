@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from bise.kernels import AttentionMeta
+from bise.kernels import AttentionMeta, Lora
 
 IntArray = npt.NDArray[np.int32]
+
+
+class AdaptedRows(NamedTuple):
+    """Rows of a step that share one LoRA adapter."""
+
+    loras: Mapping[str, Lora]
+    """By the name of the weight they add to, such as `layers.0.wq`."""
+    rows: npt.NDArray[np.intp]
+    """[n] their numbers, ascending; no row has two adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +35,8 @@ class Batch:
     """One per window group of the model, in the order of `ModelConfig.window_groups`."""
     logit_rows: IntArray
     """[R] rows whose logits are wanted, ascending."""
+    adapted: tuple[AdaptedRows, ...] = ()
+    """One per adapter in use; rows that are named in none go through the model as it is."""
 
 
 def training_batch(token_ids: npt.NDArray[np.int32], num_groups: int) -> Batch:

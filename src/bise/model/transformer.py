@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from bise.config import ModelConfig
 from bise.kernels import Array, Experts, Ops, Pages, Weight
-from bise.model.batch import Batch
+from bise.model.batch import AdaptedRows, Batch
 from bise.model.rope import rope_frequencies
+
+_DENSE = ("w1", "w3", "w2")
 
 
 class LayerPages(Protocol):
@@ -56,7 +60,7 @@ class Block:
     """One transformer block: attention and feed-forward, each behind a norm and a residual."""
 
     def __init__(self, config: ModelConfig, index: int, weights: Mapping[str, Weight], ops: Ops) -> None:
-        prefix = f"layers.{index}."
+        self._prefix = prefix = f"layers.{index}."
         self._ops = ops
         self._head_dim = config.head_dim
         self._top_k = config.experts_per_token
@@ -70,18 +74,51 @@ class Block:
         self._bank: Experts = ops.experts(
             [(weights[name + "w1"], weights[name + "w3"], weights[name + "w2"]) for name in experts]
         )
+        self._dense: Sequence[Weight] = (
+            [weights[prefix + name] for name in _DENSE] if self._router is None else ()
+        )
 
     def attention(self, x: Array, rope: Array, batch: Batch, group: int, pages: Pages | None) -> Array:
         """Return the attention output [T, E] of normed rows x [T, E]; stores their K and V."""
         q, k, v = self._ops.linear(x, self._qkv)
+        if batch.adapted:
+            q, k, v = (
+                self._adapt(name, y, x, batch.adapted)
+                for name, y in zip(("wq", "wk", "wv"), (q, k, v), strict=True)
+            )
         mixed = self._ops.attend(q, k, v, rope, batch.attention[group], pages, self._head_dim, self.window)
-        return self._ops.linear(mixed, self._wo)[0]
+        return self._adapt("wo", self._ops.linear(mixed, self._wo)[0], mixed, batch.adapted)
 
-    def feed_forward(self, x: Array) -> Array:
+    def feed_forward(self, x: Array, adapted: Sequence[AdaptedRows] = ()) -> Array:
         """Return the feed-forward output [T, E] of normed rows x [T, E]."""
-        if self._router is None:
+        if self._router is not None:
+            return self._ops.moe(x, self._router, self._bank, self._top_k)
+        inner = [item for item in adapted if any(self._prefix + name in item.loras for name in _DENSE)]
+        if not inner:
             return self._ops.mlp(x, self._bank)
-        return self._ops.moe(x, self._router, self._bank, self._top_k)
+        rows = np.sort(np.concatenate([item.rows for item in inner]))
+        inner = [item._replace(rows=np.searchsorted(rows, item.rows)) for item in inner]
+        if len(rows) == len(x):
+            return self._adapted_mlp(x, inner)
+        # Everyone goes through the fused product; adapted rows, which need what is inside it, are replaced.
+        out = self._ops.mlp(x, self._bank)
+        out[rows] = self._adapted_mlp(x[rows], inner)
+        return out
+
+    def _adapted_mlp(self, x: Array, adapted: Sequence[AdaptedRows]) -> Array:
+        """Return the feed-forward output of rows [n, E] that all have an adapter here."""
+        w1, w3, w2 = self._dense
+        gate, up = self._ops.linear(x, (w1, w3))
+        hidden = self._ops.gated(self._adapt("w1", gate, x, adapted), self._adapt("w3", up, x, adapted))
+        return self._adapt("w2", self._ops.linear(hidden, (w2,))[0], hidden, adapted)
+
+    def _adapt(self, name: str, y: Array, x: Array, adapted: Sequence[AdaptedRows]) -> Array:
+        """Return y, the product of x with the weight `name`, with the adapters' share added to their rows."""
+        for item in adapted:
+            lora = item.loras.get(self._prefix + name)
+            if lora is not None:
+                y = self._ops.add_lora(y, x, lora, item.rows)
+        return y
 
 
 class Transformer:
@@ -113,7 +150,7 @@ class Transformer:
             pages = None if cache is None else cache.layer(index)
             y = block.attention(h, rope, batch, self._groups[index], pages)
             x, h = ops.add_norm(x, y, block.ffn_norm, self._eps)
-            y = block.feed_forward(h)
+            y = block.feed_forward(h, batch.adapted)
             last = index + 1 == len(self._blocks)
             x, h = ops.add_norm(x, y, self._norm if last else self._blocks[index + 1].attn_norm, self._eps)
         return h
