@@ -25,6 +25,8 @@ from bise.config import ModelConfig
 from bise.model.tensor_names import hf_location
 from bise.model.transformer import weight_shapes
 
+TEMPERATURE = 0.3
+"""Suggested for sampling: at 0.7 so small a model says too much that is unlikely for a reason."""
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
@@ -99,7 +101,8 @@ def write_configs(out: Path, config: ModelConfig) -> None:
         },
     )
     _write_json(
-        out / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        out / "generation_config.json",
+        {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "temperature": TEMPERATURE},
     )
     _write_json(
         out / "tokenizer_config.json",

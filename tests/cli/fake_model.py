@@ -157,6 +157,7 @@ class FakeLoaded:
     template: FakeTemplate | None = field(default_factory=FakeTemplate)
     engine: FakeEngine = field(default_factory=FakeEngine)
     notes: tuple[str, ...] = ()
+    temperature: float = 0.7
     closed: bool = False
 
     def close(self) -> None:

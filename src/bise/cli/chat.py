@@ -14,6 +14,7 @@ from bise.cli.options import (
     pop_sampling_options,
     read_stdin_text,
     sampling_options,
+    settled,
     text,
 )
 from bise.cli.output import aside, on_terminal
@@ -51,7 +52,7 @@ def command(model: str | None, **values: Any) -> None:
     interactive = message is None and not as_json and on_terminal(sys.stdin) and on_terminal(sys.stdout)
     with open_model(model, load) as loaded:
         aside(start_line(loaded))
-        chat = Chat(loaded, params, system=values["system"], as_json=as_json)
+        chat = Chat(loaded, settled(params, sampling, loaded), system=values["system"], as_json=as_json)
         if message is not None:
             chat.reply(message)
         elif interactive:

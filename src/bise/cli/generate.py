@@ -16,6 +16,7 @@ from bise.cli.options import (
     pop_sampling_options,
     read_stdin_text,
     sampling_options,
+    settled,
     text,
 )
 from bise.cli.output import aside, on_terminal, write_json, write_text
@@ -60,6 +61,7 @@ def command(model: str | None, **values: Any) -> None:
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
     with open_model(model, load) as loaded:
+        params = settled(params, sampling, loaded)
         ids = plain_ids(loaded, prompt)
         room = loaded.engine.max_context - len(ids)
         if params.max_tokens is None and room > DEFAULT_MAX_TOKENS:

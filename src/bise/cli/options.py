@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,6 +13,7 @@ import click
 from bise.errors import UserError
 
 if TYPE_CHECKING:
+    from bise.engine.load import LoadedModel
     from bise.engine.request import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,7 +42,8 @@ class LoadOptions:
 class SamplingOptions:
     """How tokens are chosen, as given on the command line; the seed is always known, for repeating a run."""
 
-    temperature: float
+    temperature: float | None
+    """None: what the model's author suggests."""
     top_p: float
     top_k: int
     min_p: float
@@ -55,11 +57,11 @@ class SamplingOptions:
     def params(
         self, *, max_tokens: int | None, logprobs: int | None = None, ignore_eos: bool = False
     ) -> SamplingParams:
-        """Return the engine's parameters; the engine's own checks refuse what is out of range."""
+        """Return the engine's parameters, for `settled` to complete; what is out of range is refused here."""
         from bise.engine.request import SamplingParams
 
         return SamplingParams(
-            temperature=self.temperature,
+            temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
@@ -73,6 +75,11 @@ class SamplingOptions:
             logprobs=logprobs,
             ignore_eos=ignore_eos,
         )
+
+
+def settled(params: SamplingParams, sampling: SamplingOptions, loaded: LoadedModel) -> SamplingParams:
+    """Return `params` with the model's own temperature where the command line names none."""
+    return params if sampling.temperature is not None else replace(params, temperature=loaded.temperature)
 
 
 def model_argument(function: F) -> F:
@@ -126,9 +133,8 @@ def sampling_options(function: F) -> F:
     decorators = [
         click.option(
             "--temperature",
-            default=0.7,
-            show_default=True,
-            help="Randomness; 0 always takes the likeliest token.",
+            type=float,
+            help="Randomness; 0 always takes the likeliest token.  [default: the model's own, else 0.7]",
         ),
         click.option(
             "--top-p",

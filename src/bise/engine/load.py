@@ -21,6 +21,7 @@ from bise.engine.memory import (
 from bise.errors import ConfigError, ModelFileError
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
+from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
 from bise.model.packed import TOKENIZER_FILES, load_packed
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
@@ -43,6 +44,8 @@ class LoadedModel:
     """One line for each conversion that changes values."""
     quant: str
     kv: str
+    temperature: float = PLAIN_TEMPERATURE
+    """For callers that name none: what the model's author suggests."""
 
     def close(self) -> None:
         """Stop the engine and let the memory go."""
@@ -79,7 +82,8 @@ def load_model(
         sequences=max_sequences,
         available=None if free is None else free - weight_bytes(source, quant),
     )
-    tokenizer, template = _text(source)
+    tokenizer, template = load_text(source)
+    temperature = suggested_temperature(source.path)
     packed, notes = load_packed(source, quant, ops, progress)
     transformer = Transformer(source.config, packed.weights(ops), ops)
     engine = Engine(
@@ -94,7 +98,7 @@ def load_model(
         max_sequences=max(max_sequences, 8),
         threaded=threaded,
     )
-    return LoadedModel(source, tokenizer, template, engine, notes + shortened, quant, kv_format)
+    return LoadedModel(source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature)
 
 
 def _checked_threads(threads: int) -> int:
@@ -103,7 +107,8 @@ def _checked_threads(threads: int) -> int:
     return threads
 
 
-def _text(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+def load_text(source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+    """Read a model's tokenizer and chat format; None where it has no format. Raises ModelFileError."""
     vocab_size = source.config.vocab_size
     if not any(key.startswith("tokenizer.ggml.") for key in source.metadata):
         require_inside(source.path, TOKENIZER_FILES)
