@@ -1,0 +1,317 @@
+"""Conversations of one owner: made, listed, searched, renamed, pinned, deleted and restored.
+
+Every call takes the owner; what belongs to someone else does not exist. Knows nothing of models or HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.orm import Session
+
+from bise.assistant.storage import Storage, new_id
+from bise.errors import NotFoundError, RequestError
+from bise.store.chat_schema import SEARCH_TABLE, ConversationRecord, MessageRecord
+from bise.store.schema import JsonObject
+
+MAX_TITLE = 200
+MAX_SYSTEM = 200_000
+PAGE = 40
+"""Conversations in one page of the list."""
+KEEP_DELETED_S = 7 * 86400.0
+"""How long a deleted conversation can be restored."""
+_CHANGEABLE = {"title", "pinned", "folder", "model", "system", "params"}
+_PARAMS = {
+    "temperature": (0.0, 5.0),
+    "top_p": (0.0, 1.0),
+    "max_tokens": (1, 1 << 24),
+    "seed": (0, (1 << 53) - 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """A conversation as others see it, without its messages."""
+
+    id: str
+    title: str
+    is_title_frozen: bool
+    pinned: bool
+    folder: str | None
+    model: str | None
+    system: str
+    params: JsonObject
+    leaf_id: str | None
+    created_at: float
+    updated_at: float
+    snippet: str | None = None
+    """Where a search matched."""
+
+
+class Conversations:
+    """The conversations in one storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def create(
+        self,
+        owner: str,
+        *,
+        title: str = "",
+        model: str | None = None,
+        system: str = "",
+        params: Mapping[str, Any] | None = None,
+        folder: str | None = None,
+    ) -> Conversation:
+        """Make an empty conversation. Raises RequestError for a field out of bounds."""
+        now = time.time()
+        checked = checked_changes(
+            {"title": title, "system": system, "params": dict(params or {}), "folder": folder, "model": model}
+        )
+        record = ConversationRecord(
+            id=new_id(),
+            owner=owner,
+            title=checked["title"],
+            is_title_frozen=bool(title),
+            is_pinned=False,
+            folder=checked["folder"],
+            model=checked["model"],
+            system=checked["system"],
+            params=checked["params"],
+            leaf_id=None,
+            created_at=now,
+            updated_at=now,
+            deleted_at=None,
+        )
+        with self._storage.writing() as session:
+            session.add(record)
+            session.flush()
+            if title:
+                index_text(session, record.id, "", title)
+        return as_conversation(record)
+
+    def get(self, owner: str, conversation_id: str) -> Conversation:
+        """Return one conversation; NotFoundError when it is deleted or someone else's."""
+        with self._storage.reading() as session:
+            return as_conversation(owned(session, owner, conversation_id))
+
+    def change(self, owner: str, conversation_id: str, changes: Mapping[str, Any]) -> Conversation:
+        """Set fields; a title set here is never replaced by a made one. Raises RequestError for a bad field."""
+        checked = checked_changes(changes)
+        with self._storage.writing() as session:
+            record = owned(session, owner, conversation_id)
+            for name, value in checked.items():
+                setattr(record, "is_pinned" if name == "pinned" else name, value)
+            if "title" in checked:
+                record.is_title_frozen = True
+                index_text(session, record.id, "", record.title)
+            session.flush()
+            return as_conversation(record)
+
+    def name(self, owner: str, conversation_id: str, title: str) -> Conversation | None:
+        """Give a made title; None when a person has chosen one meanwhile."""
+        with self._storage.writing() as session:
+            record = owned(session, owner, conversation_id)
+            if record.is_title_frozen:
+                return None
+            record.title = title[:MAX_TITLE]
+            index_text(session, record.id, "", record.title)
+            session.flush()
+            return as_conversation(record)
+
+    def delete(self, owner: str, conversation_ids: Sequence[str]) -> None:
+        """Hide conversations; `restore` brings them back for a week."""
+        with self._storage.writing() as session:
+            for conversation_id in conversation_ids:
+                owned(session, owner, conversation_id).deleted_at = time.time()
+
+    def restore(self, owner: str, conversation_id: str) -> Conversation:
+        """Bring a deleted conversation back."""
+        with self._storage.writing() as session:
+            record = session.get(ConversationRecord, conversation_id)
+            if record is None or record.owner != owner:
+                raise _missing(conversation_id)
+            record.deleted_at = None
+            session.flush()
+            return as_conversation(record)
+
+    def purge(self, before: float | None = None) -> int:
+        """Remove for good what was deleted before `before` (a week ago); returns how many."""
+        limit = time.time() - KEEP_DELETED_S if before is None else before
+        with self._storage.writing() as session:
+            stale = select(ConversationRecord.id).where(ConversationRecord.deleted_at < limit)
+            ids = list(session.scalars(stale))
+            for conversation_id in ids:
+                session.execute(
+                    text(f"DELETE FROM {SEARCH_TABLE} WHERE conversation_id = :id"), {"id": conversation_id}
+                )
+            session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
+        return len(ids)
+
+    def listing(self, owner: str, *, cursor: float | None = None, limit: int = PAGE) -> list[Conversation]:
+        """Return pinned conversations first (without a cursor), then the rest, the newest first.
+
+        `cursor` is the `updated_at` of the last one of the page before.
+        """
+        mine = (ConversationRecord.owner == owner, ConversationRecord.deleted_at.is_(None))
+        order = ConversationRecord.updated_at.desc()
+        with self._storage.reading() as session:
+            pinned: list[ConversationRecord] = []
+            rest = select(ConversationRecord).where(*mine, ConversationRecord.is_pinned.is_(False))
+            if cursor is None:
+                query = select(ConversationRecord).where(*mine, ConversationRecord.is_pinned.is_(True))
+                pinned = list(session.scalars(query.order_by(order)))
+            else:
+                rest = rest.where(ConversationRecord.updated_at < cursor)
+            found = [*pinned, *session.scalars(rest.order_by(order).limit(limit))]
+            return [as_conversation(record) for record in found]
+
+    def search(self, owner: str, query: str, *, limit: int = PAGE) -> list[Conversation]:
+        """Return conversations whose title or text has all words of `query` (the last may be unfinished).
+
+        Case and accents do not count. Best matches first, each with a snippet.
+        """
+        words = re.findall(r"\w+", query)
+        if not words:
+            return []
+        with self._storage.reading() as session:
+            postgres = session.get_bind().dialect.name == "postgresql"
+            statement = _SEARCH_POSTGRES if postgres else _SEARCH_SQLITE
+            match = " & ".join(words) + ":*" if postgres else " ".join(f'"{word}"' for word in words) + "*"
+            rows = session.execute(text(statement), {"match": match, "owner": owner, "most": limit * 4}).all()
+            snippets: dict[str, str] = {}
+            for conversation_id, snippet in rows:
+                snippets.setdefault(conversation_id, snippet)
+            ids = list(snippets)[:limit]
+            records = session.scalars(select(ConversationRecord).where(ConversationRecord.id.in_(ids)))
+            by_id = {record.id: record for record in records}
+            return [as_conversation(by_id[key], snippets[key]) for key in ids if key in by_id]
+
+
+_SEARCH_SQLITE = f"""
+SELECT s.conversation_id, snippet({SEARCH_TABLE}, 2, '', '', '…', 12)
+FROM {SEARCH_TABLE} s JOIN conversations c ON c.id = s.conversation_id
+WHERE {SEARCH_TABLE} MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
+ORDER BY (s.message_id = '') DESC, bm25({SEARCH_TABLE}) LIMIT :most
+"""
+_SEARCH_POSTGRES = f"""
+SELECT s.conversation_id, left(s.text, 160)
+FROM {SEARCH_TABLE} s JOIN conversations c ON c.id = s.conversation_id
+WHERE s.words @@ to_tsquery('simple', :match) AND c.owner = :owner AND c.deleted_at IS NULL
+ORDER BY (s.message_id = '') DESC, ts_rank(s.words, to_tsquery('simple', :match)) DESC LIMIT :most
+"""
+
+
+def owned(session: Session, owner: str, conversation_id: str) -> ConversationRecord:
+    """Return a living conversation of `owner`; NotFoundError otherwise."""
+    record = session.get(ConversationRecord, conversation_id)
+    if record is None or record.owner != owner or record.deleted_at is not None:
+        raise _missing(conversation_id)
+    return record
+
+
+def owned_message(session: Session, owner: str, message_id: str) -> tuple[ConversationRecord, MessageRecord]:
+    """Return a message of `owner` and its conversation; NotFoundError otherwise."""
+    message = session.get(MessageRecord, message_id)
+    if message is None:
+        raise NotFoundError("there is no such message", field="message")
+    return owned(session, owner, message.conversation_id), message
+
+
+def index_text(session: Session, conversation_id: str, message_id: str, content: str) -> None:
+    """Put a message's text, or with an empty message id the title, into the search index, once."""
+    key = {"conversation": conversation_id, "message": message_id}
+    session.flush()
+    session.execute(
+        text(f"DELETE FROM {SEARCH_TABLE} WHERE conversation_id = :conversation AND message_id = :message"),
+        key,
+    )
+    session.execute(
+        text(
+            f"INSERT INTO {SEARCH_TABLE} (conversation_id, message_id, text) "
+            "VALUES (:conversation, :message, :text)"
+        ),
+        key | {"text": content},
+    )
+
+
+def touch(session: Session, conversation_id: str, leaf_id: str | None) -> None:
+    """Note that something happened, and which branch is on screen."""
+    session.execute(
+        update(ConversationRecord)
+        .where(ConversationRecord.id == conversation_id)
+        .values(updated_at=time.time(), leaf_id=leaf_id)
+    )
+
+
+def checked_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked fields of a conversation. Raises RequestError naming the field and what it may be."""
+    checked: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in _CHANGEABLE:
+            raise RequestError(f"{name} is no field of a conversation", field=name)
+        if name == "pinned":
+            if not isinstance(value, bool):
+                raise RequestError(f"pinned must be true or false, got {value!r}", field="pinned")
+        elif name == "params":
+            value = checked_params(value)
+        elif value is None and name in ("folder", "model"):
+            pass
+        else:
+            most = MAX_SYSTEM if name == "system" else MAX_TITLE
+            if not isinstance(value, str) or len(value) > most:
+                raise RequestError(f"{name} must be text of at most {most} characters", field=name)
+            if name in ("title", "folder"):
+                value = " ".join(value.split())
+        checked[name] = value
+    return checked
+
+
+def checked_params(value: Any) -> JsonObject:
+    """Return checked sampling parameters; a null means the model's default and is left out."""
+    if not isinstance(value, dict):
+        raise RequestError("params must be an object", field="params")
+    checked: JsonObject = {}
+    fields: dict[str, Any] = value
+    for name, number in fields.items():
+        if name not in _PARAMS:
+            known = ", ".join(_PARAMS)
+            raise RequestError(f"params.{name} is not known; known: {known}", field=f"params.{name}")
+        if number is None:
+            continue
+        low, high = _PARAMS[name]
+        kinds = (int,) if name in ("max_tokens", "seed") else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not low <= number <= high:
+            raise RequestError(
+                f"params.{name} must be a number from {low} to {high}, got {number!r}", field=f"params.{name}"
+            )
+        checked[name] = number
+    return checked
+
+
+def as_conversation(record: ConversationRecord, snippet: str | None = None) -> Conversation:
+    """Return a record as a value."""
+    return Conversation(
+        id=record.id,
+        title=record.title,
+        is_title_frozen=record.is_title_frozen,
+        pinned=record.is_pinned,
+        folder=record.folder,
+        model=record.model,
+        system=record.system,
+        params=record.params,
+        leaf_id=record.leaf_id,
+        created_at=record.created_at,
+        updated_at=record.updated_at,
+        snippet=snippet,
+    )
+
+
+def _missing(conversation_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no conversation {conversation_id[:40]}", field="conversation")

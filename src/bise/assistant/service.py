@@ -1,0 +1,379 @@
+"""The assistant: conversations, their messages and the runs that write answers, for any number of people.
+
+No HTTP. Everything async runs on one event loop; storage is used in threads and never held during a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import select
+
+from bise.assistant.conversations import Conversation, Conversations, checked_params
+from bise.assistant.documents import Documents, with_documents
+from bise.assistant.events import Hub
+from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
+from bise.assistant.models import ChatModels, Job, ModelFacts
+from bise.assistant.runs import Run, Runs
+from bise.assistant.storage import Memory, Storage
+from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
+from bise.store.chat_schema import PreferenceRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_PREFERENCES = 40
+TITLE_LENGTH = 60
+TITLE_MODEL_PARAMETERS = 1_000_000_000
+"""Smaller models do not write usable titles; the question's first words are better."""
+
+
+class Shelf:
+    """Conversations, messages and documents of one storage."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.conversations = Conversations(storage)
+        self.messages = Messages(storage)
+        self.documents = Documents(storage)
+
+
+class Assistant:
+    """Everything the assistant's routes need. Make it inside the event loop that will use it."""
+
+    def __init__(self, storage: Storage, models: ChatModels) -> None:
+        self.models = models
+        self.runs = Runs(models)
+        self.hub = Hub()
+        self._memory = Memory()
+        self._disk = Shelf(storage)
+        self._temporary = Shelf(self._memory)
+        interrupted = self._disk.messages.interrupt_all()
+        if interrupted:
+            logger.warning("event=answers_interrupted count=%d", interrupted)
+        self._disk.conversations.purge()
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Interrupt the runs, keeping their text."""
+        await self.runs.close()
+        for task in self._background:
+            task.cancel()
+        if self._background:
+            await asyncio.wait(self._background)
+        self._memory.close()
+
+    @property
+    def disk(self) -> Shelf:
+        """What outlives the process."""
+        return self._disk
+
+    def model_facts(self, name: str | None) -> ModelFacts:
+        """Return a model's facts; the default's for None. Raises ModelNotFoundError."""
+        facts = self.models.facts()
+        for model in facts:
+            if name is None or model.id == name:
+                return model
+        known = ", ".join(model.id for model in facts) or "no model"
+        raise ModelNotFoundError(f"'{name}' is not served here; served: {known}", field="model")
+
+    # Conversations
+
+    async def create(self, owner: str, *, temporary: bool = False, **fields: Any) -> Conversation:
+        """Make a conversation; a temporary one never touches the disk and is gone with the process."""
+        shelf = self._temporary if temporary else self._disk
+        made = await asyncio.to_thread(lambda: shelf.conversations.create(owner, **fields))
+        if not temporary:
+            self.hub.tell(owner, "conversation", id=made.id)
+        return made
+
+    async def shelf_of(self, owner: str, conversation_id: str) -> Shelf:
+        """Return where a conversation lies. Raises NotFoundError."""
+        return await asyncio.to_thread(self._shelf_of, owner, conversation_id)
+
+    def is_temporary(self, shelf: Shelf) -> bool:
+        """Return True for the shelf in memory."""
+        return shelf is self._temporary
+
+    async def change(self, owner: str, conversation_id: str, changes: Mapping[str, Any]) -> Conversation:
+        """Change a conversation's fields; `leaf` shows another branch."""
+        shelf = await self.shelf_of(owner, conversation_id)
+        fields = dict(changes)
+        leaf = fields.pop("leaf", None)
+        if leaf is not None:
+            if not isinstance(leaf, str):
+                raise RequestError("leaf must be a message id", field="leaf")
+            message = await asyncio.to_thread(shelf.messages.get, owner, leaf)
+            if message.conversation_id != conversation_id:
+                raise RequestError("leaf names no message of this conversation", field="leaf")
+            await asyncio.to_thread(shelf.messages.show, owner, leaf)
+        if isinstance(fields.get("model"), str):
+            self.model_facts(fields["model"])
+        changed = await asyncio.to_thread(shelf.conversations.change, owner, conversation_id, fields)
+        self.hub.tell(owner, "conversation", id=conversation_id)
+        return changed
+
+    async def delete(self, owner: str, conversation_ids: Sequence[str]) -> None:
+        """Delete conversations and stop what runs in them."""
+        for conversation_id in conversation_ids:
+            shelf = await self.shelf_of(owner, conversation_id)
+            for run in self.runs.of_conversation(conversation_id):
+                await self.runs.stop(run)
+            await asyncio.to_thread(shelf.conversations.delete, owner, [conversation_id])
+            self.hub.tell(owner, "deleted", id=conversation_id)
+
+    async def restore(self, owner: str, conversation_id: str) -> Conversation:
+        """Undo a deletion."""
+        restored = await asyncio.to_thread(self._disk.conversations.restore, owner, conversation_id)
+        self.hub.tell(owner, "conversation", id=conversation_id)
+        return restored
+
+    async def page(self, owner: str, conversation_id: str, *, before: str | None, limit: int) -> Page:
+        """Return messages of the branch on screen, with the text of running answers as it is now."""
+        shelf = await self.shelf_of(owner, conversation_id)
+        page = await asyncio.to_thread(
+            lambda: shelf.messages.page(owner, conversation_id, before=before, limit=limit)
+        )
+        return replace(page, messages=tuple(self.live(message) for message in page.messages))
+
+    def live(self, message: Message) -> Message:
+        """Return a message with its run's text and number, both read at the same instant."""
+        run = self.runs.get(message.run_id)
+        if run is None or message.status not in LIVE:
+            return message
+        if run.is_over:  # it ended between the read and now: what the run says is what was saved
+            figures = run.figures()
+            return replace(
+                message,
+                text=run.text,
+                seq=run.seq,
+                status=run.status,
+                finish_reason=run.finish_reason,
+                error=run.error,
+                usage=figures["usage"],
+                timings=figures["timings"],
+            )
+        return replace(message, text=run.text, seq=run.seq, status=run.status, timings=run.speed())
+
+    # Answers
+
+    async def ask(
+        self,
+        owner: str,
+        conversation_id: str,
+        *,
+        text: str,
+        parent_id: str | None,
+        client_id: str | None = None,
+        model: str | None = None,
+        documents: Sequence[str] = (),
+        run: bool = True,
+    ) -> tuple[Message, Message | None]:
+        """Add a question and start its answer."""
+        shelf = await self.shelf_of(owner, conversation_id)
+        conversation = await asyncio.to_thread(shelf.conversations.get, owner, conversation_id)
+        name = self.model_facts(model or self._known(conversation.model)).id
+        for document in documents:
+            await asyncio.to_thread(shelf.documents.get, owner, conversation_id, document)
+        question, answer, is_new = await asyncio.to_thread(
+            lambda: shelf.messages.ask(
+                owner,
+                conversation_id,
+                text=text,
+                parent_id=parent_id,
+                client_id=client_id,
+                model=name,
+                params=conversation.params,
+                documents=documents,
+                with_answer=run,
+            )
+        )
+        if is_new and parent_id is None and not conversation.title:
+            await asyncio.to_thread(shelf.conversations.name, owner, conversation_id, first_words(text))
+        if is_new and answer is not None:
+            await self._start(shelf, owner, answer)
+        return question, None if answer is None else self.live(answer)
+
+    async def answer_again(
+        self,
+        owner: str,
+        message_id: str,
+        *,
+        model: str | None,
+        hint: str | None,
+        params: Mapping[str, Any] | None,
+    ) -> Message:
+        """Write another answer beside one, with another model or a hint such as "shorter" where given."""
+        shelf, message = await self.message(owner, message_id)
+        name = self.model_facts(model or self._known(message.model)).id
+        chosen = dict(message.params if params is None else checked_params(dict(params)))
+        answer = await asyncio.to_thread(
+            lambda: shelf.messages.ask_again(owner, message_id, model=name, params=chosen)
+        )
+        await self._start(shelf, owner, answer, hint=hint)
+        return self.live(answer)
+
+    async def go_on(self, owner: str, message_id: str) -> Message:
+        """Continue an answer that was cut, where it was cut."""
+        shelf, _ = await self.message(owner, message_id)
+        answer = await asyncio.to_thread(shelf.messages.resume, owner, message_id)
+        await self._start(shelf, owner, answer)
+        return self.live(answer)
+
+    async def stop(self, owner: str, run_id: str) -> None:
+        """Stop a run; returns when its place is free. Raises NotFoundError for someone else's."""
+        await self.runs.stop(self.run(owner, run_id))
+
+    def run(self, owner: str, run_id: str) -> Run:
+        """Return a run of `owner`. Raises NotFoundError."""
+        run = self.runs.get(run_id)
+        if run is None or run.owner != owner:
+            raise NotFoundError("there is no such run; its answer is in the conversation", field="run")
+        return run
+
+    async def message(self, owner: str, message_id: str) -> tuple[Shelf, Message]:
+        """Return a message and where it lies. Raises NotFoundError."""
+        for shelf in (self._temporary, self._disk):
+            try:
+                return shelf, await asyncio.to_thread(shelf.messages.get, owner, message_id)
+            except NotFoundError:
+                continue
+        raise NotFoundError("there is no such message", field="message")
+
+    # Preferences
+
+    async def preferences(self, owner: str) -> dict[str, Any]:
+        """Return a person's settings."""
+        return await asyncio.to_thread(self._preferences, owner)
+
+    async def change_preferences(self, owner: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Set some of a person's settings; null removes one. Raises RequestError for more than a few."""
+
+        def write() -> dict[str, Any]:
+            with self._disk.storage.writing() as session:
+                record = session.get(PreferenceRecord, owner)
+                merged = {**({} if record is None else record.value), **changes}
+                value = {name: setting for name, setting in merged.items() if setting is not None}
+                if len(value) > MAX_PREFERENCES or len(repr(value)) > 100_000:
+                    raise RequestError("too many settings", field="settings")
+                session.merge(PreferenceRecord(owner=owner, value=value))
+                return value
+
+        changed = await asyncio.to_thread(write)
+        self.hub.tell(owner, "settings")
+        return changed
+
+    # Inside
+
+    def _preferences(self, owner: str) -> dict[str, Any]:
+        with self._disk.storage.reading() as session:
+            return session.scalar(select(PreferenceRecord.value).where(PreferenceRecord.owner == owner)) or {}
+
+    def _shelf_of(self, owner: str, conversation_id: str) -> Shelf:
+        try:
+            self._temporary.conversations.get(owner, conversation_id)
+        except NotFoundError:
+            self._disk.conversations.get(owner, conversation_id)
+            return self._disk
+        return self._temporary
+
+    def _known(self, name: str | None) -> str | None:
+        """Return a model's name if it is still served, so that old conversations stay usable."""
+        return name if any(model.id == name for model in self.models.facts()) else None
+
+    async def _start(self, shelf: Shelf, owner: str, answer: Message, *, hint: str | None = None) -> None:
+        turn = await asyncio.to_thread(shelf.messages.turn, owner, answer.id)
+        assert answer.run_id is not None
+        assert answer.model is not None
+        run = Run(
+            answer.run_id,
+            message_id=answer.id,
+            conversation_id=answer.conversation_id,
+            owner=owner,
+            job=Job(model=answer.model, messages=(), params=answer.params, tenant=owner),
+            text=answer.text,
+        )
+
+        async def save(fields: dict[str, Any], is_final: bool) -> None:
+            await asyncio.to_thread(lambda: shelf.messages.save(answer.id, fields, is_final=is_final))
+
+        async def ended(run: Run) -> None:
+            self.hub.tell(owner, "run_ended", id=run.conversation_id, message=run.message_id, run=run.id)
+            if len(turn.history) == 1 and run.status == "complete":
+                self._later(self._make_title(shelf, owner, turn, run))
+
+        async def prepared() -> None:
+            messages, sources = await self.prompt(shelf, owner, turn, hint)
+            run.job = replace(run.job, messages=messages, continues=bool(answer.text))
+            if sources:
+                await save({"sources": sources}, False)
+                run.tell("sources", {"sources": sources})
+
+        self.runs.start(run, save, ended, prepared)
+        self.hub.tell(owner, "run_started", id=answer.conversation_id, message=answer.id, run=run.id)
+
+    async def prompt(
+        self, shelf: Shelf, owner: str, turn: Turn, hint: str | None = None
+    ) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+        """Return the messages that a run is asked with, and the passages of documents among them."""
+        messages: list[dict[str, str]] = []
+        system = turn.conversation.system.strip()
+        if system:
+            messages.append({"role": "system", "content": system})
+        history = [message for message in turn.history if message.role == "user" or message.text]
+        texts = [message.text for message in history]
+        if hint and texts:
+            texts[-1] = f"{texts[-1]}\n\n{hint}"
+        sources: list[dict[str, Any]] = []
+        if any(message.documents for message in history):
+            facts = self.model_facts(turn.answer.model)
+            texts, sources = await with_documents(shelf.documents, self.models, owner, facts, history, texts)
+        messages += [
+            {"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)
+        ]
+        if turn.answer.text:
+            messages.append({"role": "assistant", "content": turn.answer.text})
+        return messages, sources
+
+    async def _make_title(self, shelf: Shelf, owner: str, turn: Turn, run: Run) -> None:
+        """Let the model that answered name the conversation, when it is large enough to."""
+        facts = self.model_facts(run.job.model)
+        if facts.is_embedded or (facts.parameters or 0) < TITLE_MODEL_PARAMETERS:
+            return
+        ask = (
+            "Name this conversation in at most five words, in its own language, without quotes or a full stop."
+            f"\n\n{turn.history[0].text[:2000]}\n\n{run.text[:1000]}"
+        )
+        job = Job(
+            model=run.job.model,
+            messages=({"role": "user", "content": ask},),
+            params={"max_tokens": 24, "temperature": 0.0},
+            tenant=owner,
+            priority=10,
+        )
+        try:
+            title = "".join([piece.text async for piece in self.models.stream(job)])
+            lines = title.strip().strip('"“”«»*# ').splitlines()
+            if lines and lines[0].strip():
+                title = first_words(lines[0])
+                if await asyncio.to_thread(shelf.conversations.name, owner, run.conversation_id, title):
+                    self.hub.tell(owner, "conversation", id=run.conversation_id)
+        except BiseError as error:
+            logger.info("event=title_failed code=%s", error.code)
+
+    def _later(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def first_words(text: str) -> str:
+    """Return the beginning of a text as a title: one line, cut at a word."""
+    line = " ".join(text.split())
+    if len(line) <= TITLE_LENGTH:
+        return line
+    cut = line[:TITLE_LENGTH].rsplit(" ", 1)[0]
+    return f"{cut}…"

@@ -1,0 +1,71 @@
+"""Who asks: the person behind a request to the assistant, and whether the request may come from where it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from bise.errors import PermissionDeniedError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+LOCAL_OWNER = "local"
+"""Owner of everything where one person uses the assistant without an account."""
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class People(Protocol):
+    """Tells people apart."""
+
+    async def person(self, request: Request) -> Person:
+        """Return who asks. Raises AuthenticationError when nobody is signed in."""
+        ...
+
+
+class Person:
+    """Someone who uses the assistant."""
+
+    def __init__(self, owner: str, name: str, role: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.role = role
+
+
+class OnePerson:
+    """A single person without a password; only for a server that is reached over loopback."""
+
+    async def person(self, request: Request) -> Person:
+        """Return the one person. Raises PermissionDeniedError for a host name that is not loopback's: a page
+        elsewhere could have made its own name point here (DNS rebinding).
+        """
+        host = host_name(request)
+        if host not in _LOOPBACK and not host.endswith(".localhost"):
+            raise PermissionDeniedError(
+                f"this assistant answers on localhost only, not as '{host[:80]}'; start bise serve with "
+                "accounts to reach it from elsewhere"
+            )
+        return Person(LOCAL_OWNER, "", "admin")
+
+
+def host_name(request: Request) -> str:
+    """Return the host that the browser asked for, without its port."""
+    host = request.headers.get("host", "").lower()
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def check_origin(request: Request) -> None:
+    """Refuse what another site's page sends. Raises PermissionDeniedError."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        raise PermissionDeniedError("this request came from another site's page")
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
+        raise PermissionDeniedError("this request came from another site's page")
+    if request.method in ("POST", "PUT", "PATCH"):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        # A form can send three content types without asking first; none of them is taken here.
+        if has_body and kind not in ("application/json", "application/octet-stream", "application/x-ndjson"):
+            raise PermissionDeniedError(f"content type '{kind[:40]}' is not taken; send application/json")

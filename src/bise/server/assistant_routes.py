@@ -1,0 +1,299 @@
+"""The assistant over HTTP: conversations, runs as server-sent events, and the page itself.
+
+Every route asks `people` who is there and passes the owner on; nothing here decides on models or storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from bise import __version__
+from bise.assistant.context import view_context
+from bise.assistant.runs import Event, Run
+from bise.assistant.service import Assistant
+from bise.server.assistant_page import PAGE_HEADERS, StaticPage
+from bise.server.assistant_people import People, Person, check_origin
+
+HEARTBEAT_S = 5.0
+HINTS = {
+    "shorter": "Answer more briefly than before.",
+    "longer": "Answer in more detail than before.",
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewConversation(_Body):
+    """Fields of a new conversation."""
+
+    title: str = ""
+    model: str | None = None
+    system: str = ""
+    params: dict[str, Any] = Field(default_factory=dict)
+    folder: str | None = None
+    temporary: bool = False
+
+
+class Question(_Body):
+    """A question to ask."""
+
+    text: str
+    parent_id: str | None = None
+    client_id: str | None = Field(default=None, max_length=64)
+    model: str | None = None
+    documents: list[str] = Field(default_factory=list, max_length=100)
+    run: bool = True
+
+
+class Again(_Body):
+    """How to answer again."""
+
+    model: str | None = None
+    hint: str | None = None
+    params: dict[str, Any] | None = None
+
+
+class Judgement(_Body):
+    """What a person thinks of an answer."""
+
+    feedback: int | None
+
+
+class Ids(_Body):
+    """Several conversations."""
+
+    ids: list[str] = Field(max_length=1000)
+
+
+class Draft(_Body):
+    """A question that is being typed."""
+
+    draft: str = ""
+    model: str | None = None
+
+
+def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIRouter:
+    """Return all routes under /api/v1; `assistant` is called per request, so it may be made at start-up."""
+
+    async def person(request: Request, response: Response) -> Person:
+        check_origin(request)
+        response.headers["cache-control"] = "no-store"
+        return await people.person(request)
+
+    who: Any = Depends(person)
+    router = APIRouter(prefix="/api/v1", include_in_schema=False)
+    _add_conversations(router, assistant, who)
+    _add_messages(router, assistant, who)
+    _add_runs(router, assistant, who)
+    return router
+
+
+def page_router(page: StaticPage) -> APIRouter:
+    """Return the routes of the page; include it last, it answers every path that is left."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/{name:path}")
+    def static(request: Request, name: str) -> Response:
+        return page.answer(request, name)
+
+    return router
+
+
+def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
+    @router.get("/bootstrap")
+    async def bootstrap(person: Person = who) -> dict[str, Any]:
+        service = assistant()
+        listing = await asyncio.to_thread(service.disk.conversations.listing, person.owner)
+        return {
+            "version": __version__,
+            "person": {"name": person.name, "role": person.role},
+            "models": [dataclasses.asdict(facts) for facts in service.models.facts()],
+            "settings": await service.preferences(person.owner),
+            "conversations": [dataclasses.asdict(found) for found in listing],
+            "runs": [_run_facts(run) for run in service.runs.live(person.owner)],
+        }
+
+    @router.get("/conversations")
+    async def conversations(
+        person: Person = who, cursor: float | None = None, q: Annotated[str, Query(max_length=500)] = ""
+    ) -> dict[str, Any]:
+        shelf = assistant().disk
+        if q.strip():
+            found = await asyncio.to_thread(shelf.conversations.search, person.owner, q)
+        else:
+            found = await asyncio.to_thread(lambda: shelf.conversations.listing(person.owner, cursor=cursor))
+        return {"conversations": [dataclasses.asdict(entry) for entry in found]}
+
+    @router.post("/conversations", status_code=201)
+    async def create(body: NewConversation, person: Person = who) -> dict[str, Any]:
+        return dataclasses.asdict(await assistant().create(person.owner, **body.model_dump()))
+
+    @router.post("/conversations/delete")
+    async def delete_many(body: Ids, person: Person = who) -> dict[str, Any]:
+        await assistant().delete(person.owner, body.ids)
+        return {"deleted": len(body.ids)}
+
+    @router.get("/conversations/{conversation_id}")
+    async def read(
+        conversation_id: str,
+        person: Person = who,
+        before: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 40,
+    ) -> dict[str, Any]:
+        service = assistant()
+        shelf = await service.shelf_of(person.owner, conversation_id)
+        found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
+        documents = await asyncio.to_thread(shelf.documents.listing, person.owner, conversation_id)
+        page = await service.page(person.owner, conversation_id, before=before, limit=limit)
+        return {
+            "conversation": dataclasses.asdict(found) | {"temporary": service.is_temporary(shelf)},
+            "documents": [_document_facts(document) for document in documents],
+            **dataclasses.asdict(page),
+        }
+
+    @router.patch("/conversations/{conversation_id}")
+    async def change(conversation_id: str, body: dict[str, Any], person: Person = who) -> dict[str, Any]:
+        return dataclasses.asdict(await assistant().change(person.owner, conversation_id, body))
+
+    @router.delete("/conversations/{conversation_id}", status_code=204)
+    async def delete(conversation_id: str, person: Person = who) -> None:
+        await assistant().delete(person.owner, [conversation_id])
+
+    @router.post("/conversations/{conversation_id}/restore")
+    async def restore(conversation_id: str, person: Person = who) -> dict[str, Any]:
+        return dataclasses.asdict(await assistant().restore(person.owner, conversation_id))
+
+    @router.post("/conversations/{conversation_id}/context")
+    async def context(conversation_id: str, body: Draft, person: Person = who) -> dict[str, Any]:
+        service = assistant()
+        shelf = await service.shelf_of(person.owner, conversation_id)
+        found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
+        facts = service.model_facts(body.model or found.model)
+        branch = await asyncio.to_thread(shelf.messages.branch, person.owner, conversation_id)
+        branch = [service.live(message) for message in branch]
+        prompt: list[dict[str, str]] = []
+        if branch:
+            turn = await asyncio.to_thread(shelf.messages.turn, person.owner, branch[-1].id)
+            live = dataclasses.replace(turn, answer=branch[-1])
+            if branch[-1].role == "user":
+                live = dataclasses.replace(
+                    turn, history=tuple(branch), answer=dataclasses.replace(branch[-1], text="")
+                )
+            prompt, _ = await service.prompt(shelf, person.owner, live)
+        view = await view_context(
+            service.models, facts, system=found.system, branch=branch, prompt=prompt, draft=body.draft
+        )
+        return dataclasses.asdict(view)
+
+    @router.patch("/settings")
+    async def settings(body: dict[str, Any], person: Person = who) -> dict[str, Any]:
+        return await assistant().change_preferences(person.owner, body)
+
+
+def _add_messages(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
+    @router.post("/conversations/{conversation_id}/messages", status_code=201)
+    async def ask(conversation_id: str, body: Question, person: Person = who) -> dict[str, Any]:
+        question, answer = await assistant().ask(person.owner, conversation_id, **body.model_dump())
+        return {
+            "message": dataclasses.asdict(question),
+            "answer": None if answer is None else dataclasses.asdict(answer),
+        }
+
+    @router.get("/messages/{message_id}")
+    async def message(message_id: str, person: Person = who) -> dict[str, Any]:
+        service = assistant()
+        _, found = await service.message(person.owner, message_id)
+        return dataclasses.asdict(service.live(found))
+
+    @router.post("/messages/{message_id}/regenerate", status_code=201)
+    async def regenerate(message_id: str, body: Again, person: Person = who) -> dict[str, Any]:
+        hint = None if body.hint is None else HINTS.get(body.hint, body.hint)
+        answer = await assistant().answer_again(
+            person.owner, message_id, model=body.model, hint=hint, params=body.params
+        )
+        return dataclasses.asdict(answer)
+
+    @router.post("/messages/{message_id}/continue", status_code=201)
+    async def go_on(message_id: str, person: Person = who) -> dict[str, Any]:
+        return dataclasses.asdict(await assistant().go_on(person.owner, message_id))
+
+    @router.post("/messages/{message_id}/feedback")
+    async def feedback(message_id: str, body: Judgement, person: Person = who) -> dict[str, Any]:
+        shelf, _ = await assistant().message(person.owner, message_id)
+        rated = await asyncio.to_thread(shelf.messages.rate, person.owner, message_id, body.feedback)
+        return dataclasses.asdict(rated)
+
+
+def _add_runs(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
+    @router.get("/runs/{run_id}/events")
+    async def follow(request: Request, run_id: str, person: Person = who, after: int = 0) -> Response:
+        run = assistant().run(person.owner, run_id)
+        last = request.headers.get("last-event-id", "")
+        position = int(last) if last.isdecimal() and len(last) < 12 else after
+        return _stream(_run_events(run, position))
+
+    @router.delete("/runs/{run_id}", status_code=204)
+    async def stop(run_id: str, person: Person = who) -> None:
+        await assistant().stop(person.owner, run_id)
+
+    @router.get("/events")
+    async def events(person: Person = who) -> Response:
+        return _stream(_tab_events(assistant(), person.owner))
+
+
+def _stream(events: AsyncGenerator[bytes]) -> Response:
+    headers = {**PAGE_HEADERS, "cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+async def _run_events(run: Run, after: int) -> AsyncGenerator[bytes]:
+    yield b": here\n\n"
+    async for events in run.follow(after, HEARTBEAT_S):
+        if events is None:
+            yield b": still here\n\n"
+        else:
+            yield b"".join(_event_bytes(run, event) for event in events)
+
+
+def _event_bytes(run: Run, event: Event) -> bytes:
+    if event.kind == "piece":
+        body: dict[str, Any] = {
+            "id": f"chatcmpl-{run.id}",
+            "object": "chat.completion.chunk",
+            "model": run.job.model,
+            "choices": [{"index": 0, "delta": event.body, "finish_reason": None}],
+        }
+        return f"id: {event.seq}\ndata: {_json(body)}\n\n".encode()
+    return f"id: {event.seq}\nevent: {event.kind}\ndata: {_json(event.body)}\n\n".encode()
+
+
+async def _tab_events(assistant: Assistant, owner: str) -> AsyncGenerator[bytes]:
+    yield b"event: hello\ndata: {}\n\n"
+    async for event in assistant.hub.listen(owner, HEARTBEAT_S):
+        if event is None:
+            yield b": still here\n\n"
+        else:
+            yield f"event: change\ndata: {_json(event)}\n\n".encode()
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    return {"id": run.id, "conversation_id": run.conversation_id, "message_id": run.message_id}
+
+
+def _document_facts(document: Any) -> dict[str, Any]:
+    return {"id": document.id, "name": document.name, "kind": document.kind, "tokens": document.tokens}

@@ -1,0 +1,400 @@
+"""The assistant's HTTP face over scripted models and an in-memory store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from bise.assistant.scripted import ScriptedModels
+from bise.assistant.service import Assistant
+from bise.assistant.storage import Memory
+from bise.errors import AuthenticationError, BiseError
+from bise.server.assistant_people import OnePerson, Person
+from bise.server.assistant_routes import assistant_router
+from bise.server.problem import error_response
+
+ANSWER = (
+    "The *bise* is a **cold** wind.\n\n```python\nprint('été')\n```\n\nIt blows from the north-east. " * 4
+)
+
+
+class ByHeader:
+    async def person(self, request):
+        name = request.headers.get("x-person")
+        if name is None:
+            raise AuthenticationError("sign in")
+        return Person(name, name, "user")
+
+
+class Site:
+    """One server, its client, and the assistant behind it."""
+
+    def __init__(self, models=None, storage=None, people=None):
+        self.models = models or ScriptedModels(lambda _: ANSWER)
+        self.storage = storage or Memory()
+        self.assistant = Assistant(self.storage, self.models)
+        app = FastAPI()
+        app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
+        app.include_router(assistant_router(lambda: self.assistant, people or OnePerson()))
+        self.app = app
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000")
+
+    async def ask(self, text="How does the bise form?", conversation=None, **fields):
+        if conversation is None:
+            made = await self.client.post("/api/v1/conversations", json={})
+            conversation = made.json()["id"]
+        answer = await self.client.post(
+            f"/api/v1/conversations/{conversation}/messages", json={"text": text, **fields}
+        )
+        assert answer.status_code == 201, answer.text
+        return conversation, answer.json()
+
+    async def events(self, run_id, after=0, most=None):
+        found = []
+        path = f"/api/v1/runs/{run_id}/events?after={after}"
+        async with self.client.stream("GET", path) as response:
+            assert response.status_code == 200
+            event = {}
+            async for line in response.aiter_lines():
+                if line.startswith(":"):
+                    continue
+                if line:
+                    name, _, value = line.partition(": ")
+                    event[name] = value
+                elif event:
+                    found.append(event)
+                    event = {}
+                    if most is not None and len(found) >= most:
+                        break
+        return found
+
+    async def page(self, conversation, **query):
+        answer = await self.client.get(f"/api/v1/conversations/{conversation}", params=query)
+        return answer.json()
+
+    async def close(self):
+        await self.client.aclose()
+        await self.assistant.close()
+
+
+def run(scenario):
+    """Run an async test."""
+
+    async def inside():
+        site = Site()
+        try:
+            await scenario(site)
+        finally:
+            await site.close()
+
+    asyncio.run(inside())
+
+
+def text_of(events):
+    return "".join(
+        json.loads(event["data"])["choices"][0]["delta"]["content"]
+        for event in events
+        if "event" not in event
+    )
+
+
+def test_an_answer_streams_in_numbered_events_and_is_kept():
+    async def scenario(site):
+        conversation, asked = await site.ask()
+        events = await site.events(asked["answer"]["run_id"])
+        assert text_of(events) == ANSWER
+        assert [int(event["id"]) for event in events] == list(range(1, len(events) + 1))
+        end = json.loads(events[-1]["data"])
+        assert events[-1]["event"] == "end"
+        assert (end["status"], end["finish_reason"]) == ("complete", "stop")
+        assert end["usage"]["completion_tokens"] > 10
+        page = await site.page(conversation)
+        assert [message["text"] for message in page["messages"]] == ["How does the bise form?", ANSWER]
+        assert page["messages"][1]["status"] == "complete"
+        assert page["conversation"]["title"] == "How does the bise form?"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 17])
+def test_a_reload_in_mid_stream_loses_and_doubles_nothing(cut):
+    async def scenario(site):
+        site.models.pace_s = 0.002
+        conversation, asked = await site.ask()
+        run_id = asked["answer"]["run_id"]
+        while site.assistant.runs.get(run_id).seq < cut:
+            await asyncio.sleep(0)
+        live = (await site.page(conversation))["messages"][1]
+        rest = await site.events(run_id, after=live["seq"])
+        assert live["text"] + text_of(rest) == ANSWER
+        assert len(live["text"]) < len(ANSWER)
+
+    run(scenario)
+
+
+def test_two_tabs_hear_the_same():
+    async def scenario(site):
+        site.models.pace_s = 0.001
+        _, asked = await site.ask()
+        run_id = asked["answer"]["run_id"]
+        first, second = await asyncio.gather(site.events(run_id), site.events(run_id))
+        assert first == second
+        assert text_of(first) == ANSWER
+
+    run(scenario)
+
+
+def test_leaving_the_stream_does_not_stop_the_answer():
+    async def scenario(site):
+        site.models.pace_s = 0.001
+        conversation, asked = await site.ask()
+        listening = asyncio.create_task(site.events(asked["answer"]["run_id"]))
+        await asyncio.sleep(0)
+        listening.cancel()
+        await asyncio.wait([site.assistant.runs.get(asked["answer"]["run_id"]).task])
+        assert (await site.page(conversation))["messages"][1]["text"] == ANSWER
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("when", ["at once", "before the first token", "in the middle"])
+def test_stop_keeps_what_was_written(when):
+    async def scenario(site):
+        site.models.pace_s = 0.001
+        site.models.delay_s = 10.0 if when == "before the first token" else 0.0
+        conversation, asked = await site.ask()
+        run_id = asked["answer"]["run_id"]
+        running = site.assistant.runs.get(run_id)
+        while when != "at once" and running.status != ("running" if when == "in the middle" else "prefill"):
+            await asyncio.sleep(0)
+        stopped = await site.client.delete(f"/api/v1/runs/{run_id}")
+        again = await site.client.delete(f"/api/v1/runs/{run_id}")
+        assert (stopped.status_code, again.status_code) == (204, 204)
+        answer = (await site.page(conversation))["messages"][1]
+        assert answer["status"] == "stopped"
+        assert ANSWER.startswith(answer["text"])
+        assert len(answer["text"]) < len(ANSWER)
+        assert (await site.events(run_id))[-1]["event"] == "end"
+
+    run(scenario)
+
+
+def test_continue_writes_on_where_the_answer_was_cut():
+    async def scenario(site):
+        conversation = (
+            await site.client.post("/api/v1/conversations", json={"params": {"max_tokens": 7}})
+        ).json()["id"]
+        _, asked = await site.ask(conversation=conversation)
+        await site.events(asked["answer"]["run_id"])
+        cut = (await site.page(conversation))["messages"][1]
+        assert (cut["finish_reason"], cut["text"]) == ("length", ANSWER[:28])
+        answer = (await site.client.post(f"/api/v1/messages/{cut['id']}/continue")).json()
+        await site.events(answer["run_id"])
+        assert (await site.page(conversation))["messages"][1]["text"] == ANSWER[:56]
+
+    run(scenario)
+
+
+def test_regenerate_and_edit_make_branches_that_can_be_shown():
+    async def scenario(site):
+        conversation, asked = await site.ask("one")
+        await site.events(asked["answer"]["run_id"])
+        again = (
+            await site.client.post(
+                f"/api/v1/messages/{asked['answer']['id']}/regenerate", json={"model": "scripted-7b"}
+            )
+        ).json()
+        await site.events(again["run_id"])
+        page = await site.page(conversation)
+        assert page["messages"][1]["model"] == "scripted-7b"
+        assert page["messages"][1]["siblings"] == [asked["answer"]["id"], again["id"]]
+        _, edited = await site.ask("one, edited", conversation)
+        await site.events(edited["answer"]["run_id"])
+        page = await site.page(conversation)
+        assert [message["text"] for message in page["messages"]] == ["one, edited", ANSWER]
+        assert len(page["messages"][0]["siblings"]) == 2
+        await site.client.patch(
+            f"/api/v1/conversations/{conversation}", json={"leaf": asked["message"]["id"]}
+        )
+        page = await site.page(conversation)
+        assert [message["id"] for message in page["messages"]] == [asked["message"]["id"], again["id"]]
+
+    run(scenario)
+
+
+def test_the_same_client_id_asks_once():
+    async def scenario(site):
+        conversation, first = await site.ask(client_id="c1")
+        _, second = await site.ask(conversation=conversation, client_id="c1")
+        assert first["message"]["id"] == second["message"]["id"]
+        assert first["answer"]["run_id"] == second["answer"]["run_id"]
+
+    run(scenario)
+
+
+def test_a_failed_answer_keeps_its_text_and_says_why():
+    async def scenario(site):
+        site.models.script = lambda _: "abcdFAIL"
+        conversation, asked = await site.ask()
+        events = await site.events(asked["answer"]["run_id"])
+        answer = (await site.page(conversation))["messages"][1]
+        assert (answer["status"], answer["text"]) == ("error", "abcd")
+        assert "FAIL" in answer["error"]
+        assert json.loads(events[-1]["data"])["status"] == "error"
+
+    run(scenario)
+
+
+def test_a_restart_marks_half_written_answers_as_interrupted():
+    async def scenario(site):
+        site.models.pace_s = 0.001
+        conversation, asked = await site.ask()
+        while site.assistant.runs.get(asked["answer"]["run_id"]).seq < 5:
+            await asyncio.sleep(0)
+        site.assistant.runs.get(asked["answer"]["run_id"]).task.cancel()
+        await asyncio.sleep(0)
+        again = Site(storage=site.storage)
+        answer = (await again.page(conversation))["messages"][1]
+        assert answer["status"] == "interrupted"
+        await again.close()
+
+    run(scenario)
+
+
+def test_search_finds_words_without_accents_in_titles_and_texts():
+    async def scenario(site):
+        conversation, asked = await site.ask("Où passer l'été ?")
+        await site.events(asked["answer"]["run_id"])
+        other, asked = await site.ask("Something else")
+        await site.events(asked["answer"]["run_id"])
+
+        async def ids(query):
+            answer = await site.client.get("/api/v1/conversations", params={"q": query})
+            return [found["id"] for found in answer.json()["conversations"]]
+
+        assert await ids("ete pass") == [conversation]
+        assert set(await ids("north")) == {conversation, other}
+        assert await ids('"; DROP TABLE') == []
+        await site.client.delete(f"/api/v1/conversations/{conversation}")
+        assert await ids("ete pass") == []
+        await site.client.post(f"/api/v1/conversations/{conversation}/restore")
+        assert await ids("ete pass") == [conversation]
+
+    run(scenario)
+
+
+def test_a_temporary_chat_never_reaches_the_storage():
+    async def scenario(site):
+        made = await site.client.post("/api/v1/conversations", json={"temporary": True})
+        conversation, asked = await site.ask("secret", made.json()["id"])
+        await site.events(asked["answer"]["run_id"])
+        page = await site.page(conversation)
+        assert page["messages"][1]["text"] == ANSWER
+        assert page["conversation"]["temporary"]
+        with site.storage.reading() as session:
+            from sqlalchemy import text
+
+            for table in ("conversations", "messages", "message_search"):
+                assert session.execute(text(f"SELECT count(*) FROM {table}")).scalar() == 0
+
+    run(scenario)
+
+
+def test_pages_of_a_long_transcript_join_up():
+    async def scenario(site):
+        site.models.script = lambda question: f"re {question}"
+        site.models.piece = 100
+        conversation, parent = None, None
+        for number in range(12):
+            conversation, asked = await site.ask(f"q{number}", conversation, parent_id=parent)
+            await site.events(asked["answer"]["run_id"])
+            parent = asked["answer"]["id"]
+        last = await site.page(conversation, limit=10)
+        assert last["has_earlier"]
+        assert last["total"] == 24
+        earlier = await site.page(conversation, limit=20, before=last["messages"][0]["id"])
+        texts = [message["text"] for message in earlier["messages"] + last["messages"]]
+        assert texts == [text for number in range(12) for text in (f"q{number}", f"re q{number}")]
+        assert not earlier["has_earlier"]
+
+    run(scenario)
+
+
+def test_the_context_counts_with_the_servers_tokenizer():
+    async def scenario(site):
+        conversation, asked = await site.ask("x" * 400)
+        await site.events(asked["answer"]["run_id"])
+        answer = await site.client.post(
+            f"/api/v1/conversations/{conversation}/context", json={"draft": "y" * 80}
+        )
+        view = answer.json()
+        assert view["window"] == 32768
+        assert view["used"] == sum(segment["tokens"] for segment in view["segments"])
+        assert {segment["kind"]: segment["tokens"] for segment in view["segments"]}["turn"] == 20
+        assert view["cached"] > 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"content-type": "text/plain"}, 403),
+        ({"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, 201),
+    ],
+)
+def test_what_another_site_sends_changes_nothing(headers, status):
+    async def scenario(site):
+        answer = await site.client.post(
+            "/api/v1/conversations", content="{}", headers={"content-type": "application/json"} | headers
+        )
+        assert answer.status_code == status
+
+    run(scenario)
+
+
+def test_a_second_person_finds_nothing_on_any_route():
+    async def scenario(_):
+        site = Site(people=ByHeader())
+        site.client.headers["x-person"] = "ana"
+        site.models.pace_s = 0.05
+        conversation, asked = await site.ask()
+        names = {
+            "conversation_id": conversation,
+            "message_id": asked["answer"]["id"],
+            "run_id": asked["answer"]["run_id"],
+            "document_id": "0" * 36,
+        }
+        bodies = {"messages": {"text": "hi"}, "context": {}, "regenerate": {}, "feedback": {"feedback": 1}}
+        walked = 0
+        for route in site.app.router.routes:
+            for original in getattr(getattr(route, "original_router", None), "routes", [route]):
+                path = original.path
+                if "{" not in path:
+                    continue
+                for method in original.methods:
+                    url = path.format(**names)
+                    body = bodies.get(path.rsplit("/", 1)[-1], {})
+                    for person, status in (("bob", 404), (None, 401)):
+                        headers = {} if person is None else {"x-person": person}
+                        del site.client.headers["x-person"]
+                        json_body = None if method in ("GET", "DELETE") else body
+                        answer = await site.client.request(method, url, json=json_body, headers=headers)
+                        site.client.headers["x-person"] = "ana"
+                        assert answer.status_code == status, (method, url, person, answer.text)
+                    walked += 1
+        assert walked >= 11
+        await site.client.post(
+            "/api/v1/conversations/delete", json={"ids": [conversation]}, headers={"x-person": "bob"}
+        )
+        assert (await site.page(conversation))["messages"][1]["status"] in ("queued", "prefill", "running")
+        await site.close()
+
+    run(scenario)

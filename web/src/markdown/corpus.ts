@@ -1,0 +1,22 @@
+/** Texts for the property tests: each construct once, and the places where a parser may change its mind. */
+export const CORPUS: Record<string, string> = {
+  prose: 'First line\nsecond line with *emphasis*, **strong** and `code`.\n\nA new paragraph,  \nwith a hard break.\n\nThird.\n',
+  headings: '# One\n\nText\n\nSetext\n======\n\nAnother\n---\n\n## Two ##\ntext right below\n### Three\n',
+  code: 'Before\n\n```python\ndef f(x):\n    return "```"\n\n# not a heading\n```\n\nAfter\n\n~~~\ntilde\n~~~\n\n    indented\n\n    more\n\nend',
+  'unclosed code': 'Look:\n```js\nconst a = 1;\n\nconst b = `$' + '{a}`;\n',
+  lists: '- a\n- b\n  - nested\n\n  - loose\n\n- c\n\nText\n\n1. one\n2. two\n\n3. three after blank\n\n* other\n\n+ third kind\n\nend\n',
+  'list then code': '1. step\n\n   ```sh\n   ls\n   ```\n\n2. next\n\n       deep\n\nend',
+  tasks: '- [ ] open\n- [x] done\n\npara',
+  tables: 'Intro\n\n| a | b |\n|---|:-:|\n| 1 | `x` |\n| 2 | **y** |\n\nafter\n\na | b\n--|--\n1 | 2\n\nend',
+  quotes: '> quoted\nlazy\n> more\n\n> second\n>\n> > nested\n\ntext\n',
+  html: 'a <b>bold</b>\n\n<div onclick="x()">\nraw\n\n</div>\n\n<!-- c\n\nd -->\n\n<script>alert(1)</script>\n\ntext\n\n<details>\n<summary>x</summary>\n\ny\n\n</details>\n',
+  links: 'See [a](https://example.org "t"), <https://example.org>, https://example.org/x and ![img](http://x/y.png).\n\n[bad](javascript:alert(1))\n\nend',
+  definitions: 'Use [ref] and [other][id].\n\nText between.\n\nMore.\n\nStill more.\n\n[ref]: https://example.org/ref\n[id]: /path "title"\n\nAfter [ref] again.\n\nLast.\n',
+  maths: 'Inline $a^2+b^2=c^2$ and \\(x\\).\n\n$$\n\\int_0^1 f(x)\\,dx\n$$\n\n\\[ a = b \\]\n\nCosts $5 to $7.\n\n$$ x $$\n\nend',
+  rules: 'a\n\n---\n\nb\n\n***\n\nc\n- - -\nd',
+  'windows line ends': 'a\r\n\r\nb\r\n- c\r\n- d\r\n\r\ne\r\n\r\nf',
+  tabs: '-\ta\n\n\tb\n\n\tcode\n\ntext\n\n\tcode again\n',
+  'blank lines': '\n\n\na\n\n\n\nb\n \n\t\nc\n\n\n',
+  entities: '&lt;b&gt; &amp; &copy; &#x41; \\* \\` a\\\nb\n\n~~gone~~ ~one~\n',
+  markers: '1\n\n1.\n\n1. x\n\n-\n\n- y\n\n2\n\n#\n\n>\n\n`\n\n``\n\n```\n',
+};
