@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bise.cache import table
+from bise.cache import prefix, table
 from bise.cache.pool import BlockPool
-from bise.engine import runner, scheduler
+from bise.engine import blocks, runner, scheduler
 from bise.engine.request import Request
 from bise.engine.sequence import Sequence
 
@@ -53,7 +53,7 @@ def play() -> list[str]:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for module in (table, scheduler, runner):
+    for module in (table, prefix, blocks, runner):
         monkeypatch.setattr(module, "BLOCK_SIZE", 4)
 
 

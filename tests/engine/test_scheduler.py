@@ -73,7 +73,9 @@ class Simulation:
             assert row.first == row.sequence.num_computed
             for position in (row.first, row.first + row.num_tokens - 1):
                 assert all(table.slot(position) >= 0 for table in row.sequence.tables)
-        first = min(self.scheduler.running, key=lambda sequence: sequence.rank)
+        first = min(
+            self.scheduler.running, key=lambda sequence: (sequence.request.priority, sequence.arrival)
+        )
         assert any(row.sequence is first for row in step.rows), "the first in order does not advance"
 
     def run(self, limit=10_000):
@@ -169,7 +171,7 @@ def test_nobody_overtakes_the_first_in_the_queue():
     big = simulation.submit(140, 10)
     small = simulation.submit(1, 1)
     simulation.step()
-    assert simulation.scheduler.waiting == [big, small]
+    assert list(simulation.scheduler.waiting) == [big, small]
 
 
 def test_the_last_in_order_is_preempted_and_computed_again():

@@ -7,6 +7,7 @@ once and their entries become -1, so that the table keeps its absolute numbering
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 from bise.cache.pool import BlockPool
 from bise.kernels import BLOCK_SIZE
@@ -30,6 +31,11 @@ def blocks_needed(num_tokens: int, window: int | None, chunk: int = 1) -> int:
     """
     whole = -(-num_tokens // BLOCK_SIZE)
     return whole if window is None else min(whole, blocks_spanned(window - 1 + chunk))
+
+
+def first_visible(next_position: int, window: int | None) -> int:
+    """Return the first logical block that the query at `next_position`, or any later one, can see."""
+    return 0 if window is None else max(0, next_position - window + 1) // BLOCK_SIZE
 
 
 class BlockTable:
@@ -72,6 +78,17 @@ class BlockTable:
             self._pool.free(block)
         del self.blocks[kept:]
 
+    def adopt(self, first: int, blocks: Sequence[int]) -> None:
+        """Become a further owner of `blocks`, which hold the logical blocks from `first` on; the table is
+        empty.
+        """
+        assert not self.blocks, "only an empty table adopts blocks"
+        for block in blocks:
+            self._pool.share(block)
+        self.blocks = array("i", [ABSENT] * first)
+        self.blocks.extend(blocks)
+        self._first = first
+
     def slot(self, position: int) -> int:
         """Return the physical slot (block * 32 + offset) of a position that is stored."""
         block = self.blocks[position // BLOCK_SIZE]
@@ -84,9 +101,7 @@ class BlockTable:
         Example: window 48, next query at 100: it sees 53 .. 100, so block 0 (0..31) goes and block 1 (32..63)
         stays.
         """
-        if self.window is None:
-            return
-        first = min(max(0, next_position - self.window + 1) // BLOCK_SIZE, len(self.blocks))
+        first = min(first_visible(next_position, self.window), len(self.blocks))
         while self._first < first:
             self._pool.free(self.blocks[self._first])
             self.blocks[self._first] = ABSENT
@@ -94,7 +109,8 @@ class BlockTable:
 
     def release_all(self) -> None:
         """Free everything and start again from position 0."""
-        for block in self.held:
+        # The end first: of a cached prefix the beginning serves most, so it is to be evicted last.
+        for block in reversed(self.held):
             self._pool.free(block)
         self.blocks = array("i")
         self._first = 0

@@ -1,25 +1,30 @@
 """Decides, step by step, who computes how many tokens. It knows tokens and blocks, but neither arrays nor
 models.
 
-Rules: sequences are served in the order of (priority, arrival). Every decoding sequence gets its token in
-every step, what remains of the token budget goes to prefills in order. A waiting sequence is admitted only
-when the blocks for all its tokens are there, and nobody overtakes the first one in the queue. When a block is
-missing, the last sequence in the order gives up all of its blocks and is computed again later. The first
-sequence therefore always advances, so everyone finishes.
+Rules: sequences are served in the order of their turn (`fairness.py`). Every decoding sequence gets its token
+in every step, what remains of the token budget goes to prefills in order, running or waiting. A waiting
+sequence is admitted only when the blocks for all its tokens are there, and nobody overtakes the first one in
+the queue. Where a place or a block is missing, the last one in the order may have to give way: it gives up
+all of its blocks and is computed again later, as far as they did not stay in the prefix cache. It gives way
+to a running sequence before it that must grow; to a waiting one of a better level; and to a waiting one of a
+tenant that would still run no more sequences than its own tenant keeps. The eldest running sequence of the
+best level never gives way, so everyone finishes.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bise.cache.pool import BlockPool
-from bise.cache.table import BlockTable, blocks_needed
+from bise.cache.prefix import Match, PrefixCache
+from bise.engine.blocks import BlockBook
+from bise.engine.fairness import FairQueue
 from bise.engine.sequence import Sequence, Status
-from bise.errors import ConfigError, MemoryPlanError
-from bise.kernels import BLOCK_SIZE
+from bise.errors import ConfigError
 
 
 class StepRow(NamedTuple):
@@ -52,6 +57,22 @@ class Step:
     num_tokens: int
 
 
+@dataclass(slots=True)
+class _Round:
+    """One step while it is planned."""
+
+    order: list[Sequence]
+    """Who runs, in the order of service; those before `index` had their turn."""
+    eldest: Sequence | None
+    budget: int
+    num_decoding: int
+    """Decoding sequences that still have their turn before them: a token is set aside for each."""
+    index: int = 0
+    rows: list[StepRow] = field(default_factory=list["StepRow"])
+    is_open: bool = True
+    """Whether a waiting sequence may still be admitted."""
+
+
 class Scheduler:
     """Owns the queue, the running sequences and their blocks."""
 
@@ -62,6 +83,7 @@ class Scheduler:
         *,
         max_step_tokens: int,
         max_sequences: int,
+        prefix: PrefixCache | None = None,
     ) -> None:
         """Serve from `pools`, one per window group; at most `max_sequences` run at once.
 
@@ -72,13 +94,10 @@ class Scheduler:
                 f"max_sequences must be from 1 to max_step_tokens ({max_step_tokens}), got {max_sequences}",
                 field="max_sequences",
             )
-        self.waiting: list[Sequence] = []
-        """In order of service."""
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
-        """In order of service."""
         self.num_preemptions = 0
-        self._pools = tuple(pools)
-        self._windows = tuple(windows)
+        self._book = BlockBook(pools, windows, max_step_tokens, prefix)
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
 
@@ -89,67 +108,60 @@ class Scheduler:
 
     def check_fits(self, num_tokens: int) -> None:
         """Raise MemoryPlanError when a sequence of `num_tokens` could never run, even alone."""
-        for pool, window in zip(self._pools, self._windows, strict=True):
-            needed = blocks_needed(num_tokens, window)
-            if needed > pool.num_blocks:
-                raise MemoryPlanError(
-                    f"{num_tokens} tokens need {needed} KV blocks of {BLOCK_SIZE} tokens, but the cache "
-                    f"holds {pool.num_blocks}; ask for fewer tokens or grant the KV cache more memory",
-                    field="max_tokens",
-                )
+        self._book.check_fits(num_tokens)
 
     def longest(self, max_context: int) -> int:
         """Return the most tokens, up to `max_context`, of one sequence that can run alone."""
-        held = [pool.num_blocks for pool, window in self._capacities() if window is None]
-        tight = [
-            pool.num_blocks for pool, window in self._capacities() if window and not _holds(pool, window)
-        ]
-        return min([max_context, *(count * BLOCK_SIZE for count in held + tight)])
-
-    def _capacities(self) -> list[tuple[BlockPool, int | None]]:
-        return list(zip(self._pools, self._windows, strict=True))
+        return self._book.longest(max_context)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; the caller has checked that it fits."""
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_rank)
+        """Queue a new sequence; the caller has checked that it fits."""
+        self.waiting.enter(sequence)
+        self._queue(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks."""
+    def finish(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Take a sequence out, wherever it is, and free its blocks; unless `is_sound` their content is served
+        to nobody else.
+        """
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
+            if not is_sound:
+                self._book.disown(sequence)
         elif sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
-        self._release(sequence)
+            self.waiting.pop(sequence)
+        self._book.release(sequence)
+        self.waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
-    def plan(self) -> Step | None:
-        """Return the next step, None when nothing waits or runs. Allocates the blocks that the step
-        writes.
+    def plan(self, budget: int | None = None) -> Step | None:
+        """Return the next step of up to `budget` tokens (without one: `max_step_tokens`), None when nothing
+        waits or runs. Allocates the blocks that the step writes.
+
+        A budget below the number of running sequences is raised to it: decoding ones never skip a step.
         """
-        rows: list[StepRow] = []
-        budget = self._max_step_tokens
-        running = self.running
-        num_decoding = sum(sequence.num_pending == 1 for sequence in running)
-        num_before = self.num_preemptions
-        index = 0
-        while index < len(running):
-            sequence = running[index]
-            index += 1
-            pending = sequence.num_pending
-            if pending == 1:
-                num_decoding -= 1
-            # Decoding sequences further down keep their tokens; those that get preempted leave theirs unused.
-            count = self._secure(sequence, min(pending, budget - num_decoding))
-            if count:
-                rows.append(_row(sequence, count))
-                budget -= count
-        if self.waiting and budget and self.num_preemptions == num_before:
-            self._admit(rows, budget)
-        if not rows:
+        limit = self._max_step_tokens
+        if budget is not None:
+            limit = min(limit, max(budget, len(self.running) + 1))
+        turn = self.waiting.turn
+        plan = _Round(
+            order=sorted(self.running, key=turn),
+            eldest=min(self.running, key=self._age, default=None),
+            budget=limit,
+            num_decoding=sum(sequence.num_pending == 1 for sequence in self.running),
+        )
+        while True:
+            sequence = plan.order[plan.index] if plan.index < len(plan.order) else None
+            head = self.waiting.head() if plan.is_open and plan.budget > plan.num_decoding else None
+            if head is not None and (sequence is None or turn(head) < turn(sequence)):
+                plan.is_open = self._admit(head, plan)
+            elif sequence is not None:
+                self._serve(sequence, plan)
+            else:
+                break
+        if not plan.rows:
             assert not self.has_work, "sequences wait although every block is free"
             return None
-        return Step(tuple(rows), sum(row.num_tokens for row in rows))
+        return Step(tuple(plan.rows), sum(row.num_tokens for row in plan.rows))
 
     def add_drafts(self, step: Step, drafts: SequenceOf[tuple[int, ...]]) -> Step:
         """Return `step` with the guessed tokens `drafts[i]` behind row i, as far as token budget and free
@@ -159,14 +171,13 @@ class Scheduler:
         rows: list[StepRow] = []
         for row, draft in zip(step.rows, drafts, strict=True):
             sequence = row.sequence
-            room = min(budget, self._num_fitting(sequence) - row.num_tokens) if draft else 0
+            room = min(budget, self._book.num_fitting(sequence) - row.num_tokens) if draft else 0
             if room <= 0:
                 rows.append(row)
                 continue
             taken = draft[:room]
             budget -= len(taken)
-            for table in sequence.tables:
-                table.extend(row.first + row.num_tokens + len(taken))
+            self._book.grow(sequence, row.first + row.num_tokens + len(taken))
             rows.append(
                 row._replace(
                     num_tokens=row.num_tokens + len(taken),
@@ -177,8 +188,8 @@ class Scheduler:
         return Step(tuple(rows), sum(row.num_tokens for row in rows))
 
     def complete(self, step: Step) -> None:
-        """Record that a step was computed, its guesses excepted, and free the blocks that slid out of each
-        window.
+        """Record that a step was computed, its guesses excepted, remember its full blocks and free those that
+        slid out of each window.
         """
         for row in step.rows:
             sequence = row.sequence
@@ -193,101 +204,116 @@ class Scheduler:
         for table in sequence.tables:
             table.shrink(sequence.num_computed)
 
-    def _advance(self, sequence: Sequence, end: int) -> None:
-        sequence.num_computed = end
-        for table in sequence.tables:
-            if table.window is not None:
-                table.release_before(end)
-
     def check_integrity(self) -> None:
-        """Assert that every block is free or held by exactly the sequences that run."""
-        for group, pool in enumerate(self._pools):
-            pool.check_integrity(block for sequence in self.running for block in sequence.tables[group].held)
+        """Assert that every block is blank, cached, or held by exactly the sequences that run."""
+        self._book.check_integrity(self.running)
         assert all(not sequence.tables for sequence in self.waiting), "a waiting sequence holds blocks"
 
-    def _secure(self, sequence: Sequence, count: int) -> int:
-        """Allocate blocks for up to `count` more tokens and return for how many; preempts those behind if it
+    def _advance(self, sequence: Sequence, end: int) -> None:
+        self._book.advance(sequence, end)
+        self.waiting.charge(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self.waiting.push(sequence)
+
+    def _serve(self, sequence: Sequence, plan: _Round) -> None:
+        """Give a running sequence its share of the step."""
+        plan.index += 1
+        pending = sequence.num_pending
+        if pending == 1:
+            plan.num_decoding -= 1
+        count = self._secure(sequence, min(pending, plan.budget - plan.num_decoding), plan)
+        if count:
+            plan.rows.append(_row(sequence, count))
+            plan.budget -= count
+
+    def _secure(self, sequence: Sequence, count: int, plan: _Round) -> int:
+        """Allocate blocks for up to `count` more tokens and return for how many; makes others give way if it
         must.
         """
         while count > 0:
-            fitting = min(count, self._num_fitting(sequence))
+            fitting = min(count, self._book.num_fitting(sequence))
             if fitting > 0:
-                end = sequence.num_computed + fitting
-                for table in sequence.tables:
-                    table.extend(end)
+                self._book.grow(sequence, sequence.num_computed + fitting)
                 return fitting
-            if self.running[-1] is sequence:
+            victim = next(self._victims(sequence, plan), None)
+            if victim is None:
                 return 0
-            self._preempt(self.running[-1])
+            self._preempt(victim, plan)
         return 0
 
-    def _num_fitting(self, sequence: Sequence) -> int:
-        """Return how many more tokens the sequence's own and the free blocks can take."""
-        return (
-            min(
-                (len(table.blocks) + pool.num_free) * BLOCK_SIZE
-                for table, pool in zip(sequence.tables, self._pools, strict=True)
-            )
-            - sequence.num_computed
-        )
+    def _victims(self, sequence: Sequence, plan: _Round) -> Iterator[Sequence]:
+        """Yield who gives way to a running sequence: those behind it, from the end; to the eldest everyone
+        who has no tokens in this step yet.
+        """
+        served = {id(row.sequence) for row in plan.rows}
+        for other in reversed(plan.order):
+            if other is sequence:
+                if sequence is not plan.eldest:
+                    return
+            elif other is not plan.eldest and id(other) not in served:
+                yield other
 
-    def _preempt(self, victim: Sequence) -> None:
+    def _admit(self, head: Sequence, plan: _Round) -> bool:
+        """Let the first in the queue run, next in the order of this step, if there is a place; returns
+        whether more may follow.
+        """
+        match = self._book.match(head)
+        leaving: list[Sequence] = []
+        for victim in self._yielding(head, plan):
+            if self._has_place(head, match, leaving):
+                break
+            leaving.append(victim)
+        if not self._has_place(head, match, leaving):
+            return False
+        for victim in leaving:
+            self._preempt(victim, plan)
+        self.waiting.pop(head)
+        head.status = Status.RUNNING
+        self.running.append(head)
+        self._book.seat(head, match)
+        plan.order.insert(plan.index, head)
+        plan.num_decoding += head.num_pending == 1
+        # Whoever gave way now waits: nobody else comes in before the others had their turn.
+        return not leaving
+
+    def _has_place(self, head: Sequence, match: Match, leaving: list[Sequence]) -> bool:
+        num_left = len(self.running) - len(leaving)
+        return num_left < self._max_sequences and self._book.has_room(head, match, self.running, leaving)
+
+    def _yielding(self, head: Sequence, plan: _Round) -> Iterator[Sequence]:
+        """Yield the running sequences that give way to a waiting one, from the end of the order: those of a
+        worse level, and those of a tenant that keeps at least as many as the waiting one's tenant would have.
+        """
+        level = self.waiting.level(head)
+        counts = Counter(other.request.tenant for other in self.running)
+        wanted = counts[head.request.tenant] + 1
+        for other in reversed(plan.order[plan.index :]):
+            tenant = other.request.tenant
+            fair = tenant != head.request.tenant and counts[tenant] > wanted
+            if other is not plan.eldest and (
+                self.waiting.level(other) > level or (self.waiting.level(other) == level and fair)
+            ):
+                counts[tenant] -= 1
+                yield other
+
+    def _preempt(self, victim: Sequence, plan: _Round) -> None:
+        index = plan.order.index(victim)
+        del plan.order[index]
+        if index < plan.index:
+            plan.index -= 1
+        elif victim.num_pending == 1:
+            plan.num_decoding -= 1
+        plan.is_open = False
         self.running.remove(victim)
-        self._release(victim)
+        self._book.release(victim)
         victim.num_computed = 0
         self.num_preemptions += 1
-        self.add(victim)
+        self._queue(victim)
 
-    def _release(self, sequence: Sequence) -> None:
-        for table in sequence.tables:
-            table.release_all()
-        sequence.tables = ()
-
-    def _admit(self, rows: list[StepRow], budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self._max_sequences:
-            sequence = self.waiting[0]
-            if not self._has_room(sequence):
-                return
-            del self.waiting[0]
-            sequence.tables = tuple(
-                BlockTable(pool, window) for pool, window in zip(self._pools, self._windows, strict=True)
-            )
-            sequence.status = Status.RUNNING
-            insort(self.running, sequence, key=_rank)
-            count = min(sequence.num_pending, budget, self._num_fitting(sequence))
-            for table in sequence.tables:
-                table.extend(count)
-            rows.append(_row(sequence, count))
-            budget -= count
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """True when every pool can take the whole sequence besides what running ones still need to catch up.
-
-        One block per running sequence stays spare, so that a newcomer is not preempted at their next block.
-        """
-        for group, (pool, window) in enumerate(zip(self._pools, self._windows, strict=True)):
-            spare = pool.num_free
-            for other in self.running:
-                catching_up = other.num_pending > 1
-                missing = self._num_blocks(other, window) - other.tables[group].num_held if catching_up else 1
-                spare -= max(1, missing)
-            # A window's chunks may shrink to what an empty pool holds; nobody would ever be admitted
-            # otherwise.
-            if spare < min(self._num_blocks(sequence, window), pool.num_blocks):
-                return False
-        return True
-
-    def _num_blocks(self, sequence: Sequence, window: int | None) -> int:
-        return blocks_needed(len(sequence.token_ids) + 1, window, self._max_step_tokens)
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank
-
-
-def _holds(pool: BlockPool, window: int) -> bool:
-    """True when a pool holds a whole window wherever it starts, so that a sequence may grow without end."""
-    return pool.num_blocks >= blocks_needed(1 << 30, window)
+    def _age(self, sequence: Sequence) -> tuple[int, int]:
+        return (self.waiting.level(sequence), sequence.arrival)
 
 
 def _row(sequence: Sequence, num_tokens: int) -> StepRow:

@@ -41,18 +41,19 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "clock",
         "first_token_s",
         "foresight",
         "handle",
         "max_tokens",
         "num_cached",
+        "num_charged",
         "num_computed",
         "num_kept",
         "num_prompt",
         "num_scored",
         "params",
         "prediction",
-        "rank",
         "request",
         "salt",
         "sampler",
@@ -74,8 +75,6 @@ class Sequence:
         self.request = request
         self.params = request.params
         self.arrival = arrival
-        self.rank = (request.priority, arrival)
-        """Order of service; whoever comes later gives way."""
         self.max_tokens = max_tokens
         self.stream: TextStream | None = None
         self.prediction: Prediction | None = None
@@ -97,6 +96,10 @@ class Sequence:
         """Blocks up to and including `tail`."""
         self.num_cached: int | None = None
         """Prompt tokens that the prefix cache spared it; None before it ran."""
+        self.clock = 0
+        """Tokens that the engine had computed when it came."""
+        self.num_charged = 0
+        """Tokens up to which its tenant's account was charged, or which cost nothing."""
         self.stop_ids: frozenset[int] = frozenset()
         """Tokens that end the text."""
         self.submitted_s = 0.0
