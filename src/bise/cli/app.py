@@ -19,6 +19,7 @@ from bise.errors import BiseError
 VERBS = {
     "chat": "Talk to a model; the embedded one when none is named.",
     "generate": "Continue a prompt.",
+    "serve": "Serve models over Mistral's and OpenAI's API.",
     "inspect": "Show what a model file holds and what it costs to run.",
     "score": "Give the log-probs and perplexity of texts or chats.",
     "quantize": "Pack a model into 4 or 8 bits on disk.",

@@ -1,0 +1,113 @@
+"""JSON bodies: read, bounded, parsed strictly and validated against a wire model, off the event loop.
+
+An unknown field is ignored and logged once; whatever else is wrong is a 400 that names the field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bise.errors import ModelFileError
+from bise.jsonfile import parse_json
+from bise.server.problem import ApiError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from bise.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+_INLINE_BYTES = 16 << 10
+"""Bodies up to this size are parsed at once; a thread would cost more."""
+
+
+class WireModel(BaseModel):
+    """A request as it comes over the wire: exact types, no coercion, null means absent, extras kept apart."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+M = TypeVar("M", bound=WireModel)
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """Return the validated body of an authenticated request. Raises ApiError 400, 413, 415."""
+    service: Service = request.app.state.service
+    await service.gate.authenticate(request)
+    check_content_type(request)
+    data = await request.body()
+    if len(data) <= _INLINE_BYTES:
+        value = _parse(data, model, service)
+    else:
+        value = await asyncio.get_running_loop().run_in_executor(service.pool, _parse, data, model, service)
+    service.note_unknown(request.scope["path"], value)
+    return value
+
+
+def check_content_type(request: Request) -> None:
+    """Refuse a body that says it is no JSON, or is compressed."""
+    kind, _, rest = request.headers.get("content-type", "").partition(";")
+    kind = kind.strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(
+            415,
+            f"the content type must be application/json, got {kind[:60] or 'none'}",
+            code="unsupported_media_type",
+        )
+    charset = rest.lower().replace('"', "").replace(" ", "")
+    if "charset=" in charset and "charset=utf-8" not in charset and "charset=utf8" not in charset:
+        raise ApiError(415, "JSON is UTF-8; no other charset is read", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(
+            415, "compressed bodies are not read; send them as they are", code="unsupported_media_type"
+        )
+
+
+def _parse(data: bytes, model: type[M], service: Service) -> M:
+    limits = service.limits
+    if not data.strip():
+        raise ApiError(400, "the body is empty; a JSON object is needed", code="invalid_json")
+    try:
+        value = parse_json(data, "body", max_depth=limits.json_depth, max_values=limits.json_values)
+    except ModelFileError as error:
+        message = str(error).removeprefix("body: ")
+        raise ApiError(400, f"the body {message}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return validate(value, model)
+
+
+def validate(value: object, model: type[M]) -> M:
+    """Return `value` as a wire model. Raises ApiError 400 that names the field and what is wrong with it."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = _place(first["loc"])
+        count = error.error_count()
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        text = first["msg"].removeprefix("Value error, ")
+        raise ApiError(
+            400,
+            f"{place}: {text}{more}" if place else f"{text}{more}",
+            code="invalid_request",
+            param=place or None,
+        ) from None
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return `tools[0].function` for ("tools", 0, "function"); names of union members are left out."""
+    place = ""
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "float", "bool") and "function-" not in part:
+            place += f".{part}" if place else part
+    return place[:200]

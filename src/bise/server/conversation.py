@@ -1,0 +1,117 @@
+"""Messages as clients send them, made into what the chat formats take: ids of nine characters, safe prompt.
+
+Content and order are checked by the formats themselves (`bise.text.messages`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from bise.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+SAFE_PROMPT = (
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
+    "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
+)
+"""Mistral's own text for `safe_prompt`."""
+
+_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_ALPHABET = string.ascii_letters + string.digits
+_UNUSED = ("annotations", "audio", "refusal", "function_call", "name", "metadata", "parsed")
+"""Fields of OpenAI's messages that no chat format here can say; `name` of a tool message is kept."""
+
+Message = dict[str, Any]
+
+
+def call_id(seed: str) -> str:
+    """Return nine letters and digits that depend on `seed` alone."""
+    number = int.from_bytes(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest()[:8])
+    letters = []
+    for _ in range(9):
+        number, index = divmod(number, len(_ALPHABET))
+        letters.append(_ALPHABET[index])
+    return "".join(letters)
+
+
+def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[Message]:
+    """Return messages for a chat format: unused fields left out, every call id in Mistral's form and paired.
+
+    Ids that are not nine letters and digits are replaced, the same id always by the same one; calls and
+    results without ids are paired in order. Raises RequestError for a message that is no object.
+    """
+    result: list[Message] = []
+    unanswered: list[str] = []
+    for index, message in enumerate(messages):
+        kept = {
+            key: value
+            for key, value in message.items()
+            if key not in _UNUSED or (key == "name" and message.get("role") == "tool")
+        }
+        if kept.get("role") == "assistant" and kept.get("tool_calls"):
+            kept["tool_calls"] = _with_ids(kept["tool_calls"], index)
+            unanswered = [call["id"] for call in kept["tool_calls"]]
+        elif kept.get("role") == "tool":
+            kept["tool_call_id"] = _answered(kept.get("tool_call_id"), unanswered)
+        result.append(kept)
+    return _with_safe_prompt(result) if safe_prompt else result
+
+
+def _with_ids(calls: object, index: int) -> list[Message]:
+    if not isinstance(calls, list):
+        raise RequestError(f"messages[{index}].tool_calls must be an array", field="messages")
+    fixed: list[Message] = []
+    for place, call in enumerate(cast(list[object], calls)):
+        if not isinstance(call, Mapping):
+            raise RequestError(f"messages[{index}].tool_calls[{place}] must be an object", field="messages")
+        fields = dict(cast(Mapping[str, Any], call))
+        given = fields.get("id")
+        if given is not None and not isinstance(given, str):
+            raise RequestError(f"messages[{index}].tool_calls[{place}].id must be a string", field="messages")
+        fields["id"] = _known_id(given) if given and given != "null" else call_id(f"{index}/{place}")
+        fixed.append(fields)
+    return fixed
+
+
+def _known_id(given: str) -> str:
+    return given if _CALL_ID.fullmatch(given) else call_id(given)
+
+
+def _answered(given: object, unanswered: list[str]) -> object:
+    """Return the id of a tool result; the next open call's when it has none."""
+    if isinstance(given, str) and given and given != "null":
+        wanted = _known_id(given)
+        if wanted in unanswered:
+            unanswered.remove(wanted)
+        return wanted
+    if given is None or isinstance(given, str):
+        return unanswered.pop(0) if unanswered else given
+    return given
+
+
+def _with_safe_prompt(messages: list[Message]) -> list[Message]:
+    first = messages[0]
+    if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
+        return [{**first, "content": f"{SAFE_PROMPT}\n\n{first['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": SAFE_PROMPT}, *messages]
+
+
+def prefix_of(messages: Sequence[Message]) -> str | None:
+    """Return the text that the answer begins with: the last message's, when it is to be continued."""
+    last = messages[-1]
+    if last.get("role") != "assistant" or last.get("prefix") is not True:
+        return None
+    content = last.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = cast(list[Message], content)
+        if all(isinstance(part.get("text"), str) for part in parts):
+            return "".join(part["text"] for part in parts)
+    return ""

@@ -1,0 +1,309 @@
+"""What all routes share: the fleet, the gate, the threads for text work, and the jobs that run now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+from bise.engine.handle import RequestHandle
+from bise.engine.request import Delta, FinishReason
+from bise.engine.request import Request as EngineRequest
+from bise.errors import BiseError, EngineError, ModelNotFoundError
+from bise.server.generation import Generation
+from bise.server.limits import HttpLimits
+from bise.server.problem import ApiError, as_api_error
+from bise.server.ticket import Gate, Ticket
+from bise.server.traits import Traits
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from starlette.requests import Request
+
+    from bise.engine.fleet import Lease
+    from bise.engine.load import LoadedModel
+    from bise.engine.model_spec import ModelCard
+    from bise.server.body import WireModel
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TEXT_THREADS = 4
+_MAX_NOTED = 256
+
+
+class Models(Protocol):
+    """What the server needs of a fleet (`bise.engine.fleet.Fleet`)."""
+
+    def cards(self) -> tuple[ModelCard, ...]:
+        """Return what is known of every model."""
+        ...
+
+    def card(self, name: str) -> ModelCard:
+        """Return one model's card; raises ModelNotFoundError."""
+        ...
+
+    def acquire(self, name: str, *, wait_s: float | None = None) -> Lease:
+        """Return a lease on a model, loaded first if need be."""
+        ...
+
+    def close(self, *, drain: bool = False) -> None:
+        """Unload everything."""
+        ...
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was there."""
+
+
+class Service:
+    """The state of one running server. Made on no event loop; used on one."""
+
+    def __init__(self, models: Models, gate: Gate, limits: HttpLimits) -> None:
+        self.models = models
+        self.gate = gate
+        self.limits = limits
+        self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="bise-text")
+        """For tokenising, templates, parsing and submitting: whatever could hold up the event loop."""
+        self._loads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="bise-load")
+        self.started_s = time.time()
+        self.jobs: set[Job] = set()
+        self.is_draining = False
+        self._noted: set[tuple[str, str]] = set()
+        self._engines: dict[str, LoadedModel] = {}
+        self._traits: dict[str, Traits] = {}
+
+    async def offload(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a function in a thread of the text pool and return what it returns."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.pool, lambda: function(*args, **kwargs))
+
+    def note_unknown(self, path: str, body: WireModel) -> None:
+        """Log the fields of a request that this server does not know, each one once."""
+        for name in body.model_extra or {}:
+            key = (path, name[:64])
+            if key not in self._noted and len(self._noted) < _MAX_NOTED:
+                self._noted.add(key)
+                logger.warning("event=unknown_field path=%s field=%s", path, ascii(name[:64]))
+
+    async def open(self, request: Request, *, model: str, scope: str = "inference") -> Job:
+        """Admit a request and pin its model. Raises what the gate and the fleet raise, recorded."""
+        ticket = await self.gate.admit(request, scope=scope, model=model)
+        try:
+            lease = await self._acquire(model)
+        except BaseException as error:
+            await ticket.finish(
+                model=None,
+                usage=None,
+                timings=None,
+                finish_reason="error",
+                error_code=as_api_error(error).code,
+            )
+            raise
+        name = self.models.card(model).spec.name
+        job = Job(self, request, ticket, name, lease, await self._loaded_traits(name, lease.loaded))
+        self._engines[name] = lease.loaded
+        self.jobs.add(job)
+        return job
+
+    async def traits(self, card: ModelCard) -> Traits | None:
+        """Return what a model can do, from its files when it is not loaded; None when they are bad."""
+        name = card.spec.name
+        if name not in self._traits and card.fault is None:
+            try:
+                self._traits[name] = await self.offload(_traits_on_disk, card.spec.path)
+            except BiseError as error:
+                logger.warning("event=model_unavailable code=%s", error.code)
+        return self._traits.get(name)
+
+    async def _loaded_traits(self, name: str, loaded: LoadedModel) -> Traits:
+        if name not in self._traits:
+            self._traits[name] = await self.offload(Traits.of, loaded.tokenizer, loaded.template)
+        return self._traits[name]
+
+    async def _acquire(self, model: str) -> Lease:
+        card = self.models.card(model)
+        if card.fault is not None and card.plan is None:
+            logger.warning("event=model_unavailable reason=%s", ascii(card.fault)[:300])
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._loads, lambda: self.models.acquire(model))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: None if done.exception() else done.result().release())
+            raise
+        except BiseError as error:
+            if isinstance(error, ModelNotFoundError):
+                raise
+            refusal = as_api_error(error)
+            if refusal.status < 500:  # the operator's matter, whatever it is: never the client's mistake
+                raise ApiError(
+                    503,
+                    "the model cannot be loaded now; the server's log tells why",
+                    code="model_unavailable",
+                    headers={"x-should-retry": "false"},
+                ) from error
+            raise
+
+    def engines(self) -> dict[str, LoadedModel]:
+        """Return the models that are loaded, by name, as far as this service has used them."""
+        ready = {card.spec.name for card in self.models.cards() if card.state == "ready"}
+        self._engines = {name: loaded for name, loaded in self._engines.items() if name in ready}
+        return self._engines
+
+    async def end_jobs(self) -> None:
+        """Abort what still runs and let the answers out; for the end of the grace time."""
+        for job in list(self.jobs):
+            job.stop()
+        while self.jobs:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        """Close the models and the threads."""
+        self.models.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._loads.shutdown(wait=False, cancel_futures=True)
+
+
+class Job:
+    """One admitted request, from its ticket to its row in the ledger."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        ticket: Ticket,
+        model: str,
+        lease: Lease,
+        traits: Traits,
+    ) -> None:
+        self.service = service
+        self.request = request
+        self.ticket = ticket
+        self.model = model
+        self.loaded = lease.loaded
+        self.traits = traits
+        self.generation: Generation | None = None
+        self.client_gone = False
+        self._lease = lease
+        self._finished = False
+        self._stopped = False
+
+    async def start(
+        self, requests: Iterable[EngineRequest], *, prompts: Sequence[int] | None = None
+    ) -> Generation:
+        """Submit to the engine, under this job's key and adapter. All of the requests run or none."""
+        wanted = [
+            replace(
+                request,
+                tenant=self.ticket.tenant,
+                priority=self.ticket.priority,
+                adapter=self._lease.adapter,
+            )
+            for request in requests
+        ]
+        handles = await self.service.offload(self._submit, wanted)
+        self.generation = Generation(handles, prompts=prompts)
+        if self._stopped:
+            self.generation.cancel()
+        return self.generation
+
+    def _submit(self, requests: Sequence[EngineRequest]) -> list[RequestHandle]:
+        engine = self.loaded.engine
+        handles: list[RequestHandle] = []
+        try:
+            for request in requests:
+                handles.append(engine.submit(request))
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return handles
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raise ContextOverflowError for texts that cannot fit, before time goes into encoding them."""
+        self.traits.check_size(num_bytes, self.loaded.engine.max_context)
+
+    def leave(self) -> None:
+        """The client has gone: abort."""
+        self.client_gone = True
+        if self.generation is not None:
+            self.generation.cancel()
+
+    def stop(self) -> None:
+        """The server goes: abort."""
+        self._stopped = True
+        if self.generation is not None:
+            self.generation.cancel()
+
+    def check(self, delta: Delta) -> None:
+        """Raise what ended a sequence other than its own text: its error, the client's leaving, a stop."""
+        if delta.error is not None:
+            raise delta.error
+        if delta.finish_reason is FinishReason.ABORT:
+            if self.client_gone:
+                raise ClientGoneError
+            if self.generation is not None and self.generation.overrun:
+                raise ApiError(408, "the stream was not read for too long", code="stalled_reader")
+            if self._stopped or self.service.is_draining:
+                raise ApiError(
+                    503, "the server is stopping", code="server_stopping", headers={"retry-after": "5"}
+                )
+            raise EngineError("the engine was closed while the request ran")
+
+    async def collect(self) -> list[Delta]:
+        """Wait for all sequences while watching the client; raises what `check` raises."""
+        assert self.generation is not None
+        watch = asyncio.create_task(watch_client(self))
+        try:
+            answers = await self.generation.collect()
+        finally:
+            watch.cancel()
+        for answer in answers:
+            self.check(answer)
+        return answers
+
+    async def finish(self, finish_reason: str | None, error: BaseException | None = None) -> None:
+        """Let engine and model go and settle with the gate; only the first call counts."""
+        if self._finished:
+            return
+        self._finished = True
+        usage = timings = None
+        try:
+            if self.generation is not None:
+                await self.generation.close()
+                usage, timings = self.generation.usage(), self.generation.timings()
+        finally:
+            self.service.jobs.discard(self)
+            self._lease.release()
+            gone = self.client_gone or isinstance(error, ClientGoneError)
+            await self.ticket.finish(
+                model=self.model,
+                usage=usage,
+                timings=timings,
+                finish_reason="abort" if gone else "error" if error is not None else finish_reason,
+                error_code=None if error is None or gone else as_api_error(error).code,
+            )
+
+
+def _traits_on_disk(path: Path) -> Traits:
+    from bise.engine.load import load_text
+    from bise.model.checkpoint import open_model
+
+    return Traits.of(*load_text(open_model(path)))
+
+
+async def watch_client(job: Job) -> None:
+    """Abort a job when its client closes the connection."""
+    while True:
+        message = await job.request.receive()
+        if message["type"] == "http.disconnect":
+            job.leave()
+            return
