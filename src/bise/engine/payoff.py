@@ -8,6 +8,7 @@ estimates say.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,71 +28,104 @@ _MEMORY = 128
 """Steps after which the ledger has forgotten most."""
 _HOPED_ROW_COST = 0.05
 """Price of a guessed row, in plain steps, before any was measured: what it is where memory is the limit."""
+_FORGET_EVERY = 256
 _MIN_GAIN = 1.02
 _MIN_CHANCE = 0.02
 
 
-class _Average:
-    """A running mean that forgets; a single outlier moves it by its rate at most."""
+class _Samples:
+    """The last figures of one kind. Noise only adds time, so their lower third stands for all of them."""
 
-    __slots__ = ("count", "value")
+    __slots__ = ("_last", "count", "mean", "value")
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self._last: deque[float] = deque(maxlen=16)
         self.count = 0
+        """Figures that are remembered."""
+        self.value = self.mean = 0.0
 
-    def add(self, sample: float, rate: float) -> None:
-        self.count += 1
-        if self.count == 1:
-            self.value = sample
-            return
-        bounded = min(max(sample, self.value / 2), self.value * 2)
-        self.value += max(rate, 1 / self.count) * (bounded - self.value)
+    def add(self, figure: float) -> None:
+        self._last.append(figure)
+        self._sum_up()
+
+    def forget_one(self) -> None:
+        """Forget the oldest figure."""
+        self._last.popleft()
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        self.count = len(self._last)
+        if self.count:
+            self.value = sorted(self._last)[self.count // 3]
+            self.mean = sum(self._last) / self.count
 
 
 class StepCosts:
     """Seconds of a step by sequences and guessed rows, each learned from steps like it."""
 
     def __init__(self) -> None:
-        self._plain: dict[int, _Average] = {}
-        self._ratios: dict[int, dict[int, _Average]] = {}
+        self._plain: dict[int, _Samples] = {}
+        self._ratios: dict[int, dict[int, _Samples]] = {}
+        self._prices: dict[int, list[float]] = {}
+        self._until_forgetting = _FORGET_EVERY
 
     def plain(self, num_sequences: int) -> float | None:
-        """Return the seconds of a step without guesses; None while too few were seen."""
-        average = self._plain.get(num_sequences)
-        return average.value if average is not None and average.count >= _MIN_PLAIN_STEPS else None
+        """Return the mean seconds of the last steps without guesses; None while too few were seen."""
+        samples = self._plain.get(num_sequences)
+        return samples.mean if samples is not None and samples.count >= _MIN_PLAIN_STEPS else None
 
-    def ratios(self, num_sequences: int) -> list[float]:
+    def prices(self, num_sequences: int) -> list[float]:
         """Return the price of 0, 1, 2 ... guessed rows in plain steps, up to twice what was ever tried.
 
         Between two measured numbers the price is interpolated, beyond the last it goes on as it rose so far.
         """
-        known = self._ratios.get(num_sequences, {})
-        if not known:
-            return [1.0, 1 + _HOPED_ROW_COST, 1 + 2 * _HOPED_ROW_COST]
-        prices = [1.0]
-        for rows in sorted(known):
-            start, last = len(prices) - 1, prices[-1]
-            # A row more is never cheaper: a lower figure is noise.
-            rise = (max(known[rows].value, last) - last) / (rows - start)
-            prices.extend(last + rise * step for step in range(1, rows - start + 1))
-        rows = len(prices) - 1
-        rise = (prices[rows] - 1) / rows
-        prices.extend(prices[rows] + rise * step for step in range(1, min(rows, MAX_DRAFTED_ROWS - rows) + 1))
-        return prices
+        if num_sequences not in self._prices:
+            self._prices[num_sequences] = _curve(self._ratios.get(num_sequences, {}))
+        return self._prices[num_sequences]
 
     def record(self, num_sequences: int, num_drafted: int, seconds: float) -> None:
         """Learn from a step."""
         if not num_drafted:
-            self._plain.setdefault(num_sequences, _Average()).add(seconds, 0.1)
-            # What was measured under a passing load is forgotten, and so tried again some day.
-            for rows, average in self._ratios.get(num_sequences, {}).items():
-                average.value += 0.002 * (1 + _HOPED_ROW_COST * rows - average.value)
+            self._plain.setdefault(num_sequences, _Samples()).add(seconds)
+            self._until_forgetting -= 1
+            if not self._until_forgetting:
+                self._forget()
             return
-        plain = self.plain(num_sequences)
-        if plain is not None:
+        if self.plain(num_sequences) is not None:
             known = self._ratios.setdefault(num_sequences, {})
-            known.setdefault(num_drafted, _Average()).add(seconds / plain, 0.2)
+            known.setdefault(num_drafted, _Samples()).add(seconds / self._plain[num_sequences].value)
+            self._prices.pop(num_sequences, None)
+
+    def _forget(self) -> None:
+        """Forget the oldest figures: what was measured under a passing load is tried again some day."""
+        self._until_forgetting = _FORGET_EVERY
+        for num_sequences, known in self._ratios.items():
+            for rows in list(known):
+                known[rows].forget_one()
+                if not known[rows].count:
+                    del known[rows]
+            self._prices.pop(num_sequences, None)
+
+
+def _curve(known: dict[int, _Samples]) -> list[float]:
+    """Return prices that rise with the rows and follow what is known of some of them."""
+    # (rows, price, weight); a row more is never cheaper, so neighbours that say so are averaged.
+    points: list[tuple[list[int], float, int]] = [([0], 1.0, 16)]
+    for rows in sorted(known):
+        points.append(([rows], known[rows].value, known[rows].count))
+        while len(points) > 1 and points[-1][1] < points[-2][1]:
+            (left, low, first), (right, high, second) = points[-2:]
+            mean = (low * first + high * second) / (first + second)
+            points[-2:] = [(left + right, mean, first + second)]
+    prices: list[float] = []
+    for rows, price in ((rows, price) for group, price, _ in points for rows in group):
+        last, missing = (prices[-1] if prices else price), rows - len(prices) + 1
+        prices.extend(last + (price - last) * step / missing for step in range(1, missing + 1))
+    tried = len(prices) - 1
+    rise = (prices[tried] - prices[0]) / tried if tried else _HOPED_ROW_COST
+    more = min(max(tried, 2), MAX_DRAFTED_ROWS - tried)
+    prices.extend(prices[tried] + rise * step for step in range(1, more + 1))
+    return [price / prices[0] for price in prices]
 
 
 class Chances:
@@ -160,7 +194,7 @@ class Payoff:
             return False
         if self._since_probe >= PROBE_EVERY:
             return False
-        prices = self.costs.ratios(num_sequences)
+        prices = self.costs.prices(num_sequences)
         return any((num_sequences + rows) / price > num_sequences for rows, price in enumerate(prices))
 
     def choose(self, chances: Sequence[Sequence[float]]) -> list[int]:
@@ -171,7 +205,7 @@ class Payoff:
         """
         num_sequences = len(chances)
         counts = [0] * num_sequences
-        prices = self.costs.ratios(num_sequences)
+        prices = self.costs.prices(num_sequences)
         ranked = sorted(
             (-chance, depth, index)
             for index, row in enumerate(chances)
