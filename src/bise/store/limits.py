@@ -1,0 +1,306 @@
+"""Limits per key that hold across processes and restarts: what a request may use is reserved before it runs,
+and settled to what it did use when it ends.
+
+Requests and tokens per minute count over the 60 seconds before now, not over minutes of the clock, so no
+more than the limit passes in any minute. Days and months are those of UTC.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from bise.errors import PermissionDeniedError, RateLimitError
+from bise.store.database import Database
+from bise.store.keys import KeyInfo
+from bise.store.schema import KeyRecord, ReservationRecord, SpendRecord
+from bise.store.worker import LEASE_S, is_dead, this_worker
+
+MINUTE_S = 60.0
+BUSY_RETRY_S = 1.0
+"""What a key at its concurrency is told: nobody knows when its running requests end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What a key has of one limit per minute: the numbers of the `x-ratelimit` headers."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+    """Seconds until all of it is there again, if nothing else comes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A place that a request holds until it is settled."""
+
+    id: str
+    key_id: str
+    requests: Allowance | None
+    tokens: Allowance | None
+
+
+class Limits:
+    """Reserves and settles for the keys of one database."""
+
+    def __init__(
+        self, database: Database, clock: Callable[[], float] = time.time, worker: str | None = None
+    ) -> None:
+        """`clock` returns seconds since 1970; `worker` names this process."""
+        self._database = database
+        self._clock = clock
+        self._worker = worker or this_worker()
+
+    def reserve(self, key: KeyInfo, tokens: int = 0, cost: Decimal = Decimal(0)) -> Reservation:
+        """Let one request of a key in, for at most `tokens` and `cost`.
+
+        Raises RateLimitError, with the seconds after which it can pass, when a limit forbids it; refused
+        requests count for nothing.
+        """
+        now = self._clock()
+        with self._database.writing() as session:
+            _lock(session, key.id)
+            state = self._state(session, key, now)
+            state.check(tokens, cost, is_new=True)
+            reservation_id = secrets.token_hex(16)
+            session.add(
+                ReservationRecord(
+                    id=reservation_id,
+                    key_id=key.id,
+                    at=now,
+                    tokens=tokens,
+                    cost=cost,
+                    is_open=True,
+                    worker=self._worker,
+                    lease_until=now + LEASE_S,
+                )
+            )
+        return state.reservation(reservation_id, tokens, num_new=1)
+
+    def extend(
+        self, reservation: Reservation, key: KeyInfo, tokens: int, cost: Decimal = Decimal(0)
+    ) -> Reservation:
+        """Reserve tokens and money for a request that holds a place without any yet.
+
+        Raises RateLimitError when a limit forbids it; the place is then given up and counts for nothing.
+        """
+        now = self._clock()
+        refusal: RateLimitError | None = None
+        with self._database.writing() as session:
+            _lock(session, key.id)
+            state = self._state(session, key, now)
+            try:
+                state.check(tokens, cost, is_new=False)
+            except RateLimitError as error:
+                refusal = error
+                session.execute(delete(ReservationRecord).where(ReservationRecord.id == reservation.id))
+            else:
+                values = {"tokens": tokens, "cost": cost, "lease_until": now + LEASE_S}
+                _update(session, reservation.id, values)
+        if refusal is not None:
+            raise refusal
+        return state.reservation(reservation.id, tokens, num_new=0)
+
+    def settle(
+        self,
+        reservation: Reservation,
+        tokens: int,
+        cost: Decimal,
+        session: Session,
+        *,
+        at: float | None = None,
+        is_billed: bool = True,
+    ) -> None:
+        """Replace what was reserved by what was used, inside the caller's transaction.
+
+        A request that is not billed, because it repeats another, still counts against the minute.
+        """
+        now = self._clock() if at is None else at
+        _lock(session, reservation.key_id)
+        _update(session, reservation.id, {"tokens": tokens, "cost": cost, "is_open": False})
+        if not is_billed:
+            return
+        for period in periods(now):
+            record = session.get(SpendRecord, (reservation.key_id, period))
+            if record is None:
+                session.add(
+                    SpendRecord(
+                        key_id=reservation.key_id, period=period, requests=1, tokens=tokens, cost=cost
+                    )
+                )
+            else:
+                record.requests += 1
+                record.tokens += tokens
+                record.cost += cost
+
+    def renew(self, reservation_ids: Sequence[str]) -> None:
+        """Say that this process is still at work on these; call it every LEASE_S / 3."""
+        with self._database.writing() as session:
+            for reservation_id in reservation_ids:
+                _update(session, reservation_id, {"lease_until": self._clock() + LEASE_S})
+
+    def _state(self, session: Session, key: KeyInfo, now: float) -> _State:
+        """Return what the key holds and has used; forgets what no limit counts any more."""
+        records = session.scalars(
+            select(ReservationRecord)
+            .where(ReservationRecord.key_id == key.id)
+            .order_by(ReservationRecord.at, ReservationRecord.id)
+        ).all()
+        open_records: list[ReservationRecord] = []
+        recent: list[ReservationRecord] = []
+        for record in records:
+            # A time ahead of now was written before the clock was set back; it would block the key till then.
+            is_recent = now - MINUTE_S < record.at <= now + MINUTE_S
+            is_alive = record.is_open and record.lease_until > now and not is_dead(record.worker)
+            if is_recent:
+                recent.append(record)
+            if is_alive:
+                open_records.append(record)
+            elif record.is_open:
+                record.is_open = False  # its process is gone: nobody will ever settle it
+            elif not is_recent:
+                session.delete(record)
+        day, month = periods(now)
+        spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in (day, month))
+        return _State(
+            key=key,
+            now=now,
+            recent=[(record.at, record.tokens) for record in recent],
+            num_open=len(open_records),
+            day_tokens=(spend_day.tokens if spend_day else 0) + sum(record.tokens for record in open_records),
+            month_cost=sum(
+                (record.cost for record in open_records), spend_month.cost if spend_month else Decimal(0)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What a key has in use at one moment."""
+
+    key: KeyInfo
+    now: float
+    recent: list[tuple[float, int]]
+    """(time, tokens) of the requests of the last minute, oldest first."""
+    num_open: int
+    day_tokens: int
+    month_cost: Decimal
+
+    def check(self, tokens: int, cost: Decimal, *, is_new: bool) -> None:
+        """Raise RateLimitError for the first limit that a request would break."""
+        limits = self.key.limits
+        if is_new and limits.concurrency is not None and self.num_open >= limits.concurrency:
+            # A limit of 0 closes a key; waiting does not open it.
+            retry = BUSY_RETRY_S if limits.concurrency else None
+            raise _refusal("concurrency", "requests at the same time", limits.concurrency, retry)
+        if is_new and limits.requests_per_minute is not None:
+            self._check_minute("requests_per_minute", limits.requests_per_minute, [1] * len(self.recent), 1)
+        if limits.tokens_per_minute is not None:
+            used = [tokens for _, tokens in self.recent]
+            self._check_minute("tokens_per_minute", limits.tokens_per_minute, used, tokens)
+        if limits.tokens_per_day is not None and not _fits(self.day_tokens, tokens, limits.tokens_per_day):
+            raise _refusal(
+                "tokens_per_day",
+                "tokens per day",
+                limits.tokens_per_day,
+                _until(self.now, "day") if tokens <= limits.tokens_per_day else None,
+            )
+        if limits.money_per_month is not None and not _fits(self.month_cost, cost, limits.money_per_month):
+            raise _refusal(
+                "money_per_month",
+                "money per month",
+                limits.money_per_month,
+                _until(self.now, "month") if cost <= limits.money_per_month else None,
+            )
+
+    def reservation(self, reservation_id: str, tokens: int, *, num_new: int) -> Reservation:
+        """Return the place that was given, with what is left after it."""
+        limits = self.key.limits
+        recent = [*self.recent, (self.now, tokens)]
+        return Reservation(
+            id=reservation_id,
+            key_id=self.key.id,
+            requests=self._allowance(limits.requests_per_minute, len(self.recent) + num_new, recent),
+            tokens=self._allowance(limits.tokens_per_minute, sum(count for _, count in recent), recent),
+        )
+
+    def _allowance(
+        self, limit: int | None, used: int, recent: Sequence[tuple[float, int]]
+    ) -> Allowance | None:
+        if limit is None:
+            return None
+        last = max((at for at, _ in recent), default=self.now)
+        return Allowance(
+            limit=limit, remaining=max(0, limit - used), reset_s=max(0.0, last + MINUTE_S - self.now)
+        )
+
+    def _check_minute(self, name: str, limit: int, used: list[int], wanted: int) -> None:
+        """Raise unless `wanted` more fit; the oldest entries fall out of the minute first."""
+        total = sum(used)
+        if _fits(total, wanted, limit):
+            return
+        retry: float | None = None
+        for (at, _), count in zip(self.recent, used, strict=True):
+            total -= count
+            if _fits(total, wanted, limit):
+                retry = at + MINUTE_S - self.now
+                break
+        raise _refusal(name, name.replace("_", " "), limit, retry)
+
+
+def _fits(used: int | Decimal, wanted: int | Decimal, limit: int | Decimal) -> bool:
+    """Return True when a request may start: one that does not know its need yet needs something left."""
+    return used + wanted <= limit if wanted else used < limit
+
+
+def _refusal(field: str, what: str, limit: object, retry_after_s: float | None) -> RateLimitError:
+    way_out = (
+        "it can never pass" if retry_after_s is None else f"try again in {max(1, round(retry_after_s))} s"
+    )
+    return RateLimitError(
+        f"this key may use {limit} {what} and would exceed that; {way_out}",
+        field=field,
+        retry_after_s=retry_after_s,
+    )
+
+
+def periods(now: float) -> tuple[str, str]:
+    """Return the day and the month of a time, in UTC: `2026-11-21`, `2026-11`."""
+    day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
+    return day, day[:7]
+
+
+def _until(now: float, period: str) -> float:
+    moment = datetime.fromtimestamp(now, UTC)
+    start = moment.replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        end = start + timedelta(days=1)
+    else:
+        end = (start.replace(day=1) + timedelta(days=32)).replace(day=1)
+    return (end - moment).total_seconds()
+
+
+def _lock(session: Session, key_id: str) -> None:
+    """Let one transaction at a time work on a key (SQLite does so for all keys anyway)."""
+    query = select(KeyRecord.revoked_at).where(KeyRecord.id == key_id).with_for_update()
+    found = session.execute(query).one_or_none()
+    if found is None:
+        raise PermissionDeniedError("the key is not in the database any more")
+
+
+def _update(session: Session, reservation_id: str, values: dict[str, object]) -> None:
+    session.execute(update(ReservationRecord).where(ReservationRecord.id == reservation_id).values(**values))
+
+
+def count_open(session: Session) -> int:
+    """Return how many reservations are open, for tests and metrics."""
+    query = select(func.count()).select_from(ReservationRecord).where(ReservationRecord.is_open)
+    return session.scalar(query) or 0

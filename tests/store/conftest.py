@@ -1,0 +1,116 @@
+"""The suite runs on SQLite, and on a real PostgreSQL when this machine has one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from bise.store.database import Database
+from bise.store.keys import Keys
+
+
+class FakeClock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, now: float = 1_800_000_000.0):  # 2027-01-15 08:00:00 UTC
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _postgres_bin() -> Path | None:
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    found = str(versions[-1]) if versions else shutil.which("initdb")
+    return Path(found).parent if found else None
+
+
+class PostgresServer:
+    """A PostgreSQL of our own in a temporary folder, listening on loopback only."""
+
+    def __init__(self, binaries: Path):
+        self.binaries = binaries
+        self.folder = Path(tempfile.mkdtemp(prefix="bise-pg-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.user = None
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            self.user = "postgres"
+            entry = pwd.getpwnam("postgres")
+            os.chown(self.folder, entry.pw_uid, entry.pw_gid)
+        self._run("initdb", "-D", str(self.folder / "data"), "-U", "bise", "-A", "trust", "--no-sync")
+        self.start()
+        self._names = itertools.count()
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off -k {self.folder}"
+        self._run("pg_ctl", "-D", str(self.folder / "data"), "-o", options, "-l",
+                  str(self.folder / "log"), "-w", "start")  # fmt: skip
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+
+    def new_url(self) -> str:
+        name = f"t{next(self._names)}"
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "bise", name)
+        return f"postgresql://bise@127.0.0.1:{self.port}/{name}"
+
+    def _run(self, program: str, *args: str) -> None:
+        command = [str(self.binaries / program), *args]
+        done = subprocess.run(
+            command, user=self.user, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A running PostgreSQL; skips where there is none."""
+    binaries = _postgres_bin()
+    if binaries is None:
+        pytest.skip("no PostgreSQL on this machine (apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="the driver is missing (pip install 'bise[postgres]')")
+    server = PostgresServer(binaries)
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request, tmp_path):
+    """Where a new, empty database can be made; every test that uses it runs on both kinds."""
+    if request.param == "sqlite":
+        return str(tmp_path / "bise.db")
+    return request.getfixturevalue("postgres").new_url()
+
+
+@pytest.fixture
+def database(database_url):
+    database = Database.open(database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+SECRET = bytes(range(32))
+
+
+@pytest.fixture
+def keys(database, clock):
+    return Keys(database, SECRET, clock)
