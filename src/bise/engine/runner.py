@@ -11,7 +11,8 @@ from bise.cache.pages import KVCache
 from bise.config import ModelConfig
 from bise.engine.scheduler import Step, StepRow
 from bise.kernels import BLOCK_SIZE, Array, AttentionMeta
-from bise.model.batch import Batch
+from bise.model.batch import AdaptedRows, Batch
+from bise.model.lora import Adapter
 from bise.model.transformer import LayerPages
 
 Logits = npt.NDArray[np.float32]
@@ -71,7 +72,21 @@ def build_batch(step: Step, num_groups: int) -> Batch:
         positions=positions,
         attention=tuple(_attention_meta(step, group, q_start, q_pos) for group in range(num_groups)),
         logit_rows=np.array(logit_rows, np.int32),
+        adapted=_adapted_rows(step),
     )
+
+
+def _adapted_rows(step: Step) -> tuple[AdaptedRows, ...]:
+    """Return the rows of each adapter in use, adapters in the order of their first row."""
+    rows: dict[str, tuple[Adapter, list[int]]] = {}
+    start = 0
+    for row in step.rows:
+        adapter = row.sequence.adapter
+        if adapter is not None:
+            _, numbers = rows.setdefault(adapter.sha256, (adapter, []))
+            numbers.extend(range(start, start + row.num_tokens))
+        start += row.num_tokens
+    return tuple(AdaptedRows(adapter.loras, np.array(numbers, np.intp)) for adapter, numbers in rows.values())
 
 
 def _attention_meta(

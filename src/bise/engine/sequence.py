@@ -12,10 +12,12 @@ from bise.engine.request import Request
 
 if TYPE_CHECKING:
     from bise.cache.prefix import Node
+    from bise.engine.embedding import Pooler
     from bise.engine.handle import RequestHandle
     from bise.engine.lookup import Prediction
     from bise.engine.sampling import Sampler
     from bise.engine.speculation import Foresight
+    from bise.model.lora import Adapter
     from bise.text.stream import TextStream
 
 
@@ -40,8 +42,10 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrival",
         "clock",
+        "due_s",
         "first_token_s",
         "foresight",
         "handle",
@@ -49,10 +53,12 @@ class Sequence:
         "num_cached",
         "num_charged",
         "num_computed",
+        "num_dropped",
         "num_kept",
         "num_prompt",
         "num_scored",
         "params",
+        "pooler",
         "prediction",
         "request",
         "salt",
@@ -77,6 +83,10 @@ class Sequence:
         self.arrival = arrival
         self.max_tokens = max_tokens
         self.stream: TextStream | None = None
+        self.adapter: Adapter | None = None
+        """Whose rows these are; its `sha256` tells its keys and values from others'."""
+        self.pooler: Pooler | None = None
+        """Gathers the prompt's vector, where one was asked for."""
         self.prediction: Prediction | None = None
         """What the caller expects, as far as the output has followed it."""
         self.foresight: Foresight | None = None
@@ -102,6 +112,10 @@ class Sequence:
         """Tokens up to which its tenant's account was charged, or which cost nothing."""
         self.stop_ids: frozenset[int] = frozenset()
         """Tokens that end the text."""
+        self.num_dropped = 0
+        """Prompt tokens that `Request.truncate` dropped."""
+        self.due_s: float | None = None
+        """When it ends at the latest, by the engine's clock."""
         self.submitted_s = 0.0
         self.started_s = 0.0
         self.first_token_s = 0.0
