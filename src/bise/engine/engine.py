@@ -7,39 +7,37 @@ request's own failure ends that request; the model's failure ends the requests o
 
 from __future__ import annotations
 
-import itertools
 import logging
-import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Self
 
 from bise.cache.pages import KVCache, plan_num_blocks
 from bise.cache.pool import BlockPool
+from bise.cache.prefix import PrefixCache
 from bise.config import ModelConfig
+from bise.engine.adapters import Adapters
+from bise.engine.admission import Admission, Places
 from bise.engine.choice import choose
 from bise.engine.handle import RequestHandle
-from bise.engine.lookup import Prediction
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.engine.runner import Logits, Model, Runner, score_rows
-from bise.engine.sampling import Sampler, check_finite, token_logprob
+from bise.engine.sampling import check_finite, token_logprob
 from bise.engine.scheduler import Scheduler, Step, StepRow
 from bise.engine.sequence import Sequence, Status
 from bise.engine.speculation import Speculation
 from bise.errors import (
     BiseError,
     ConfigError,
-    ContextOverflowError,
     EngineError,
-    QueueFullError,
-    RequestError,
 )
 from bise.kernels import Array, Ops
-from bise.text.stream import TextStream
 from bise.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +55,13 @@ class EngineStats:
     num_blocks: tuple[int, ...]
     """KV blocks per window group."""
     num_free_blocks: tuple[int, ...]
+    """Blocks that no running sequence holds, cached ones included."""
+    num_cached_blocks: tuple[int, ...]
+    """Of these, blocks whose content the prefix cache keeps until the room is needed."""
+    prompt_tokens: int
+    """Prompt tokens of all requests that were started."""
+    cached_tokens: int
+    """Of these, tokens that came from the prefix cache."""
     kv_bytes: int
     """Size of all KV pages."""
 
@@ -77,8 +82,12 @@ class Engine:
         max_context: int | None = None,
         max_step_tokens: int = 512,
         max_sequences: int = 32,
-        max_queue: int = 256,
+        max_queue: int = 2048,
+        max_tenant_queue: int = 1024,
+        prefix_cache: bool = True,
+        model_id: str = "",
         speculation: Speculation | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         threaded: bool = True,
     ) -> None:
         """Allocate the KV cache and, unless `threaded` is False, start the engine's thread.
@@ -88,8 +97,6 @@ class Engine:
         iterating a handle or calling `step` does the work. Raises ConfigError, and MemoryPlanError when the
         memory holds no block.
         """
-        if max_queue < 1:
-            raise ConfigError(f"max_queue must be at least 1, got {max_queue}", field="max_queue")
         context = _checked_context(max_context, config)
         if kv_memory_bytes is not None and num_blocks is None:
             blocks = plan_num_blocks(
@@ -110,20 +117,37 @@ class Engine:
         self._tokenizer = tokenizer
         self._pools = [BlockPool(count) for count in blocks]
         self._scheduler = Scheduler(
-            self._pools, config.window_groups, max_step_tokens=max_step_tokens, max_sequences=max_sequences
+            self._pools,
+            config.window_groups,
+            max_step_tokens=max_step_tokens,
+            max_sequences=max_sequences,
+            prefix=PrefixCache(self._pools, config.window_groups) if prefix_cache else None,
         )
-        self._context = context
         self.max_context = self._scheduler.longest(context)
         """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
         self._cache = KVCache(config, ops, blocks, kv_format)
         self._runner = Runner(transformer, self._cache)
+        self.adapters = Adapters()
+        """What `Request.adapter` may name."""
         self._speculation = speculation
-        self._max_queue = max_queue
-        self._arrivals = itertools.count()
+        self._clock = clock
+        self._places = Places(max_queue, max_tenant_queue, clock)
+        self._admission = Admission(
+            config=config,
+            tokenizer=tokenizer,
+            context=context,
+            max_context=self.max_context,
+            check_fits=self._scheduler.check_fits,
+            prefix_parts=(model_id, kv_format) if prefix_cache else None,
+            adapters=self.adapters,
+        )
         self._wake = threading.Condition()
         self._arrived: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
-        self._num_queued = 0
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        """A heap by due time."""
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._is_closing = False
         self._aborts_all = False
         self._failure: BiseError | None = None
@@ -145,17 +169,21 @@ class Engine:
         """Queue a request and return its handle at once.
 
         Raises RequestError, ContextOverflowError or MemoryPlanError for a request that cannot be honoured as
-        asked, QueueFullError when `max_queue` requests wait already, EngineError after `close`.
+        asked, QueueFullError when `max_queue` requests wait already, or `max_tenant_queue` of its tenant,
+        EngineError after `close`.
         """
-        sequence = self._prepare(request)
+        sequence, seed = self._admission.prepare(request)
+        advance = self.step if self._thread is None else None
+        sequence.handle = RequestHandle(seed, partial(self._cancel, sequence), advance)
+        sequence.submitted_s = time.perf_counter()
+        if request.deadline_s is not None:
+            sequence.due_s = self._clock() + request.deadline_s
         with self._wake:
             if self._failure is not None:
                 raise EngineError(f"the engine stopped for good: {self._failure}")
             if self._is_closing:
                 raise EngineError("the engine is closed")
-            if self._num_queued >= self._max_queue:
-                raise QueueFullError(f"{self._num_queued} requests are waiting already; try again later")
-            self._num_queued += 1
+            self._places.take(request.tenant)
             self._arrived.append(sequence)
             self._wake.notify()
         return sequence.handle
@@ -188,57 +216,11 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_blocks=self._cache.num_blocks,
             num_free_blocks=tuple(pool.num_free for pool in self._pools),
+            num_cached_blocks=tuple(pool.num_cached for pool in self._pools),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
             kv_bytes=self._cache.size_bytes,
         )
-
-    def _prepare(self, request: Request) -> Sequence:
-        params = request.params
-        vocab_size = self._config.vocab_size
-        if not request.token_ids:
-            raise RequestError("the prompt is empty; give at least one token (BOS)", field="token_ids")
-        low, high = min(request.token_ids), max(request.token_ids)
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestError(f"token {wrong} is outside the vocabulary of {vocab_size}", field="token_ids")
-        for token_id in request.prediction:
-            if not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"token {token_id} is outside the vocabulary of {vocab_size}", field="prediction"
-                )
-        sequence = Sequence(request, next(self._arrivals), self._resolve_max_tokens(request))
-        eos_ids = (
-            frozenset[int]() if params.ignore_eos or self._tokenizer is None else self._tokenizer.stop_ids
-        )
-        sequence.stop_ids = eos_ids.union(params.stop_token_ids)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        sequence.sampler = Sampler(
-            params, vocab_size=vocab_size, prompt=request.token_ids, stop_ids=sequence.stop_ids, seed=seed
-        )
-        if request.prediction:
-            sequence.prediction = Prediction(request.prediction)
-        if self._tokenizer is not None:
-            sequence.stream = TextStream(self._tokenizer, params.stop, continuation=request.continuation)
-        elif params.stop:
-            raise RequestError("stop strings need a tokenizer, and this engine has none", field="stop")
-        advance = self.step if self._thread is None else None
-        sequence.handle = RequestHandle(seed, partial(self._cancel, sequence), advance)
-        sequence.submitted_s = time.perf_counter()
-        return sequence
-
-    def _resolve_max_tokens(self, request: Request) -> int:
-        """Return how many tokens a request may produce; raises when prompt and output do not fit."""
-        num_prompt, context = len(request.token_ids), self._context
-        wanted = request.params.max_tokens
-        # Without a limit there must be room for one token at least.
-        if num_prompt + (1 if wanted is None else wanted) > context:
-            asked = "at least 1 more token" if wanted is None else f"max_tokens {wanted}"
-            raise ContextOverflowError(
-                f"a prompt of {num_prompt} tokens and {asked} exceed the context of {context} tokens; "
-                "shorten the prompt or ask for fewer tokens",
-                field="max_tokens",
-            )
-        self._scheduler.check_fits(num_prompt + (1 if wanted is None else wanted))
-        return self.max_context - num_prompt if wanted is None else wanted
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._wake:
@@ -281,6 +263,8 @@ class Engine:
         for row in step.rows:
             if not row.sequence.started_s:
                 self._start(row.sequence)
+                self._prompt_tokens += row.sequence.num_prompt
+                self._cached_tokens += row.sequence.num_cached or 0
         if self._speculation is not None:
             step = self._speculation.extend(step, self._scheduler)
         try:
@@ -299,18 +283,33 @@ class Engine:
 
     def _take_inbox(self) -> None:
         while self._arrived:
-            self._scheduler.add(self._arrived.popleft())
+            sequence = self._arrived.popleft()
+            self._scheduler.add(sequence)
+            if sequence.due_s is not None:
+                heappush(self._deadlines, (sequence.due_s, sequence.arrival, sequence))
         while self._cancelled:
             sequence = self._cancelled.popleft()
             if sequence.status is not Status.FINISHED:
                 self._end(sequence, FinishReason.ABORT)
+        self._end_overdue()
         if self._aborts_all:
             self._abort_all()
+
+    def _end_overdue(self) -> None:
+        """End the sequences whose deadline has passed, running or waiting."""
+        due = self._deadlines
+        while due and due[0][0] <= self._clock():
+            sequence = heappop(due)[2]
+            if sequence.status is not Status.FINISHED:
+                self._end(sequence, FinishReason.DEADLINE)
+        if len(due) > 2 * (len(self._scheduler.running) + len(self._scheduler.waiting)) + 64:
+            due[:] = [entry for entry in due if entry[2].status is not Status.FINISHED]
+            heapify(due)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.started_s = time.perf_counter()
         with self._wake:
-            self._num_queued -= 1
+            self._places.free(sequence.request.tenant)
 
     def _commit(self, step: Step, hidden: Array, logits: Logits | None) -> None:
         """Score prompts, choose tokens, tell the callers; each sequence fails on its own."""
@@ -319,11 +318,15 @@ class Engine:
             sequence = row.sequence
             try:
                 scores = self._score_prompt(row, start, hidden) if row.score_stop > row.score_start else ()
+                if sequence.pooler is not None:
+                    sequence.pooler.add(row.first, hidden[start : start + row.num_tokens])
                 if row.num_samples:
                     assert logits is not None
                     self._choose(row, logits[sampled : sampled + row.num_samples], scores)
                 elif sequence.max_tokens == 0 and not sequence.num_pending:
-                    self._end(sequence, FinishReason.LENGTH, prompt_logprobs=self._lead(sequence, scores))
+                    vector = () if sequence.pooler is None else sequence.pooler.vector()
+                    lead = self._lead(sequence, scores)
+                    self._end(sequence, FinishReason.LENGTH, prompt_logprobs=lead, embedding=vector)
                 elif scores:
                     sequence.handle.push(Delta(prompt_logprobs=scores))
             except BiseError as error:
@@ -389,10 +392,11 @@ class Engine:
         prompt_logprobs: PromptLogprobs = (),
         stop_match: str | int | None = None,
         *,
+        embedding: tuple[float, ...] = (),
         error: BiseError | None = None,
     ) -> None:
         """Free a sequence's blocks and send its last delta."""
-        self._scheduler.finish(sequence)
+        self._scheduler.finish(sequence, is_sound=error is None)
         if not sequence.started_s:
             self._start(sequence)
         if sequence.stream is not None and error is None:
@@ -407,6 +411,7 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_match=stop_match,
+            embedding=embedding,
             error=error,
         )
         sequence.handle.push(_last_delta(sequence, delta))
@@ -447,10 +452,11 @@ def _last_delta(sequence: Sequence, delta: Delta) -> Delta:
         delta,
         usage=Usage(
             prompt_tokens=sequence.num_prompt,
-            cached_tokens=0,
+            cached_tokens=sequence.num_cached or 0,
             completion_tokens=sequence.num_output,
             accepted_prediction_tokens=sequence.prediction.num_accepted if sequence.prediction else 0,
             rejected_prediction_tokens=sequence.prediction.num_rejected if sequence.prediction else 0,
+            dropped_tokens=sequence.num_dropped,
         ),
         timings=Timings(
             queue_s=started - sequence.submitted_s, prefill_s=first - started, decode_s=now - first
