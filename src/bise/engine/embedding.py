@@ -51,5 +51,6 @@ class Pooler:
 
 
 def _wide(hidden: Array) -> npt.NDArray[np.float64]:
-    values: Array = hidden if isinstance(hidden, np.ndarray) else hidden.detach().cpu().numpy()
-    return np.asarray(values, np.float64)
+    if hasattr(hidden, "detach"):
+        hidden = hidden.detach().cpu().numpy()
+    return np.asarray(hidden, np.float64)
