@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
-from bise.server import chat, models
+from bise.server import absent, chat, completions, fim, models, tokens
 from bise.server.edge import AsgiApp, Edge, Reach
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
@@ -45,7 +45,8 @@ def create_app(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="bise", lifespan=None
     )
     app.state.service = service
-    for router in (chat.router, models.router, *routers):
+    own = (chat, completions, fim, tokens, models)
+    for router in (*(module.router for module in own), *routers, absent.router):
         app.include_router(router)
     _add_page(app)
     app.add_exception_handler(BiseError, _refuse)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bise.engine.request import Delta, Usage
 from bise.engine.request import Request as EngineRequest
@@ -21,7 +22,7 @@ from bise.server.chat_schema import ChatRequest
 from bise.server.conversation import Message, prefix_of, prepared
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
-from bise.server.reading import Piece, Reader, Reading
+from bise.server.reading import Piece, Reading
 from bise.server.service import Job, Service
 from bise.server.sse import DONE, EventStream, event
 
@@ -35,35 +36,50 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_json(request, ChatRequest)
     job = await service.open(request, model=body.model)
     try:
-        chat = await ChatAnswer.start(job, body)
-        if body.stream:
-            return EventStream(job, chat.events(), finish_reason=chat.finish_reason)
-        return await chat.whole()
+        options = ChatOptions(
+            choices=body.n or 1,
+            rivals=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_rivals=(body.top_prompt_logprobs or 0) if body.prompt_logprobs else None,
+            usage_chunk=body.wants_usage_chunk,
+        )
+        reading, prefix, requests = await service.offload(_plan, job, body, options)
+        chat = ChatAnswer(job, options, reading, prefix)
+        await job.start(requests)
+        return await chat.respond(stream=bool(body.stream))
     except BaseException as error:
         await job.finish(None, error)
         raise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """What the caller wants to see of an answer."""
+
+    choices: int = 1
+    rivals: int | None = None
+    """Most likely tokens shown beside each log-prob; None: no log-probs."""
+    prompt_rivals: int | None = None
+    usage_chunk: bool | None = None
+    """See `SamplingFields.wants_usage_chunk`."""
+
+
 class ChatAnswer:
     """One chat completion on its way."""
 
-    def __init__(self, job: Job, body: ChatRequest, reading: Reading, prefix: str | None) -> None:
+    def __init__(self, job: Job, options: ChatOptions, reading: Reading, prefix: str | None = None) -> None:
         self._job = job
-        self._body = body
-        self._reading = reading
-        self._prefix = prefix
-        self._readers = [reading.reader() for _ in range(body.n or 1)]
-        self._reasons: list[str | None] = [None] * (body.n or 1)
+        self._options = options
+        self._openers = [_Opener(prefix) for _ in range(options.choices)]
+        self._readers = [reading.reader() for _ in range(options.choices)]
+        self._reasons: list[str | None] = [None] * options.choices
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
-    @classmethod
-    async def start(cls, job: Job, body: ChatRequest) -> ChatAnswer:
-        """Encode the conversation and submit it. Raises RequestError for what cannot be honoured."""
-        reading, prefix, requests = await job.service.offload(_plan, job, body)
-        answer = cls(job, body, reading, prefix)
-        await job.start(requests)
-        return answer
+    async def respond(self, *, stream: bool) -> Response:
+        """Return the answer of the job, which has been started."""
+        if stream:
+            return EventStream(self._job, self.events(), finish_reason=self.finish_reason)
+        return await self.whole()
 
     def finish_reason(self) -> str | None:
         """Return how it ended, for the ledger: the first choice's reason."""
@@ -86,12 +102,13 @@ class ChatAnswer:
             "seed": generation.seeds[0],
         }
         await self._job.finish(self.finish_reason())
-        return JSONResponse(body)
+        return self._job.answer(body)
 
     def _choice(self, index: int, answer: Delta) -> dict[str, object]:
         reader = self._readers[index]
         pieces = [*reader.feed(answer), *reader.end(answer)]
-        content = (self._prefix or "") + "".join(piece.text for piece in pieces)
+        opener = self._openers[index]
+        content = opener.text + opener.rest("".join(piece.text for piece in pieces))
         thoughts = "".join(piece.thought for piece in pieces)
         calls = [call for piece in pieces for call in piece.calls]
         self._reasons[index] = reason = reader.finish_reason(answer)
@@ -110,17 +127,17 @@ class ChatAnswer:
             "finish_reason": reason,
             "logprobs": self._logprobs(answer),
         }
-        if self._body.prompt_logprobs:
+        if self._options.prompt_rivals is not None and answer.prompt_logprobs:
             choice["prompt_logprobs"] = self._prompt_logprobs(answer)
         return choice
 
     def _logprobs(self, delta: Delta) -> dict[str, object] | None:
-        if not self._body.logprobs:
+        if self._options.rivals is None:
             return None
-        return chat_logprobs(self._job.loaded.tokenizer, delta.logprobs, rivals=self._body.top_logprobs or 0)
+        return chat_logprobs(self._job.loaded.tokenizer, delta.logprobs, rivals=self._options.rivals)
 
     def _prompt_logprobs(self, delta: Delta) -> dict[str, object]:
-        rivals = self._body.top_prompt_logprobs or 0
+        rivals = self._options.prompt_rivals or 0
         return chat_logprobs(self._job.loaded.tokenizer, delta.prompt_logprobs, rivals=rivals)
 
     # Streams
@@ -130,16 +147,15 @@ class ChatAnswer:
         generation = self._job.generation
         assert generation is not None
         for index in range(len(self._readers)):
-            yield self._chunk(index, {"role": "assistant", "content": self._prefix or ""})
+            yield self._chunk(index, {"role": "assistant", "content": self._openers[index].text})
         left = len(self._readers)
-        async for index, delta in generation:
-            self._job.check(delta)
+        async for index, delta in self._job.deltas():
             for data in self._delta_events(index, delta):
                 yield data
             if delta.finish_reason is not None:
                 left -= 1
                 yield self._last_chunk(index, delta, is_last=not left)
-        if self._body.wants_usage_chunk:
+        if self._options.usage_chunk:
             yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
         yield DONE
 
@@ -148,12 +164,12 @@ class ChatAnswer:
         pieces = reader.feed(delta)
         if delta.finish_reason is not None:
             pieces = [*pieces, *reader.end(delta)]
-        bodies = [
-            _piece_body(piece, reader) for piece in pieces if piece.text or piece.thought or piece.calls
-        ]
+        opener = self._openers[index]
+        pieces = [replace(piece, text=opener.rest(piece.text)) for piece in pieces]
+        bodies = [_piece_body(piece) for piece in pieces if piece.text or piece.thought or piece.calls]
         logprobs = self._logprobs(delta) if delta.logprobs else None
         extra: dict[str, object] = {}
-        if self._body.prompt_logprobs and delta.prompt_logprobs:
+        if self._options.prompt_rivals is not None and delta.prompt_logprobs:
             extra["prompt_logprobs"] = self._prompt_logprobs(delta)
         if not bodies and (logprobs or extra):
             bodies = [{"content": ""}]
@@ -170,7 +186,7 @@ class ChatAnswer:
         generation = self._job.generation
         assert generation is not None
         usage = None
-        if is_last and self._body.wants_usage_chunk is None:
+        if is_last and self._options.usage_chunk is None:
             usage = usage_body(generation.usage())
         return self._chunk(index, {"content": ""}, reason=reason, usage=usage)
 
@@ -192,7 +208,7 @@ class ChatAnswer:
             **(extra or {}),
         }
         chunk = {**self._head(), "choices": [choice]}
-        if usage is not None or self._body.wants_usage_chunk:
+        if usage is not None or self._options.usage_chunk:
             chunk["usage"] = usage
         return event(chunk)
 
@@ -205,7 +221,26 @@ class ChatAnswer:
         }
 
 
-def _piece_body(piece: Piece, reader: Reader) -> dict[str, Any]:
+class _Opener:
+    """The prefix that an answer begins with. Chat formats drop the spaces at its end, so the first ones of
+    the text that follows stand for them.
+    """
+
+    def __init__(self, prefix: str | None) -> None:
+        self.text = prefix or ""
+        self._due = len(self.text) - len(self.text.rstrip(" "))
+
+    def rest(self, text: str) -> str:
+        """Return the next text without the spaces that the prefix has already."""
+        while self._due and text.startswith(" "):
+            text = text[1:]
+            self._due -= 1
+        if text:
+            self._due = 0
+        return text
+
+
+def _piece_body(piece: Piece) -> dict[str, Any]:
     body: dict[str, Any] = {}
     if piece.text:
         body["content"] = piece.text
@@ -216,29 +251,32 @@ def _piece_body(piece: Piece, reader: Reader) -> dict[str, Any]:
     return body
 
 
-def _plan(job: Job, body: ChatRequest) -> tuple[Reading, str | None, list[EngineRequest]]:
+def _plan(
+    job: Job, body: ChatRequest, options: ChatOptions
+) -> tuple[Reading, str | None, list[EngineRequest]]:
     """Return how to read the answer, its prefix, and what to ask of the engine; in a thread of text work."""
     messages = prepared(body.messages, safe_prompt=bool(body.safe_prompt))
+    job.ticket.check_input([str(message.get("content") or "") for message in messages])
     reading = Reading.of(job.loaded, body)
     ids = encoded(job, messages, reading.shown_tools)
     prefix = prefix_of(messages)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if body.prompt_logprobs:
-        logprobs = max(logprobs or 0, body.top_prompt_logprobs or 0)
+    shown = [count for count in (options.rivals, options.prompt_rivals) if count is not None]
     prediction = body.prediction.text if body.prediction else ""
-    tokenizer = job.loaded.tokenizer
     requests = [
         EngineRequest(
             token_ids=ids,
             params=body.params(
-                temperature=job.loaded.temperature, max_tokens=body.limit, logprobs=logprobs, choice=choice
+                temperature=job.loaded.temperature,
+                max_tokens=body.limit,
+                logprobs=max(shown, default=None),
+                choice=choice,
             ),
-            prompt_logprobs=bool(body.prompt_logprobs) and choice == 0,
+            prompt_logprobs=options.prompt_rivals is not None and choice == 0,
             continuation=prefix is not None,
-            prediction=tuple(tokenizer.encode(prediction)) if prediction else (),
+            prediction=tuple(job.loaded.tokenizer.encode(prediction)) if prediction else (),
             grammar=reading.grammar,
         )
-        for choice in range(body.n or 1)
+        for choice in range(options.choices)
     ]
     return reading, prefix, requests
 

@@ -39,6 +39,8 @@ UPLOADS = "/v1/files"
 
 
 MAX_CHOICES = 16
+MAX_SEQUENCES = 128
+"""Prompts times choices of one request."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGIT_BIAS = 1024

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bise.engine.request import TokenLogprob
 from bise.text.tokenizer import Tokenizer
 
-_FLOOR = -9999.0
+FLOOR = -9999.0
 """Log-prob of what is impossible: JSON has no infinity."""
 
 
@@ -17,6 +17,15 @@ def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     if piece:
         return piece.decode("utf-8", "replace")
     return next((name for name, known in tokenizer.controls.items() if known == token_id), "")
+
+
+def plain_name(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token's name for OpenAI's older form, where names are keys, so that bytes keep theirs."""
+    piece = tokenizer.token_bytes(token_id)
+    try:
+        return piece.decode() or token_name(tokenizer, token_id)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def logprob_entry(tokenizer: Tokenizer, entry: TokenLogprob, *, rivals: int) -> dict[str, object]:
@@ -38,7 +47,7 @@ def chat_logprobs(
 def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, object]:
     return {
         "token": token_name(tokenizer, token_id),
-        "logprob": max(logprob, _FLOOR),
+        "logprob": max(logprob, FLOOR),
         "bytes": list(tokenizer.token_bytes(token_id)),
         "token_id": token_id,
     }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+from starlette.responses import JSONResponse
 
 from bise.engine.handle import RequestHandle
 from bise.engine.request import Delta, FinishReason
@@ -209,11 +211,22 @@ class Job:
             )
             for request in requests
         ]
+        await self._reserve(wanted, prompts)
         handles = await self.service.offload(self._submit, wanted)
         self.generation = Generation(handles, prompts=prompts)
         if self._stopped:
             self.generation.cancel()
         return self.generation
+
+    async def _reserve(self, requests: Sequence[EngineRequest], prompts: Sequence[int] | None) -> None:
+        """Book the most that `requests` can use, each prompt counted once."""
+        lengths: dict[int, int] = {}
+        most = 0
+        for prompt, request in zip(prompts or (0,) * len(requests), requests, strict=True):
+            length = lengths[prompt] = len(request.token_ids)
+            wanted = request.params.max_tokens
+            most += max(0, self.loaded.engine.max_context - length) if wanted is None else wanted
+        await self.ticket.reserve(model=self.model, prompt_tokens=sum(lengths.values()), max_tokens=most)
 
     def _submit(self, requests: Sequence[EngineRequest]) -> list[RequestHandle]:
         engine = self.loaded.engine
@@ -258,6 +271,29 @@ class Job:
                 )
             raise EngineError("the engine was closed while the request ran")
 
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Yield (sequence, delta) as they come; raises what `check` raises.
+
+        A key whose guardrails check answers gets each sequence whole, once all have ended and passed.
+        """
+        assert self.generation is not None
+        if self.ticket.checks_output:
+            answers = await self.generation.collect()
+            await self._pass_all(answers)
+            for index, answer in enumerate(answers):
+                yield index, answer
+            return
+        async for index, delta in self.generation:
+            self.check(delta)
+            yield index, delta
+
+    async def _pass_all(self, answers: Sequence[Delta]) -> None:
+        for answer in answers:
+            self.check(answer)
+        if self.ticket.checks_output:
+            for answer in answers:
+                await self.service.offload(self.ticket.check_output, answer.text)
+
     async def collect(self) -> list[Delta]:
         """Wait for all sequences while watching the client; raises what `check` raises."""
         assert self.generation is not None
@@ -266,9 +302,12 @@ class Job:
             answers = await self.generation.collect()
         finally:
             watch.cancel()
-        for answer in answers:
-            self.check(answer)
+        await self._pass_all(answers)
         return answers
+
+    def answer(self, body: Mapping[str, object]) -> JSONResponse:
+        """Return a whole answer with the headers of the request's key."""
+        return JSONResponse(body, headers=dict(self.ticket.headers))
 
     async def finish(self, finish_reason: str | None, error: BaseException | None = None) -> None:
         """Let engine and model go and settle with the gate; only the first call counts."""

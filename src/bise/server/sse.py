@@ -51,7 +51,7 @@ class EventStream(Response):
         finish_reason: Callable[[], str | None],
         on_error: Callable[[BaseException], bytes] = error_event,
     ) -> None:
-        super().__init__(headers={"x-accel-buffering": "no"})
+        super().__init__(headers={"x-accel-buffering": "no", **job.ticket.headers})
         del self.headers["content-length"]
         self._job = job
         self._events = events

@@ -1,0 +1,236 @@
+"""POST /v1/completions: OpenAI's older form, which evaluation harnesses and editors speak."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bise.engine.request import Delta, FinishReason, TokenLogprob
+from bise.engine.request import Request as EngineRequest
+from bise.errors import RequestError
+from bise.server.body import read_json
+from bise.server.chat import usage_body
+from bise.server.limits import MAX_SEQUENCES
+from bise.server.logprobs import FLOOR, plain_name
+from bise.server.openapi import documented
+from bise.server.prompts import Prompt, fim_prompt, prompts_of
+from bise.server.service import Job, Service
+from bise.server.sse import DONE, EventStream, event
+from bise.server.text_schema import CompletionRequest
+from bise.text.tokenizer import Tokenizer
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@router.post("/v1/completions", **documented(CompletionRequest, "Continue a text.", streams=True))
+async def create_completion(request: Request) -> Response:
+    """Continue a text."""
+    service: Service = request.app.state.service
+    body = await read_json(request, CompletionRequest)
+    job = await service.open(request, model=body.model)
+    try:
+        prompts, requests = await service.offload(_plan, job, body)
+        answer = CompletionAnswer(job, body, prompts)
+        per_prompt = len(requests) // len(prompts)
+        await job.start(requests, prompts=[index // per_prompt for index in range(len(requests))])
+        if body.stream:
+            return EventStream(job, answer.events(), finish_reason=answer.finish_reason)
+        return await answer.whole()
+    except BaseException as error:
+        await job.finish(None, error)
+        raise
+
+
+def _plan(job: Job, body: CompletionRequest) -> tuple[list[Prompt], list[EngineRequest]]:
+    if body.suffix:
+        assert isinstance(body.prompt, str)
+        prompts = [fim_prompt(job, body.prompt, body.suffix)]
+    else:
+        prompts = prompts_of(job, body.prompt, "prompt")
+    candidates = body.best_of or body.n or 1
+    if len(prompts) * candidates > MAX_SEQUENCES:
+        raise RequestError(
+            f"{len(prompts)} prompts with {candidates} choices each make more than {MAX_SEQUENCES} "
+            "sequences; send several requests",
+            field="prompt",
+        )
+    job.ticket.check_input([prompt.text for prompt in prompts])
+    logprobs = body.logprobs
+    if candidates > (body.n or 1):
+        logprobs = logprobs or 0
+    return prompts, [
+        EngineRequest(
+            token_ids=prompt.token_ids,
+            params=body.params(
+                temperature=job.loaded.temperature,
+                max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+                logprobs=logprobs,
+                choice=choice,
+            ),
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+            continuation=bool(prompt.text),
+        )
+        for prompt in prompts
+        for choice in range(candidates)
+    ]
+
+
+class CompletionAnswer:
+    """One completion on its way."""
+
+    def __init__(self, job: Job, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+        self._job = job
+        self._body = body
+        self._prompts = prompts
+        self._shown = body.n or 1
+        self._candidates = body.best_of or self._shown
+        self._tokenizer = job.loaded.tokenizer
+        self._reason: str | None = None
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    def finish_reason(self) -> str | None:
+        """Return how it ended, for the ledger."""
+        return self._reason
+
+    async def whole(self) -> Response:
+        """Wait for the end and return the completion."""
+        answers = await self._job.collect()
+        choices: list[dict[str, object]] = []
+        for number, prompt in enumerate(self._prompts):
+            own = answers[number * self._candidates : (number + 1) * self._candidates]
+            if self._candidates > self._shown:
+                own = sorted(own, key=_mean_logprob, reverse=True)[: self._shown]
+            for answer in own:
+                choices.append(self._choice(len(choices), prompt, answer))
+        generation = self._job.generation
+        assert generation is not None
+        body = {
+            **self._head(),
+            "choices": choices,
+            "usage": usage_body(generation.usage()),
+            "seed": generation.seeds[0],
+        }
+        await self._job.finish(self._reason)
+        return self._job.answer(body)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the chunks, usage once, [DONE]."""
+        generation = self._job.generation
+        assert generation is not None
+        left = len(self._prompts) * self._shown
+        offsets = [0] * left
+        begun = [False] * left
+        async for index, delta in self._job.deltas():
+            prompt = self._prompts[index // self._shown]
+            text, logprobs = delta.text, None
+            if not begun[index] and self._body.echo:
+                text = prompt.text + text
+            if self._body.logprobs is not None:
+                logprobs = self._logprobs(prompt, delta, offsets[index], echo=not begun[index])
+            begun[index] = True
+            offsets[index] += len(text)
+            reason = None if delta.finish_reason is None else _reason(delta)
+            left -= reason is not None
+            self._reason = reason or self._reason
+            if text or reason or logprobs:
+                yield self._chunk(index, text, reason, logprobs, is_last=not left)
+        if self._body.wants_usage_chunk:
+            yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
+        yield DONE
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        reason: str | None,
+        logprobs: dict[str, object] | None,
+        *,
+        is_last: bool,
+    ) -> bytes:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        chunk: dict[str, object] = {**self._head(), "choices": [choice]}
+        generation = self._job.generation
+        assert generation is not None
+        if self._body.wants_usage_chunk:
+            chunk["usage"] = None
+        elif is_last and reason and self._body.wants_usage_chunk is None:
+            chunk["usage"] = usage_body(generation.usage())
+        return event(chunk)
+
+    def _choice(self, index: int, prompt: Prompt, answer: Delta) -> dict[str, object]:
+        reason = _reason(answer)
+        self._reason = self._reason or reason
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = self._logprobs(prompt, answer, 0, echo=True)
+        text = prompt.text + answer.text if self._body.echo else answer.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, prompt: Prompt, delta: Delta, offset: int, *, echo: bool) -> dict[str, object]:
+        entries: list[TokenLogprob | None] = list(delta.logprobs)
+        if self._body.echo and echo:
+            entries = [*delta.prompt_logprobs, *entries]
+        return legacy_logprobs(
+            self._tokenizer,
+            entries,
+            first=prompt.token_ids[0],
+            rivals=self._body.logprobs or 0,
+            offset=offset,
+        )
+
+    def _head(self) -> dict[str, object]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._job.model,
+        }
+
+
+def legacy_logprobs(
+    tokenizer: Tokenizer,
+    entries: Sequence[TokenLogprob | None],
+    *,
+    first: int,
+    rivals: int,
+    offset: int,
+) -> dict[str, object]:
+    """Return OpenAI's older form: four lists side by side.
+
+    `first` is the token whose entry is None, the prompt's first one. `offset`: characters shown before.
+    """
+    ids = [first if entry is None else entry.token_id for entry in entries]
+    names = [plain_name(tokenizer, token_id) for token_id in ids]
+    widths = [len(tokenizer.token_bytes(token_id).decode("utf-8", "ignore")) for token_id in ids]
+    starts = list(accumulate(widths, initial=offset))[:-1]
+    tops = [
+        None
+        if entry is None
+        else {plain_name(tokenizer, token_id): max(value, FLOOR) for token_id, value in entry.top[:rivals]}
+        for entry in entries
+    ]
+    return {
+        "tokens": names,
+        "token_logprobs": [None if entry is None else max(entry.logprob, FLOOR) for entry in entries],
+        "top_logprobs": tops,
+        "text_offset": starts,
+        "token_ids": ids,
+    }
+
+
+def _reason(delta: Delta) -> str:
+    return "stop" if delta.finish_reason is FinishReason.STOP else "length"
+
+
+def _mean_logprob(answer: Delta) -> float:
+    values = [entry.logprob for entry in answer.logprobs]
+    return sum(values) / len(values) if values else float("-inf")
