@@ -18,6 +18,7 @@ from bise.engine.memory import (
     require_weights,
     weight_bytes,
 )
+from bise.engine.speculation import Speculation
 from bise.errors import ConfigError, ModelFileError
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
@@ -96,6 +97,7 @@ def load_model(
         max_context=tokens,
         max_step_tokens=STEP_TOKENS,
         max_sequences=max(max_sequences, 8),
+        speculation=Speculation(),
         threaded=threaded,
     )
     return LoadedModel(source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature)
