@@ -13,20 +13,51 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(7)
         self.held: list[int] = []
+        self.kept: set[int] = set()
+        self.cached: list[int] = []
+        """Least recently used first."""
+        self.evicted: list[int] = []
+        self.pool.on_evict(self.evicted.append)
 
     @precondition(lambda self: self.pool.num_free)
     @rule()
     def allocate(self):
+        num_blank = self.pool.num_free - len(self.cached)
         block = self.pool.allocate()
         assert block not in self.held
+        if num_blank:
+            assert not self.evicted, "a cached block is given up although a blank one is there"
+            assert block not in self.cached
+        else:
+            assert self.evicted == [block] == [self.cached.pop(0)]
+            self.kept.discard(block)
+            self.evicted.clear()
         self.held.append(block)
+
+    @precondition(lambda self: self.held or self.cached)
+    @rule(data=st.data())
+    def share(self, data):
+        block = data.draw(st.sampled_from(self.held + self.cached))
+        self.pool.share(block)
+        self.held.append(block)
+        if block in self.cached:
+            self.cached.remove(block)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def share(self, data):
+    def keep(self, data):
         block = data.draw(st.sampled_from(self.held))
-        self.pool.share(block)
-        self.held.append(block)
+        self.pool.keep(block)
+        self.kept.add(block)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def forget(self, data):
+        block = data.draw(st.sampled_from(sorted(self.kept)))
+        self.pool.forget(block)
+        self.kept.remove(block)
+        if block in self.cached:
+            self.cached.remove(block)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -34,11 +65,14 @@ class PoolMachine(RuleBasedStateMachine):
         block = data.draw(st.sampled_from(self.held))
         self.pool.free(block)
         self.held.remove(block)
+        if block in self.kept and block not in self.held:
+            self.cached.append(block)
 
     @invariant()
     def every_block_is_accounted_for(self):
         self.pool.check_integrity(self.held)
         assert self.pool.num_used == len(set(self.held))
+        assert self.pool.cached == self.cached
         assert all(self.pool.num_owners(block) == self.held.count(block) for block in range(7))
 
 
