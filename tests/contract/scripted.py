@@ -1,5 +1,5 @@
-"""A model whose output a test writes: bytes as tokens, Mistral's v7 chat format, an engine that says what it is
-told, and a fleet of one.
+"""A model whose output a test writes: bytes as tokens, Mistral's v7 chat format, an engine that says what it
+is told, and a fleet of one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,27 @@ from bise.text.stream import TextStream
 CONTROLS = {
     name: 256 + place
     for place, name in enumerate(
-        ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]"]
-        + ["[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CONTENT]"]
-        + ["[PREFIX]", "[SUFFIX]", "[MIDDLE]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"]
+        [
+            "<s>",
+            "</s>",
+            "[INST]",
+            "[/INST]",
+            "[SYSTEM_PROMPT]",
+            "[/SYSTEM_PROMPT]",
+            "[AVAILABLE_TOOLS]",
+            "[/AVAILABLE_TOOLS]",
+            "[TOOL_CALLS]",
+            "[TOOL_RESULTS]",
+            "[/TOOL_RESULTS]",
+            "[TOOL_CONTENT]",
+            "[PREFIX]",
+            "[SUFFIX]",
+            "[MIDDLE]",
+            "[ARGS]",
+            "[CALL_ID]",
+            "[THINK]",
+            "[/THINK]",
+        ]
     )
 }
 BOS, EOS = CONTROLS["<s>"], CONTROLS["</s>"]

@@ -1,4 +1,4 @@
-"""The current `mistralai` client against a live server: its models are the strictest statement of the wire."""
+"""The current `mistralai` client against a live server: its models are the strictest form of the wire."""
 
 from __future__ import annotations
 
