@@ -63,9 +63,14 @@ class PostgresServer:
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
     def new_url(self) -> str:
+        """Return the URL of an empty schema of its own: far quicker to make than a database."""
+        import psycopg
+
         name = f"t{next(self._names)}"
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "bise", name)
-        return f"postgresql://bise@127.0.0.1:{self.port}/{name}"
+        server = f"postgresql://bise@127.0.0.1:{self.port}/postgres"
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{server}?options=-csearch_path%3D{name}"
 
     def _run(self, program: str, *args: str) -> None:
         command = [str(self.binaries / program), *args]

@@ -242,3 +242,8 @@ def _unavailable(error: Exception) -> DatabaseDownError:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; PostgreSQL's following ones quote rows."""
     return (str(error).splitlines() or [""])[0]
+
+
+def is_sound_id(value: str) -> bool:
+    """Return True for what could be one of our ids. Databases differ in what they make of anything else."""
+    return 0 < len(value) <= 64 and value.isascii() and value.replace("-", "").replace("_", "").isalnum()

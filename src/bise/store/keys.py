@@ -15,7 +15,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from bise.errors import AuthenticationError, ConfigError, NotFoundError, StoreError
-from bise.store.database import Database
+from bise.store.database import Database, is_sound_id
 from bise.store.rules import Rule, rules_from_json
 from bise.store.schema import KeyRecord, SettingRecord
 from bise.store.secret import keyed_hash
@@ -221,7 +221,7 @@ class Keys:
     def get(self, key_id: str) -> KeyInfo:
         """Return one key by its id; NotFoundError when there is none."""
         with self._database.reading() as session:
-            record = session.get(KeyRecord, key_id)
+            record = session.get(KeyRecord, key_id) if is_sound_id(key_id) else None
         if record is None:
             raise NotFoundError("there is no key of that id; `bise keys list` shows them")
         return _info(record)
@@ -238,7 +238,9 @@ class Keys:
         """
         with self._database.writing() as session:
             matching = or_(KeyRecord.id == id_or_name, KeyRecord.name == id_or_name)
-            found = session.scalars(select(KeyRecord).where(matching)).all()
+            found = (
+                session.scalars(select(KeyRecord).where(matching)).all() if id_or_name.isprintable() else []
+            )
             records = [record for record in found if record.revoked_at is None or len(found) == 1]
             if not found:
                 raise NotFoundError("there is no key of that id or name; `bise keys list` shows them")

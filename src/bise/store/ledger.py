@@ -244,4 +244,4 @@ def _sum(row: Sequence[Any], names: dict[str, str] | None) -> UsageSum:
 
 
 def _names(session: Session) -> dict[str, str]:
-    return {key_id: name for key_id, name in session.execute(select(KeyRecord.id, KeyRecord.name))}
+    return {row.id: row.name for row in session.execute(select(KeyRecord.id, KeyRecord.name))}

@@ -106,7 +106,7 @@ class PriceRecord(Record):
 
     __tablename__ = "prices"
 
-    model: Mapped[str] = mapped_column(String(300), primary_key=True)
+    model: Mapped[str] = mapped_column(Text, primary_key=True)
     input: Mapped[Decimal] = mapped_column(Money)
     cached: Mapped[Decimal] = mapped_column(Money)
     output: Mapped[Decimal] = mapped_column(Money)
@@ -123,12 +123,12 @@ class LedgerRecord(Record):
     )
     at: Mapped[float] = mapped_column(Double, index=True)
     day: Mapped[str] = mapped_column(String(10), index=True)
-    request_id: Mapped[str] = mapped_column(String(100))
+    request_id: Mapped[str] = mapped_column(Text)
     key_id: Mapped[str | None] = mapped_column(String(40), index=True)
     owner: Mapped[str] = mapped_column(String(200))
-    endpoint: Mapped[str] = mapped_column(String(100))
-    model: Mapped[str] = mapped_column(String(300))
-    adapter: Mapped[str | None] = mapped_column(String(300))
+    endpoint: Mapped[str] = mapped_column(Text)
+    model: Mapped[str] = mapped_column(Text)
+    adapter: Mapped[str | None] = mapped_column(Text)
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
     cached_tokens: Mapped[int] = mapped_column(BigInteger)
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
@@ -139,9 +139,9 @@ class LedgerRecord(Record):
     cost: Mapped[Decimal | None] = mapped_column(Money)
     house_cost: Mapped[Decimal | None] = mapped_column(Money)
     finish_reason: Mapped[str | None] = mapped_column(String(40))
-    error_code: Mapped[str | None] = mapped_column(String(100))
-    rule: Mapped[str | None] = mapped_column(String(200))
-    idempotency_key: Mapped[str | None] = mapped_column(String(200))
+    error_code: Mapped[str | None] = mapped_column(Text)
+    rule: Mapped[str | None] = mapped_column(Text)
+    idempotency_key: Mapped[str | None] = mapped_column(Text)
 
 
 class FileRecord(Record):
@@ -151,7 +151,7 @@ class FileRecord(Record):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     owner: Mapped[str] = mapped_column(String(200), index=True)
-    name: Mapped[str] = mapped_column(String(300))
+    name: Mapped[str] = mapped_column(Text)
     purpose: Mapped[str] = mapped_column(String(40))
     source: Mapped[str] = mapped_column(String(20))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -169,8 +169,8 @@ class BatchRecord(Record):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     owner: Mapped[str] = mapped_column(String(200), index=True)
     key_id: Mapped[str | None] = mapped_column(String(40))
-    endpoint: Mapped[str] = mapped_column(String(100))
-    model: Mapped[str | None] = mapped_column(String(300))
+    endpoint: Mapped[str] = mapped_column(Text)
+    model: Mapped[str | None] = mapped_column(Text)
     status: Mapped[str] = mapped_column(String(20), index=True)
     details: Mapped[JsonObject] = mapped_column("metadata", JSON)
     input_files: Mapped[list[str]] = mapped_column(JSON)
@@ -204,5 +204,5 @@ class BatchLineRecord(Record):
     worker: Mapped[str | None] = mapped_column(String(200))
     lease_until: Mapped[float | None] = mapped_column(Double)
     status_code: Mapped[int | None]
-    request_id: Mapped[str | None] = mapped_column(String(100))
+    request_id: Mapped[str | None] = mapped_column(Text)
     response: Mapped[str | None] = mapped_column(Text)

@@ -50,7 +50,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "prices",
-        sa.Column("model", sa.String(300), primary_key=True),
+        sa.Column("model", sa.Text, primary_key=True),
         sa.Column("input", sa.BigInteger, nullable=False),
         sa.Column("cached", sa.BigInteger, nullable=False),
         sa.Column("output", sa.BigInteger, nullable=False),
@@ -66,12 +66,12 @@ def _ledger() -> None:
         ),
         sa.Column("at", sa.Double, nullable=False, index=True),
         sa.Column("day", sa.String(10), nullable=False, index=True),
-        sa.Column("request_id", sa.String(100), nullable=False),
+        sa.Column("request_id", sa.Text, nullable=False),
         sa.Column("key_id", sa.String(40), index=True),
         sa.Column("owner", sa.String(200), nullable=False),
-        sa.Column("endpoint", sa.String(100), nullable=False),
-        sa.Column("model", sa.String(300), nullable=False),
-        sa.Column("adapter", sa.String(300)),
+        sa.Column("endpoint", sa.Text, nullable=False),
+        sa.Column("model", sa.Text, nullable=False),
+        sa.Column("adapter", sa.Text),
         sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
         sa.Column("cached_tokens", sa.BigInteger, nullable=False),
         sa.Column("completion_tokens", sa.BigInteger, nullable=False),
@@ -82,9 +82,9 @@ def _ledger() -> None:
         sa.Column("cost", sa.BigInteger),
         sa.Column("house_cost", sa.BigInteger),
         sa.Column("finish_reason", sa.String(40)),
-        sa.Column("error_code", sa.String(100)),
-        sa.Column("rule", sa.String(200)),
-        sa.Column("idempotency_key", sa.String(200)),
+        sa.Column("error_code", sa.Text),
+        sa.Column("rule", sa.Text),
+        sa.Column("idempotency_key", sa.Text),
     )
     op.create_index("ix_ledger_idempotency", "ledger", ["owner", "idempotency_key"])
     if op.get_bind().dialect.name == "sqlite":

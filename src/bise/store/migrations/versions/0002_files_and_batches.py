@@ -13,7 +13,7 @@ def upgrade() -> None:
         "files",
         sa.Column("id", sa.String(40), primary_key=True),
         sa.Column("owner", sa.String(200), nullable=False, index=True),
-        sa.Column("name", sa.String(300), nullable=False),
+        sa.Column("name", sa.Text, nullable=False),
         sa.Column("purpose", sa.String(40), nullable=False),
         sa.Column("source", sa.String(20), nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
@@ -27,8 +27,8 @@ def upgrade() -> None:
         sa.Column("id", sa.String(40), primary_key=True),
         sa.Column("owner", sa.String(200), nullable=False, index=True),
         sa.Column("key_id", sa.String(40)),
-        sa.Column("endpoint", sa.String(100), nullable=False),
-        sa.Column("model", sa.String(300)),
+        sa.Column("endpoint", sa.Text, nullable=False),
+        sa.Column("model", sa.Text),
         sa.Column("status", sa.String(20), nullable=False, index=True),
         sa.Column("metadata", sa.JSON, nullable=False),
         sa.Column("input_files", sa.JSON, nullable=False),
@@ -57,7 +57,7 @@ def upgrade() -> None:
         sa.Column("worker", sa.String(200)),
         sa.Column("lease_until", sa.Double),
         sa.Column("status_code", sa.Integer),
-        sa.Column("request_id", sa.String(100)),
+        sa.Column("request_id", sa.Text),
         sa.Column("response", sa.Text),
     )
     op.create_index("ix_batch_lines_state", "batch_lines", ["batch_id", "state", "number"])
