@@ -9,6 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
+import bise.store.chat_schema  # noqa: F401 (its records are compared with the migrations too)
 from bise.errors import ConfigError, StoreError
 from bise.store.database import Database, migrate
 from bise.store.schema import Record, SettingRecord
@@ -16,7 +17,9 @@ from bise.store.schema import Record, SettingRecord
 
 def test_the_migrations_make_the_tables_that_the_records_describe(database):
     with database.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        # The search index is SQLite's own machinery and no record.
+        named = {"include_name": lambda name, kind, _: kind != "table" or "message_search" not in name}
+        context = MigrationContext.configure(connection, opts={"compare_type": True} | named)
         assert compare_metadata(context, Record.metadata) == []
 
 

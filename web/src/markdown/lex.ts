@@ -6,7 +6,7 @@ import { Marked, type Token, type TokenizerExtension, type Tokens } from 'marked
 
 export type MathToken = { type: 'math'; raw: string; text: string; display: boolean };
 export type Block = Token | MathToken;
-export type Links = Record<string, { href: string | null; title: string | null }>;
+export type Links = Record<string, Pick<Tokens.Link | Tokens.Image, 'href' | 'title'>>;
 
 const DISPLAY = /^(?:\$\$([^$]+?)\$\$|\\\[([\s\S]+?)\\\])[^\S\n]*(?:\n|$)/;
 const INLINE = /^(?:\$\$([^$\n]+?)\$\$|\\\(([^\n]+?)\\\)|\\\[([^\n]+?)\\\]|\$(?![\s$])((?:\\[^\n]|[^$\\\n])*?[^\s\\$]|\\[^\n])\$(?!\d))/;
@@ -40,11 +40,12 @@ const marked = new Marked({ gfm: true, extensions: [blockMath, inlineMath] });
 export function lex(source: string, links: Links = {}): Block[] {
   const lexer = new marked.Lexer(marked.defaults);
   // The lexer makes its own table of definitions; those from the settled part are handed in.
-  lexer.tokens.links = links as Tokens.Link[] & Links;
+  lexer.tokens.links = links;
   return [...lexer.lex(source)];
 }
 
 /** Line ends and NUL as the lexer wants them. */
 export function normalised(text: string): string {
+  if (!/[\r\u0000]/.test(text)) return text;
   return text.replace(/\r\n?/g, '\n').replaceAll('\u0000', '\ufffd');
 }

@@ -1,0 +1,35 @@
+/** Documents that go with the next question; the server reads them. */
+import { upload } from './api';
+import { app } from './app.svelte';
+import { t } from './i18n.svelte';
+import type { DocumentFacts } from './wire';
+
+const MOST_BYTES = 32 * 1024 * 1024;
+
+export const attached = $state<{ files: DocumentFacts[]; isReading: boolean }>({ files: [], isReading: false });
+
+export async function attach(files: File[]): Promise<void> {
+  if (files.length === 0) return;
+  attached.isReading = true;
+  app.failure = null;
+  try {
+    for (const file of files) {
+      if (file.size > MOST_BYTES) throw new Error(t('fileTooLarge', { name: file.name }));
+      const conversation = app.current ?? (await app.create());
+      const path = `/conversations/${conversation.id}/documents?name=${encodeURIComponent(file.name)}`;
+      attached.files = [...attached.files, await upload<DocumentFacts>(path, file)];
+    }
+  } catch (error) {
+    app.failure = error instanceof Error ? error.message : String(error);
+  } finally {
+    attached.isReading = false;
+  }
+}
+
+export function detach(id: string): void {
+  attached.files = attached.files.filter((file) => file.id !== id);
+}
+
+export function clearAttached(): void {
+  attached.files = [];
+}

@@ -1,0 +1,14 @@
+/** Saves a conversation as a file. */
+import { app } from './app.svelte';
+import { saveText } from './copy';
+import { t } from './i18n.svelte';
+
+export async function exportConversation(id: string, form: 'markdown' | 'json'): Promise<void> {
+  const response = await fetch(`/api/v1/conversations/${id}/export?form=${form}`);
+  if (!response.ok) {
+    app.failure = t('exportFailed');
+    return;
+  }
+  const ending = form === 'markdown' ? 'md' : 'json';
+  saveText(`bise-${id.slice(0, 8)}.${ending}`, await response.text(), form === 'json' ? 'application/json' : 'text/markdown');
+}

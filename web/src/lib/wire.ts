@@ -1,0 +1,133 @@
+/** What the server says; the shapes of src/bise/server/assistant_routes.py. */
+
+export type Status = 'queued' | 'prefill' | 'running' | 'complete' | 'stopped' | 'interrupted' | 'error';
+
+export interface Params {
+  temperature?: number | null;
+  top_p?: number | null;
+  max_tokens?: number | null;
+  seed?: number | null;
+}
+
+export interface Conversation {
+  id: string;
+  title: string;
+  pinned: boolean;
+  folder: string | null;
+  model: string | null;
+  system: string;
+  params: Params;
+  leaf_id: string | null;
+  created_at: number;
+  updated_at: number;
+  snippet?: string | null;
+  temporary?: boolean;
+}
+
+export interface Usage {
+  prompt_tokens: number;
+  cached_tokens: number;
+  completion_tokens: number;
+}
+
+export interface Timings {
+  completion_tokens?: number;
+  tokens_per_second?: number | null;
+  ttft_s?: number | null;
+  queue_s?: number;
+  prefill_s?: number;
+  decode_s?: number;
+}
+
+export interface Source {
+  number: number;
+  document_id: string;
+  name: string;
+  text: string;
+}
+
+export interface Message {
+  id: string;
+  conversation_id: string;
+  parent_id: string | null;
+  role: 'user' | 'assistant';
+  text: string;
+  model: string | null;
+  status: Status;
+  created_at: number;
+  params: Params;
+  documents: string[];
+  sources: Source[];
+  finish_reason: string | null;
+  error: string | null;
+  usage: Usage | null;
+  timings: Timings | null;
+  feedback: number | null;
+  run_id: string | null;
+  seq: number;
+  siblings: string[];
+}
+
+export interface DocumentFacts {
+  id: string;
+  name: string;
+  kind: string;
+  tokens: number;
+}
+
+export interface ModelFacts {
+  id: string;
+  title: string;
+  context: number | null;
+  parameters: number | null;
+  state: string;
+  is_embedded: boolean;
+  fault: string | null;
+}
+
+export interface Page {
+  conversation: Conversation;
+  documents: DocumentFacts[];
+  messages: Message[];
+  has_earlier: boolean;
+  total: number;
+}
+
+export interface Settings {
+  language?: string | null;
+  theme?: string | null;
+  model?: string | null;
+  system?: string | null;
+  params?: Params | null;
+  prompts?: { name: string; text: string }[] | null;
+}
+
+export interface Bootstrap {
+  version: string;
+  person: { name: string; role: string };
+  models: ModelFacts[];
+  settings: Settings;
+  conversations: Conversation[];
+  runs: { id: string; conversation_id: string; message_id: string }[];
+}
+
+export interface Segment {
+  kind: 'system' | 'files' | 'history' | 'turn' | 'answer';
+  tokens: number;
+}
+
+export interface ContextView {
+  model: string;
+  window: number | null;
+  used: number;
+  segments: Segment[];
+  cached: number;
+  prompt: number;
+}
+
+export interface Change {
+  kind: 'conversation' | 'deleted' | 'run_started' | 'run_ended' | 'settings' | 'reload';
+  id: string;
+  message?: string;
+  run?: string;
+}
