@@ -282,12 +282,14 @@ class Engine:
         return True
 
     def _take_inbox(self) -> None:
+        # Counted first: what is cancelled from now on may not have been taken in below.
+        num_cancelled = len(self._cancelled)
         while self._arrived:
             sequence = self._arrived.popleft()
             self._scheduler.add(sequence)
             if sequence.due_s is not None:
                 heappush(self._deadlines, (sequence.due_s, sequence.arrival, sequence))
-        while self._cancelled:
+        for _ in range(num_cancelled):
             sequence = self._cancelled.popleft()
             if sequence.status is not Status.FINISHED:
                 self._end(sequence, FinishReason.ABORT)
