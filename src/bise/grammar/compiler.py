@@ -1,0 +1,171 @@
+"""From a `GrammarSpec` to something that can follow outputs: within a budget, once per spec.
+
+What bounds a compilation, whoever wrote the source: `Budget` counts this package's own work and memory, the
+mask engine has limits of its own, and both are counts of steps, so that a source is refused or taken alike on
+every machine and under every load.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, cast
+
+from bise.errors import RequestError, quoted
+from bise.grammar.automaton import UNREACHABLE, Budget, machine
+from bise.grammar.lark import lark_rule
+from bise.grammar.pattern import parse_pattern
+from bise.grammar.regex import spelled, unedged
+from bise.grammar.render import rendered
+from bise.grammar.schema import Document
+from bise.grammar.schema_rules import SchemaRules
+from bise.grammar.spec import GrammarKind, GrammarSpec
+from bise.grammar.symbols import Builder, Pattern, Symbol
+from bise.grammar.tools import tool_rule
+from bise.grammar.tracker import MAX_SHORTEST, Table
+from bise.grammar.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+CACHE_BYTES = 256 << 20
+"""What all compiled grammars of an engine may take."""
+MAX_TEXT = 2 << 20
+"""Characters of a grammar in the mask engine's language at most."""
+
+
+class Lead(Enum):
+    """What may stand before an output: SentencePiece models begin a text with a space that is not shown."""
+
+    NONE = "none"
+    SPACE = "space"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A grammar, ready to be followed by any number of outputs."""
+
+    table: Table
+    matcher: LLMatcher
+    """At the start; only ever copied."""
+    size_bytes: int
+    """What it takes, roughly and rather more."""
+
+
+class GrammarCache:
+    """Compiled grammars of one vocabulary, the least recently used dropped first. Any thread may ask."""
+
+    def __init__(self, vocabulary: Vocabulary, *, max_bytes: int = CACHE_BYTES) -> None:
+        self.vocabulary = vocabulary
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[tuple[GrammarSpec, Lead], Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+        self.size_bytes = 0
+        """What the entries take."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, spec: GrammarSpec, lead: Lead = Lead.NONE) -> Compiled:
+        """Return the grammar of `spec`, compiled in the calling thread when it is not there.
+
+        Raises RequestError for a source that is wrong, cannot be enforced, or is too much work.
+        """
+        key = (spec, lead)
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+                return found
+        made = compile_grammar(spec, self.vocabulary, lead)
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = made
+                self.size_bytes += made.size_bytes
+            while self.size_bytes > self._max_bytes and len(self._entries) > 1:
+                _, dropped = self._entries.popitem(last=False)
+                self.size_bytes -= dropped.size_bytes
+        return made
+
+
+def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead.NONE) -> Compiled:
+    """Return the compiled grammar of `spec`; see `GrammarCache.get`."""
+    budget = Budget(spec.field)
+    builder = Builder(budget)
+    symbols = (_root(spec, builder, vocabulary),)
+    if lead is Lead.SPACE:
+        symbols = (builder.text(" "), *symbols)
+    builder.grammar.start = builder.rule(symbols)
+    table = Table(builder.grammar, budget)
+    _check_shortest(table, spec.field)
+    text = rendered(table)
+    if len(text) > MAX_TEXT:
+        raise RequestError(
+            f"{spec.field} is too large to be enforced; use fewer alternatives", field=spec.field
+        )
+    matcher = _matcher(text, vocabulary, spec)
+    return Compiled(table, matcher, size_bytes=(1 << 16) + 40 * len(text) + 200 * len(table.symbols))
+
+
+def _root(spec: GrammarSpec, builder: Builder, vocabulary: Vocabulary) -> Symbol:
+    match spec.kind:
+        case GrammarKind.JSON_SCHEMA:
+            document = Document(spec.source, spec.field, builder.budget, strict=spec.strict)
+            return SchemaRules(document, builder).value(("",))
+        case GrammarKind.REGEX:
+            return _regex_rule(spec, builder)
+        case GrammarKind.CHOICE:
+            options = cast(list[object], json.loads(spec.source))
+            texts = [option for option in options if isinstance(option, str) and option]
+            if not texts or len(texts) < len(options):
+                raise RequestError(
+                    f"{spec.field} must be a list of texts, none of them empty", field=spec.field
+                )
+            return builder.rule((builder.text(*texts),))
+        case GrammarKind.LARK:
+            return lark_rule(spec.source, builder, spec.field)
+        case GrammarKind.TOOL_CALLS:
+            return tool_rule(spec, builder, vocabulary)
+
+
+def _regex_rule(spec: GrammarSpec, builder: Builder) -> Symbol:
+    node = unedged(parse_pattern(spec.source, spec.field))
+    if node is None:
+        raise RequestError(
+            f"{spec.field} {quoted(spec.source)} has ^ or $ in its middle; the whole output must match anyway",
+            field=spec.field,
+        )
+    automaton = machine(node, builder.budget)
+    terminal = Pattern(automaton, f"/{spelled(node)}/", builder.budget)
+    return builder.rule((terminal,), *([()] if 0 in automaton.final else []))
+
+
+def _check_shortest(table: Table, field: str) -> None:
+    """Refuse a language that is empty, and one whose shortest text is out of all proportion."""
+    cost = table.costs[table.start]
+    if cost >= UNREACHABLE:
+        raise RequestError(
+            f"{field} allows no output at all: its conditions exclude one another", field=field
+        )
+    if cost > MAX_SHORTEST:
+        raise RequestError(
+            f"{field} needs an output of at least {cost} bytes; at most {MAX_SHORTEST} are taken", field=field
+        )
+
+
+def _matcher(text: str, vocabulary: Vocabulary, spec: GrammarSpec) -> LLMatcher:
+    import llguidance
+
+    limits = llguidance.LLParserLimits(
+        max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False
+    )
+    matcher = llguidance.LLMatcher(
+        vocabulary.engine, llguidance.LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
+    )
+    if matcher.is_error():
+        reason = " ".join(matcher.get_error().split())[:160]
+        raise RequestError(f"{spec.field} is more than the grammar engine takes ({reason})", field=spec.field)
+    return matcher

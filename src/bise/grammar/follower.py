@@ -1,0 +1,203 @@
+"""One output under a grammar: which tokens may come, and the way out before the tokens run out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from bise.errors import EngineError, RequestError
+from bise.grammar.compiler import Compiled
+from bise.grammar.tracker import Lexemes, Tracker
+from bise.grammar.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+Ids = npt.NDArray[np.intp]
+
+
+class Follower:
+    """The state of one output; owned by whoever produces it. `copy` is cheap, `rollback` undoes tokens."""
+
+    __slots__ = (
+        "_bits", "_end_ids", "_marks", "_matcher", "_path", "_tracker", "_trigger", "_vocabulary",
+        "is_started", "was_cut",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        vocabulary: Vocabulary,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        trigger: int | None = None,
+    ) -> None:
+        """Start at the beginning. `end_ids` end an output where the grammar lets it end.
+
+        With a `trigger`, a control token, everything is free until that token, which is the first of the
+        grammar's.
+        """
+        self._vocabulary = vocabulary
+        self._matcher: LLMatcher = compiled.matcher.deep_copy()
+        self._tracker = Tracker(compiled.table)
+        self._end_ids = np.array(sorted(end_ids), np.intp)
+        self._trigger = trigger
+        self._path: list[int] | None = None
+        """Tokens of the way out from here, where they were needed."""
+        self._marks: list[tuple[int, tuple[int, Lexemes]]] = []
+        """Per token taken: (the token, the tracker's state before it)."""
+        self._bits = np.zeros(vocabulary.size // 32 + 1, np.uint32)
+        self.is_started = trigger is None
+        """The grammar holds: there is no trigger, or it has come."""
+        self.was_cut = False
+        """A token was replaced because the tokens ran out."""
+
+    def copy(self) -> Follower:
+        """Return an independent follower in the same state."""
+        other = Follower.__new__(Follower)
+        for name in Follower.__slots__:
+            setattr(other, name, getattr(self, name))
+        other._matcher = self._matcher.deep_copy()
+        other._tracker = self._tracker.copy()
+        other._marks = self._marks.copy()
+        other._bits = np.zeros_like(self._bits)
+        return other
+
+    def shortest(self) -> int:
+        """Return how many tokens complete the output, in the shortest way that is known.
+
+        Raises RequestError when the vocabulary cannot spell it.
+        """
+        if not self.is_started:
+            return 0
+        path = self._way_out()
+        if path is None:
+            raise RequestError(
+                "the model's vocabulary cannot spell an output of this grammar", field="grammar"
+            )
+        return len(path)
+
+    @property
+    def may_end(self) -> bool:
+        """The output is complete here, though it may be able to go on."""
+        return not self.is_started or self._matcher.is_accepting()
+
+    @property
+    def must_end(self) -> bool:
+        """The output is complete and nothing can follow."""
+        return self.is_started and self._matcher.is_stopped() and self._matcher.is_accepting()
+
+    def allowed(self, left: int) -> Ids | None:
+        """Return the tokens that may come next, ascending, when `left` more may be produced; None for all."""
+        if not self.is_started:
+            if self._trigger is None or self._fits_after_trigger(left):
+                return None
+            everything = np.arange(self._vocabulary.size, dtype=np.intp)
+            return np.delete(everything, self._trigger)
+        bits = self._bits
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self._check_engine()
+        flags = np.unpackbits(bits.view(np.uint8), count=self._vocabulary.size, bitorder="little")
+        if self._end_ids.size:
+            flags[self._end_ids] = self.may_end
+        return np.flatnonzero(flags)
+
+    def take(self, token_id: int, left: int) -> int | None:
+        """Add the token that was chosen from `allowed`, or the one that leads out in time, and return it; None
+        when the output is complete and no token could follow that leaves it so.
+
+        `left` counts this token and all that may follow it; the output can always be completed within them
+        if it could be before.
+        """
+        if not self.is_started:
+            if token_id == self._trigger:
+                self.is_started = True
+                self._advance(token_id)
+            return token_id
+        mark, path = self._tracker.mark(), self._path
+        if not self._move(token_id):
+            raise EngineError(f"the grammar's two halves disagree about token {token_id}")
+        self._path = path[1:] if path and path[0] == token_id else None
+        if not self._can_end_within(left - 1):
+            self._tracker.back_to(mark)
+            self._path = path
+            self.was_cut = True
+            path = self._way_out()
+            if path is None:
+                raise EngineError("the vocabulary cannot spell the rest of the output")
+            if not path:
+                return None
+            token_id, self._path = path[0], path[1:]
+            if not self._move(token_id):
+                raise EngineError(f"the grammar's way out is no way (token {token_id})")
+        self._marks.append((token_id, mark))
+        if not self._matcher.consume_token(token_id):
+            self._check_engine()
+        return token_id
+
+    def validate(self, token_ids: Sequence[int]) -> int:
+        """Return how many of `token_ids` could come next, one after the other; changes nothing."""
+        if not self.is_started:
+            for index, token_id in enumerate(token_ids):
+                if token_id == self._trigger:
+                    return index
+            return len(token_ids)
+        return self._matcher.validate_tokens(list(token_ids))
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens that came while the grammar held."""
+        if count <= 0:
+            return
+        if count > len(self._marks):
+            raise EngineError(f"cannot take back {count} tokens of {len(self._marks)}")
+        _, mark = self._marks[-count]
+        del self._marks[-count:]
+        self._tracker.back_to(mark)
+        self._path = None
+        if not self._matcher.rollback(count):
+            self._check_engine()
+        if self._trigger is not None and not self._marks:
+            self.is_started = False
+
+    def _advance(self, token_id: int) -> None:
+        mark = self._tracker.mark()
+        if not self._move(token_id) or not self._matcher.consume_token(token_id):
+            raise EngineError(f"the grammar does not begin with its trigger {token_id}")
+        self._marks.append((token_id, mark))
+
+    def _move(self, token_id: int) -> bool:
+        piece = self._vocabulary.pieces[token_id]
+        return self._tracker.advance(piece) if piece else self._tracker.advance_token(token_id)
+
+    def _fits_after_trigger(self, left: int) -> bool:
+        path = self._way_out()
+        return path is not None and len(path) <= left
+
+    def _can_end_within(self, left: int) -> bool:
+        """Say whether `left` tokens complete the output; finds out as cheaply as it can."""
+        need = self._tracker.need()
+        if need <= left and self._vocabulary.spells_every_byte:
+            return True
+        if self._path is not None:
+            return len(self._path) <= left
+        if need > left * self._vocabulary.longest:
+            return False
+        pieces = self._tracker.shortest()
+        count = self._vocabulary.count_greedily(pieces)
+        if count is not None and count <= left:
+            return True
+        self._path = self._vocabulary.spell(pieces)
+        return self._path is not None and len(self._path) <= left
+
+    def _way_out(self) -> list[int] | None:
+        if self._path is None:
+            self._path = self._vocabulary.spell(self._tracker.shortest())
+        return self._path
+
+    def _check_engine(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(self._matcher.get_error().split())[:160]
+            raise EngineError(f"the grammar engine gave up: {reason}")

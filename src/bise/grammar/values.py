@@ -1,0 +1,306 @@
+"""Which values a schema admits: for `enum` and `const` beside other keywords, and for `oneOf`.
+
+Knows the same keywords with the same meaning as the grammar that outputs are held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import TypeAlias, cast
+
+from bise.grammar.automaton import Machine, intersection, machine, of_length
+from bise.grammar.formats import INTEGER_FORMATS, STRING_FORMATS, format_expression
+from bise.grammar.pattern import parse_pattern
+from bise.grammar.regex import Regex, anchored
+from bise.grammar.schema import TYPES, Document, Places, decimal
+
+Bounds: TypeAlias = tuple[Decimal | None, Decimal | None, bool, bool]
+"""(lowest, highest, lowest left out, highest left out)."""
+
+MAX_COUNTED = 2000
+"""Lengths beside a pattern at most, where the pattern does not imply them."""
+
+
+class Judge:
+    """Answers questions about the values under the places of one document."""
+
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._patterns: dict[str, tuple[Regex, Machine]] = {}
+
+    def pattern(self, source: str, place: str) -> tuple[Regex, Machine]:
+        """Return the expression of a pattern, anchored, and its automaton."""
+        found = self._patterns.get(source)
+        if found is None:
+            whole = anchored(parse_pattern(source, f"{self._document.field}#{place}"))
+            if whole is None:
+                self._document.refuse(place, "has ^ or $ in its middle, which cannot be enforced")
+            found = self._patterns[source] = (whole, machine(whole, self._document.budget))
+        return found
+
+    def format(self, name: str) -> tuple[Regex, Machine]:
+        """Return the expression of a string format and its automaton."""
+        key = f"\0{name}"
+        found = self._patterns.get(key)
+        if found is None:
+            whole = format_expression(name)
+            found = self._patterns[key] = (whole, machine(whole, self._document.budget))
+        return found
+
+    def types(self, case: Places) -> set[str]:
+        """Return the types that a value of a case may have; `integer` only where `number` is not."""
+        kinds = set(TYPES)
+        for _, schema in self._document.members(case):
+            if "type" in schema:
+                said = schema["type"]
+                names = set(cast(list[str], said) if isinstance(said, list) else [cast(str, said)])
+                if "number" in names:
+                    names.add("integer")
+                kinds &= names
+        if "number" in kinds:
+            kinds.discard("integer")
+        return kinds
+
+    def listed(self, case: Places) -> list[object] | None:
+        """Return the values that `enum` and `const` leave, and that all else admits; None without either."""
+        for _, schema in self._document.members(case):
+            if "const" in schema or "enum" in schema:
+                values = [schema["const"]] if "const" in schema else cast(list[object], schema["enum"])
+                self._document.budget.spend(len(values) * len(case))
+                return [value for value in values if self.admits(case, value)]
+        return None
+
+    def admits(self, places: Sequence[str], value: object) -> bool:
+        """Say whether a value is valid at all `places`."""
+        return all(self._admits(place, value) for place in places)
+
+    def _admits(self, pointer: str, value: object) -> bool:
+        document = self._document
+        document.budget.spend(1)
+        schema = document.schema(pointer)
+        if isinstance(schema, bool):
+            return schema
+        if "const" in schema and not same(schema["const"], value):
+            return False
+        if "enum" in schema and not any(same(one, value) for one in cast(list[object], schema["enum"])):
+            return False
+        if not _has_type(schema, value):
+            return False
+        plain = (pointer,)
+        if isinstance(value, str):
+            good = self._admits_string(schema, pointer, value)
+        elif isinstance(value, list):
+            good = self._admits_array(schema, pointer, cast(list[object], value))
+        elif isinstance(value, dict):
+            good = self._admits_object(plain, cast(dict[str, object], value))
+        else:
+            good = isinstance(value, bool) or value is None or self._admits_number(schema, value)
+        return good and self._admits_parts(schema, pointer, value)
+
+    def _admits_parts(self, schema: Mapping[str, object], pointer: str, value: object) -> bool:
+        """Judge by `$ref`, `allOf`, `anyOf` and `oneOf`."""
+        below = self._document.below
+        if "$ref" in schema and not self._admits(self._document.reference(pointer), value):
+            return False
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            if keyword not in schema:
+                continue
+            count = len(cast(list[object], schema[keyword]))
+            hits = sum(self._admits(below(pointer, keyword, index), value) for index in range(count))
+            if not {"allOf": hits == count, "anyOf": hits > 0, "oneOf": hits == 1}[keyword]:
+                return False
+        return True
+
+    def _admits_string(self, schema: Mapping[str, object], pointer: str, value: str) -> bool:
+        if (
+            not cast(int, schema.get("minLength", 0))
+            <= len(value)
+            <= cast(int, schema.get("maxLength", len(value)))
+        ):
+            return False
+        if "pattern" in schema:
+            automaton = self.pattern(cast(str, schema["pattern"]), f"{pointer}/pattern")[1]
+            if not automaton.matches(value):
+                return False
+        name = schema.get("format")
+        return name not in STRING_FORMATS or self.format(cast(str, name))[1].matches(value)
+
+    def _admits_number(self, schema: Mapping[str, object], value: object) -> bool:
+        number = decimal(value)
+        low, high, above, below = bounds(schema)
+        if low is not None and (number <= low if above else number < low):
+            return False
+        if high is not None and (number >= high if below else number > high):
+            return False
+        name = schema.get("format")
+        limits = INTEGER_FORMATS.get(name) if isinstance(name, str) else None
+        if limits is not None and not limits[0] <= number <= limits[1]:
+            return False
+        return "multipleOf" not in schema or number % decimal(schema["multipleOf"]) == 0
+
+    def _admits_array(self, schema: Mapping[str, object], pointer: str, value: list[object]) -> bool:
+        if (
+            not cast(int, schema.get("minItems", 0))
+            <= len(value)
+            <= cast(int, schema.get("maxItems", len(value)))
+        ):
+            return False
+        if schema.get("uniqueItems") and any(
+            same(one, other) for index, one in enumerate(value) for other in value[:index]
+        ):
+            return False
+        for index, item in enumerate(value):
+            place = self.item(schema, pointer, index)
+            if place is not None and not self._admits(place, item):
+                return False
+        return True
+
+    def item(self, schema: Mapping[str, object], pointer: str, index: int) -> str | None:
+        """Return the place of the item number `index` of an array; None where nothing is said."""
+        items = schema.get("items")
+        listed = "prefixItems" if "prefixItems" in schema else "items" if isinstance(items, list) else None
+        if listed is not None and index < len(cast(list[object], schema[listed])):
+            return self._document.below(pointer, listed, index)
+        rest = "additionalItems" if listed == "items" else "items"
+        return self._document.below(pointer, rest) if rest in schema else None
+
+    def _admits_object(self, plain: Places, value: dict[str, object]) -> bool:
+        for pointer, schema in self._document.members(plain):
+            if not set(cast(list[str], schema.get("required", []))) <= set(value):
+                return False
+            low, high = schema.get("minProperties", 0), schema.get("maxProperties", len(value))
+            if not cast(int, low) <= len(value) <= cast(int, high):
+                return False
+            for name, item in value.items():
+                if "propertyNames" in schema:
+                    place = self._document.below(pointer, "propertyNames")
+                    if not self._admits(place, name):
+                        return False
+                if not self.admits(self.properties(schema, pointer, name), item):
+                    return False
+        return True
+
+    def properties(self, schema: Mapping[str, object], pointer: str, name: str) -> list[str]:
+        """Return the places that hold for the property `name` of an object at one place."""
+        below = self._document.below
+        found: list[str] = []
+        if name in cast(dict[str, object], schema.get("properties", {})):
+            found.append(below(pointer, "properties", name))
+        for source in cast(dict[str, object], schema.get("patternProperties", {})):
+            place = below(pointer, "patternProperties", source)
+            if self.pattern(source, place)[1].matches(name):
+                found.append(place)
+        if not found and "additionalProperties" in schema:
+            found.append(below(pointer, "additionalProperties"))
+        return found
+
+    # Whether anything is valid at all, for oneOf.
+
+    def satisfiable(self, places: Places, depth: int = 0) -> bool:
+        """Say False only where no value is valid at all `places`."""
+        return depth > 6 or any(self._case_satisfiable(case, depth) for case in self._document.cases(places))
+
+    def _case_satisfiable(self, case: Places, depth: int) -> bool:
+        self._document.budget.spend(10)
+        values = self.listed(case)
+        if values is not None:
+            return bool(values)
+        kinds = self.types(case)
+        if kinds == {"object"}:
+            return self._object_satisfiable(case, depth)
+        if kinds in ({"number"}, {"integer"}):
+            low, high, above, below = self.number_bounds(case)
+            return low is None or high is None or (low < high if above or below else low <= high)
+        if kinds == {"string"}:
+            return self.lengths(case, "Length")[0] <= (self.lengths(case, "Length")[1] or 1 << 60)
+        return bool(kinds)
+
+    def _object_satisfiable(self, case: Places, depth: int) -> bool:
+        members = list(self._document.members(case))
+        required = {name for _, schema in members for name in cast(list[str], schema.get("required", []))}
+        for name in sorted(required):
+            places = [
+                place for pointer, schema in members for place in self.properties(schema, pointer, name)
+            ]
+            if not self.satisfiable(tuple(dict.fromkeys(places)), depth + 1):
+                return False
+        return True
+
+    def number_bounds(self, case: Places) -> Bounds:
+        """Return (lowest, highest, lowest left out, highest left out) of the numbers of a case."""
+        low, high, above, below = None, None, False, False
+        for _, schema in self._document.members(case):
+            first, last, is_above, is_below = bounds(schema)
+            if first is not None and (low is None or (first, is_above) > (low, above)):
+                low, above = first, is_above
+            if last is not None and (high is None or (-last, is_below) > (-high, below)):
+                high, below = last, is_below
+        return low, high, above, below
+
+    def lengths(self, case: Places, what: str) -> tuple[int, int | None]:
+        """Return the least and the greatest `what`: Length, Items or Properties."""
+        low, high = 0, None
+        for _, schema in self._document.members(case):
+            low = max(low, int(cast(float, schema.get(f"min{what}", 0))))
+            if f"max{what}" in schema:
+                most = int(cast(float, schema[f"max{what}"]))
+                high = most if high is None else min(high, most)
+        return low, high
+
+
+def limited(source: Machine, low: int, high: int | None, document: Document, place: str) -> Machine:
+    """Return the texts of `source` that have `low` to `high` characters."""
+    if low > MAX_COUNTED or (high or 0) > MAX_COUNTED:
+        document.refuse(
+            place, f"and a pattern or format together are kept up to {MAX_COUNTED} characters only"
+        )
+    return intersection(source, of_length(low, high, document.budget), document.budget)
+
+
+def bounds(schema: Mapping[str, object]) -> Bounds:
+    """Return the bounds that one place sets; draft 4's boolean exclusive bounds are read too."""
+    low, high, above, below = None, None, False, False
+    if "minimum" in schema:
+        low, above = decimal(schema["minimum"]), schema.get("exclusiveMinimum") is True
+    if "maximum" in schema:
+        high, below = decimal(schema["maximum"]), schema.get("exclusiveMaximum") is True
+    strict = schema.get("exclusiveMinimum")
+    if strict is not None and not isinstance(strict, bool) and (low is None or decimal(strict) >= low):
+        low, above = decimal(strict), True
+    strict = schema.get("exclusiveMaximum")
+    if strict is not None and not isinstance(strict, bool) and (high is None or decimal(strict) <= high):
+        high, below = decimal(strict), True
+    return low, high, above, below
+
+
+def same(left: object, right: object) -> bool:
+    """Say whether two JSON values are equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, list) and isinstance(right, list):
+        lefts, rights = cast(list[object], left), cast(list[object], right)
+        return len(lefts) == len(rights) and all(map(same, lefts, rights))
+    if isinstance(left, dict) and isinstance(right, dict):
+        ours, theirs = cast(dict[str, object], left), cast(dict[str, object], right)
+        return ours.keys() == theirs.keys() and all(same(item, theirs[name]) for name, item in ours.items())
+    return left == right
+
+
+def _has_type(schema: Mapping[str, object], value: object) -> bool:
+    said = schema.get("type")
+    if said is None:
+        return True
+    return not _types_of(value).isdisjoint(
+        cast(list[str], said) if isinstance(said, list) else [cast(str, said)]
+    )
+
+
+def _types_of(value: object) -> set[str]:
+    if value is None:
+        return {"null"}
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int | float):
+        return {"number", "integer"} if value == int(value) else {"number"}
+    return {"string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"}
