@@ -22,6 +22,9 @@ def load_neighbour(name: str):
     return sys.modules[name]
 
 
+load_neighbour("raw_http")
+
+
 class LiveServer:
     """A server on loopback in a thread of its own, over any fleet."""
 

@@ -18,32 +18,11 @@ from bise.errors import BiseError, ContextOverflowError, ModelNotFoundError, Que
 from bise.text.mistral_template import MistralTemplate
 from bise.text.stream import TextStream
 
-CONTROLS = {
-    name: 256 + place
-    for place, name in enumerate(
-        [
-            "<s>",
-            "</s>",
-            "[INST]",
-            "[/INST]",
-            "[SYSTEM_PROMPT]",
-            "[/SYSTEM_PROMPT]",
-            "[AVAILABLE_TOOLS]",
-            "[/AVAILABLE_TOOLS]",
-            "[TOOL_CALLS]",
-            "[TOOL_RESULTS]",
-            "[/TOOL_RESULTS]",
-            "[TOOL_CONTENT]",
-            "[PREFIX]",
-            "[SUFFIX]",
-            "[MIDDLE]",
-            "[ARGS]",
-            "[CALL_ID]",
-            "[THINK]",
-            "[/THINK]",
-        ]
-    )
-}
+_NAMES = """
+<s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS]
+[TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CONTENT] [PREFIX] [SUFFIX] [MIDDLE] [ARGS] [CALL_ID] [THINK] [/THINK]
+"""
+CONTROLS = {name: 256 + place for place, name in enumerate(_NAMES.split())}
 BOS, EOS = CONTROLS["<s>"], CONTROLS["</s>"]
 
 

@@ -52,6 +52,8 @@ class BoundedConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._in_head = True
+        self._heads = 0
+        """Heads that were complete."""
         self._head_bytes = 0
         self._header_bytes = 0
         self._refusal: ApiError | None = None
@@ -81,12 +83,14 @@ class BoundedConnection(HttpToolsProtocol):
             return
         if self._in_head:
             self._start_head_timer()
+        heads = self._heads
         was_in_head = self._in_head
         super().data_received(data)
         if self._is_lingering or self.transport.is_closing():
             return
-        # Bytes of an unfinished head; what follows a finished one is body and counted elsewhere.
-        self._head_bytes = self._head_bytes + len(data) if was_in_head and self._in_head else 0
+        # Bytes of an unfinished head; where one was finished, its headers have been counted one by one.
+        unfinished = was_in_head and self._in_head and heads == self._heads
+        self._head_bytes = self._head_bytes + len(data) if unfinished else 0
         if self._head_bytes > self.bounds.headers + self.bounds.request_line:
             self._refusal = _headers_too_large(self.bounds)
             self.send_400_response("")
@@ -129,6 +133,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Check what decides where a message ends, then hand the request on."""
         self._in_head = False
+        self._heads += 1
         self._stop_head_timer()
         self._check_framing()
         super().on_headers_complete()
@@ -166,9 +171,13 @@ class BoundedConnection(HttpToolsProtocol):
         if self._is_lingering or self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer is under way; a second one inside it would be read as its body.
-            self.transport.close()
-            return
+            if self.cycle.response_started or self.pipeline:
+                # An answer is under way; a second one inside it would be read as its body.
+                self.transport.close()
+                return
+            # The application's own answer, if it comes, must not follow this one.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = json.dumps(error_body(refusal)).encode()
         head = (
             f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
