@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -126,5 +127,18 @@ def make_engine(backend, ops, model, byte_tokenizer) -> Callable[..., Engine]:
             **options,
         }
         return Engine(model, ops, config=model.config, tokenizer=byte_tokenizer, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_model() -> Callable[[str, str, int], tuple[Transformer, Ops]]:
+    """Return a function that gives one of `MODELS` on the cpu backend: (name, weight format, threads)."""
+    backend = functools.cache(lambda packed_format: _cpu_backend(packed_format, "f16"))
+
+    @functools.cache
+    def make(name: str, packed_format: str, threads: int) -> tuple[Transformer, Ops]:
+        ops = backend(packed_format).make_ops(threads)
+        return backend(packed_format).transformer(tiny_config(name), ops), ops
 
     return make
