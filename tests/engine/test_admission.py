@@ -1,5 +1,8 @@
 """Places and deadlines: who is refused, with what advice, and who ends in time."""
 
+import threading
+from collections import deque
+
 import pytest
 
 from bise.engine.admission import MAX_RETRY_S, Places
@@ -126,3 +129,27 @@ def test_deadlines_of_requests_that_are_over_are_forgotten(hash_engine):
     for _ in range(200):
         engine.submit(ask(1, deadline_s=1e6)).result()
     assert len(engine._deadlines) <= 66
+
+
+def test_a_request_that_comes_and_goes_while_the_inbox_is_taken_in_harms_nobody(hash_engine):
+    engine, _ = hash_engine()
+
+    class Late(deque):
+        """Looks empty once; right then another thread submits a request and cancels it."""
+
+        def __bool__(self):
+            if len(self) or late:
+                return bool(len(self))
+            late.append(engine.submit(ask()))
+            late[0].cancel()
+            return False
+
+    late = []
+    engine._arrived = Late()
+    engine._thread = threading.current_thread()  # a cancellation waits in the inbox, as with a thread
+    engine._take_inbox()
+    engine.step()
+    engine._thread = None
+    assert list(late[0])[-1].finish_reason is FinishReason.ABORT
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
