@@ -160,6 +160,7 @@ class ScriptedEngine:
                 text=tail,
                 prompt_logprobs=prompt,
                 finish_reason=reason,
+                stop_match=stream.stopped,
                 error=self.fails_with if reason is FinishReason.ERROR else None,
                 usage=Usage(prompt_tokens=len(request.token_ids), cached_tokens=0, completion_tokens=made),
                 timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=0.2),

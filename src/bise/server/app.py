@@ -12,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
-from bise.server import absent, chat, completions, fim, models, tokens
+from bise.server import absent, anthropic, chat, completions, fim, models, responses, tokens
 from bise.server.edge import AsgiApp, Edge, Reach
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
 from bise.server.problem import ApiError, as_api_error, error_response
 from bise.server.service import ClientGoneError, Models, Service
+from bise.server.shelf import Shelf
 from bise.server.ticket import Gate, OpenGate
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def create_app(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="bise", lifespan=None
     )
     app.state.service = service
-    own = (chat, completions, fim, tokens, models)
+    app.state.shelf = Shelf()
+    own = (chat, completions, fim, responses, anthropic, tokens, models)
     for router in (*(module.router for module in own), *routers, absent.router):
         app.include_router(router)
     _add_page(app)

@@ -42,9 +42,9 @@ async def create_chat_completion(request: Request) -> Response:
             prompt_rivals=(body.top_prompt_logprobs or 0) if body.prompt_logprobs else None,
             usage_chunk=body.wants_usage_chunk,
         )
-        reading, prefix, requests = await service.offload(_plan, job, body, options)
-        chat = ChatAnswer(job, options, reading, prefix)
-        await job.start(requests)
+        plan = await service.offload(plan_chat, job, body, options)
+        chat = ChatAnswer(job, options, plan.reading, plan.prefix)
+        await job.start(plan.requests)
         return await chat.respond(stream=bool(body.stream))
     except BaseException as error:
         await job.finish(None, error)
@@ -251,10 +251,18 @@ def _piece_body(piece: Piece) -> dict[str, Any]:
     return body
 
 
-def _plan(
-    job: Job, body: ChatRequest, options: ChatOptions
-) -> tuple[Reading, str | None, list[EngineRequest]]:
-    """Return how to read the answer, its prefix, and what to ask of the engine; in a thread of text work."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPlan:
+    """What to ask of the engine for a conversation, and how to read its answer."""
+
+    requests: list[EngineRequest]
+    reading: Reading
+    prefix: str | None
+    """The text that the answer goes on from."""
+
+
+def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
+    """Encode a conversation; in a thread of text work. Raises RequestError for what cannot be honoured."""
     messages = prepared(body.messages, safe_prompt=bool(body.safe_prompt))
     job.ticket.check_input([str(message.get("content") or "") for message in messages])
     reading = Reading.of(job.loaded, body)
@@ -278,7 +286,7 @@ def _plan(
         )
         for choice in range(options.choices)
     ]
-    return reading, prefix, requests
+    return ChatPlan(requests=requests, reading=reading, prefix=prefix)
 
 
 def encoded(job: Job, messages: Sequence[Message], tools: Sequence[Message] | None) -> tuple[int, ...]:

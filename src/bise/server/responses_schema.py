@@ -1,0 +1,189 @@
+"""The body of POST /v1/responses, and its way into a chat request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+from pydantic import Field, field_validator
+
+from bise.errors import RequestError
+from bise.server.body import WireModel, validate
+from bise.server.chat_schema import ChatRequest, Effort
+from bise.server.conversation import Message
+from bise.server.limits import MAX_MESSAGES, MAX_TOOLS
+
+_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+
+
+class TextOptions(WireModel):
+    """The form of the answer."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningOptions(WireModel):
+    """How long to think."""
+
+    effort: Effort | None = None
+    summary: str | None = None
+    """Accepted; thoughts are never summarised."""
+
+
+class ResponsesRequest(WireModel):
+    """POST /v1/responses."""
+
+    model: str = Field(min_length=1, max_length=512)
+    input: str | list[dict[str, Any]] = Field(max_length=1 << 24)
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=1 << 24)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    seed: int | None = Field(None, ge=0, lt=1 << 64)
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=64)
+    previous_response_id: str | None = Field(None, max_length=128)
+    store: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    # What would change the answer and cannot be honoured is refused, not ignored.
+    background: Literal[False] | None = None
+    conversation: None = None
+    prompt: None = None
+    max_tool_calls: None = None
+
+    @field_validator("conversation", "prompt", "max_tool_calls", mode="before")
+    @classmethod
+    def _not_here(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("is not supported by this server")
+        return value
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True when the text parts carry log-probs."""
+        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+
+    def new_messages(self) -> list[Message]:
+        """Return the input as chat messages. Raises RequestError for items that cannot be said."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        if not 1 <= len(self.input) <= MAX_MESSAGES:
+            raise RequestError(
+                f"input must have 1 to {MAX_MESSAGES} items, got {len(self.input)}", field="input"
+            )
+        messages: list[Message] = []
+        for index, item in enumerate(self.input):
+            _add_item(messages, item, f"input[{index}]")
+        return messages
+
+    def as_chat(self, messages: Sequence[Message]) -> ChatRequest:
+        """Return the chat request that asks the same; `messages` include those of earlier responses."""
+        start: list[Message] = []
+        if self.instructions:
+            start = [{"role": "system", "content": self.instructions}]
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "messages": [*start, *messages],
+            "tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())] or None,
+            "tool_choice": _choice(self.tool_choice),
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": _format(self.text.format if self.text else None),
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "max_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "logprobs": self.wants_logprobs or None,
+            "top_logprobs": self.top_logprobs,
+        }
+        return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
+
+
+def _add_item(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
+    kind = item.get("type", "message")
+    if kind == "message":
+        messages.append({"role": item.get("role"), "content": _content(item.get("content"), place)})
+    elif kind == "function_call":
+        call = {
+            "id": item.get("call_id"),
+            "type": "function",
+            "function": {"name": item.get("name"), "arguments": item.get("arguments")},
+        }
+        last = messages[-1] if messages else {}
+        if last.get("role") == "assistant":
+            last["tool_calls"] = [*last.get("tool_calls", ()), call]
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    elif kind == "function_call_output":
+        messages.append(
+            {
+                "role": "tool",
+                "tool_call_id": item.get("call_id"),
+                "content": _content(item.get("output"), place),
+            }
+        )
+    elif kind == "reasoning":
+        return  # a model reads its earlier thoughts in none of the formats here
+    else:
+        raise RequestError(
+            f"{place}.type is {str(kind)[:40]!r}; known: message, function_call, function_call_output, "
+            "reasoning",
+            field=f"{place}.type",
+        )
+
+
+def _content(value: object, place: str) -> object:
+    if not isinstance(value, list):
+        return value
+    parts: list[dict[str, Any]] = []
+    for index, part in enumerate(cast(list[Any], value)):
+        fields: Mapping[str, Any] = cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {}
+        if fields.get("type") not in _TEXT_PARTS or not isinstance(fields.get("text"), str):
+            raise RequestError(
+                f"{place}.content[{index}] must be a text part; this server reads text only",
+                field=f"{place}.content",
+            )
+        parts.append({"type": "text", "text": fields["text"]})
+    return parts
+
+
+def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise RequestError(
+            f"{place}.type is {str(tool.get('type'))[:40]!r}; only functions can be called here", field=place
+        )
+    if isinstance(tool.get("function"), Mapping):
+        return dict(tool)
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {n: tool[n] for n in names if tool.get(n) is not None}}
+
+
+def _choice(choice: str | Mapping[str, Any] | None) -> object:
+    if isinstance(choice, Mapping) and choice.get("type") == "function" and "name" in choice:
+        return {"type": "function", "function": {"name": choice["name"]}}
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        allowed = {"mode": choice.get("mode", "auto"), "tools": choice.get("tools", [])}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+    return choice
+
+
+def _format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if form is None:
+        return None
+    if form.get("type") != "json_schema" or "json_schema" in form:
+        return dict(form)
+    names = ("name", "schema", "strict", "description")
+    return {"type": "json_schema", "json_schema": {n: form[n] for n in names if form.get(n) is not None}}
