@@ -1,0 +1,101 @@
+"""Seeded prompts under random load return what each returns alone: the promise that load breaks first."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from bise.engine.engine import Engine
+from bise.engine.request import FinishReason, Request, SamplingParams
+from bise.engine.speculation import Speculation
+
+PREFIXES = [
+    tuple(random.Random(seed).randrange(256) for _ in range(length)) for seed, length in [(1, 70), (2, 40)]
+]
+
+
+def make_requests(count: int) -> list[Request]:
+    rng = random.Random(11)
+    made: list[Request] = []
+    for index in range(count):
+        start = rng.choice([(), *PREFIXES])
+        params = SamplingParams(
+            seed=index,
+            temperature=rng.choice([0, 0.7, 1.1]),
+            top_p=rng.choice([1, 0.9]),
+            repetition_penalty=rng.choice([1, 1.2]),
+            max_tokens=rng.randrange(1, 28),
+            logprobs=rng.choice([None, 2]),
+            ignore_eos=True,
+        )
+        made.append(
+            Request(
+                token_ids=(256, *start, *(rng.randrange(256) for _ in range(rng.randrange(40)))),
+                params=params,
+                prompt_logprobs=rng.random() < 0.1,
+                priority=rng.randrange(3),
+                tenant=rng.choice(["a", "b", "c"]),
+                use_prefix_cache=rng.random() < 0.85,
+            )
+        )
+    return made
+
+
+def make_engine(transformer, ops, tokenizer, **options) -> Engine:
+    options = {"num_blocks": 60, "threaded": False, **options}
+    return Engine(transformer, ops, config=transformer.config, tokenizer=tokenizer, kv_format="q8", **options)
+
+
+def bits(done):
+    return (done.token_ids, done.text, done.logprobs, done.prompt_logprobs, done.finish_reason)
+
+
+def check(transformer, ops, tokenizer, count: int) -> None:
+    requests = make_requests(count)
+    quiet = make_engine(transformer, ops, tokenizer, prefix_cache=False)
+    alone = [bits(quiet.submit(request).result()) for request in requests]
+    busy = make_engine(
+        transformer, ops, tokenizer, num_blocks=13, max_step_tokens=48, max_sequences=9,
+        speculation=Speculation(),
+    )  # fmt: skip
+    rng = random.Random(12)
+    handles, doomed = [], []
+    most = 0
+    for request in requests:
+        handles.append(busy.submit(request))
+        if rng.random() < 0.3:  # others that leave early disturb nobody
+            doomed.append(busy.submit(rng.choice(requests)))
+        for _ in range(rng.choice([0, 0, 1, 3, 9])):
+            busy.step()
+            most = max(most, busy.stats().num_running)
+        if doomed and rng.random() < 0.4:
+            doomed.pop(rng.randrange(len(doomed))).cancel()
+    for handle in doomed:
+        handle.cancel()
+    reasons: Counter[FinishReason] = Counter()
+    for index, (handle, expected) in enumerate(zip(handles, alone, strict=True)):
+        done = handle.result()
+        reasons[done.finish_reason] += 1
+        assert bits(done) == expected, f"request {index} differs"
+    stats = busy.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+    busy._scheduler.check_integrity()
+    # What the test is about did happen.
+    assert reasons == {FinishReason.LENGTH: count}
+    assert most >= 4
+    assert stats.num_preemptions > count // 20
+    assert stats.cached_tokens > 0
+
+
+@pytest.mark.parametrize("model", ["interleaved", "8 experts"])
+def test_seeded_prompts_under_random_load_return_what_they_return_alone(cpu_model, byte_tokenizer, model):
+    check(*cpu_model(model, "q4", 1), byte_tokenizer, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("model", ["interleaved", "8 experts"])
+def test_1000_seeded_prompts_under_random_load_return_what_they_return_alone(
+    cpu_model, byte_tokenizer, model
+):
+    check(*cpu_model(model, "q4", 2), byte_tokenizer, 1000)
