@@ -1,7 +1,7 @@
 """A server with scripted models and the real page, for browser tests: PORT DATABASE [PACE_S [PIECE]].
 
-The question chooses the answer: `slow` writes for a long time, `payload N` answers with an attack, `count N` with N
-numbered tokens, anything else with a page of Markdown.
+The question chooses the answer: `slow` writes for a long time, `payload N` answers with an attack, `count N`
+with N numbered tokens, anything else with a page of Markdown.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bise.server.assistant_routes import assistant_router, page_router
 from bise.server.problem import error_response
 from bise.store.database import Database
 
-SHOWCASE = """The **bise** is a cold, dry wind from the north-east. It forms when high pressure over northern \
-Europe meets low pressure in the Mediterranean, and the Jura and the Alps squeeze the air between them.
+SHOWCASE = """The **bise** is a cold, dry wind from the north-east. It forms when high pressure over \
+northern Europe meets low pressure in the Mediterranean, and the Jura and the Alps squeeze the air between them.
 
 ### How strong does it get?
 
@@ -68,6 +68,8 @@ def answer(question: str) -> str:
         return json.loads(PAYLOADS.read_text())[int(found[1])]
     if found := re.match(r"count (\d+)", question):
         return "".join(f"{number:03d} " for number in range(int(found[1])))
+    if question.startswith("Name this conversation"):
+        return "The *bise*, a cold wind"
     if question.startswith("slow"):
         return "".join(f"word{number:04d} " for number in range(4000))
     return SHOWCASE
@@ -88,8 +90,8 @@ def main() -> None:
 
     async def serve() -> None:
         made.append(Assistant(database, models))
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1))
-        await server.serve()
+        config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
+        await uvicorn.Server(config).serve()
         await made[0].close()
 
     asyncio.run(serve())

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from bise.assistant.storage import Storage, new_id
 from bise.errors import NotFoundError, RequestError
-from bise.store.chat_schema import SEARCH_TABLE, ConversationRecord, MessageRecord
+from bise.store.chat_schema import ConversationRecord, MessageRecord
 from bise.store.schema import JsonObject
 
 MAX_TITLE = 200
@@ -102,7 +102,7 @@ class Conversations:
             return as_conversation(owned(session, owner, conversation_id))
 
     def change(self, owner: str, conversation_id: str, changes: Mapping[str, Any]) -> Conversation:
-        """Set fields; a title set here is never replaced by a made one. Raises RequestError for a bad field."""
+        """Set fields; a title set here is never replaced by a made one. Raises RequestError."""
         checked = checked_changes(changes)
         with self._storage.writing() as session:
             record = owned(session, owner, conversation_id)
@@ -149,7 +149,7 @@ class Conversations:
             ids = list(session.scalars(stale))
             for conversation_id in ids:
                 session.execute(
-                    text(f"DELETE FROM {SEARCH_TABLE} WHERE conversation_id = :id"), {"id": conversation_id}
+                    text("DELETE FROM message_search WHERE conversation_id = :id"), {"id": conversation_id}
                 )
             session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
         return len(ids)
@@ -194,15 +194,15 @@ class Conversations:
             return [as_conversation(by_id[key], snippets[key]) for key in ids if key in by_id]
 
 
-_SEARCH_SQLITE = f"""
-SELECT s.conversation_id, snippet({SEARCH_TABLE}, 2, '', '', '…', 12)
-FROM {SEARCH_TABLE} s JOIN conversations c ON c.id = s.conversation_id
-WHERE {SEARCH_TABLE} MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
-ORDER BY (s.message_id = '') DESC, bm25({SEARCH_TABLE}) LIMIT :most
+_SEARCH_SQLITE = """
+SELECT s.conversation_id, snippet(message_search, 2, '', '', '…', 12)
+FROM message_search s JOIN conversations c ON c.id = s.conversation_id
+WHERE message_search MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
+ORDER BY (s.message_id = '') DESC, bm25(message_search) LIMIT :most
 """
-_SEARCH_POSTGRES = f"""
+_SEARCH_POSTGRES = """
 SELECT s.conversation_id, left(s.text, 160)
-FROM {SEARCH_TABLE} s JOIN conversations c ON c.id = s.conversation_id
+FROM message_search s JOIN conversations c ON c.id = s.conversation_id
 WHERE s.words @@ to_tsquery('simple', :match) AND c.owner = :owner AND c.deleted_at IS NULL
 ORDER BY (s.message_id = '') DESC, ts_rank(s.words, to_tsquery('simple', :match)) DESC LIMIT :most
 """
@@ -229,12 +229,12 @@ def index_text(session: Session, conversation_id: str, message_id: str, content:
     key = {"conversation": conversation_id, "message": message_id}
     session.flush()
     session.execute(
-        text(f"DELETE FROM {SEARCH_TABLE} WHERE conversation_id = :conversation AND message_id = :message"),
+        text("DELETE FROM message_search WHERE conversation_id = :conversation AND message_id = :message"),
         key,
     )
     session.execute(
         text(
-            f"INSERT INTO {SEARCH_TABLE} (conversation_id, message_id, text) "
+            "INSERT INTO message_search (conversation_id, message_id, text) "
             "VALUES (:conversation, :message, :text)"
         ),
         key | {"text": content},

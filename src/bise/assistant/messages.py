@@ -246,11 +246,29 @@ class Messages:
             session.flush()
             return as_message(row, _Tree(session, conversation.id).siblings(row.id))
 
-    def add_ended(self, session: Session, conversation_id: str, rows: Sequence[MessageRecord]) -> None:
-        """Add messages that came from elsewhere (an import), and index them."""
-        for row in rows:
-            session.add(row)
-            index_text(session, conversation_id, row.id, row.text)
+    def copy(self, owner: str, conversation_id: str, messages: Sequence[Message]) -> None:
+        """Put copies of ended messages, each the child of the one before, into an empty conversation.
+
+        Raises ConflictError when one is still being written.
+        """
+        if any(message.status in LIVE for message in messages):
+            raise ConflictError("the answer is still being written; stop it or wait")
+        with self._storage.writing() as session:
+            owned(session, owner, conversation_id)
+            parent: str | None = None
+            for message in messages:
+                row = new_row(conversation_id, parent, message.role, message.text, status=message.status)
+                row.model, row.params, row.finish_reason = (
+                    message.model,
+                    message.params,
+                    message.finish_reason,
+                )
+                row.usage, row.timings, row.created_at = message.usage, message.timings, message.created_at
+                row.sources = list(message.sources)
+                session.add(row)
+                index_text(session, conversation_id, row.id, row.text)
+                parent = row.id
+            touch(session, conversation_id, parent)
 
     def interrupt_all(self) -> int:
         """Mark every answer that was being written when the process died; returns how many."""
@@ -295,6 +313,7 @@ class _Tree:
 def new_row(
     conversation_id: str, parent_id: str | None, role: str, text: str, *, status: str
 ) -> MessageRecord:
+    """Return a message record that is not stored yet."""
     return MessageRecord(
         id=new_id(),
         conversation_id=conversation_id,

@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bise.engine.fleet import Fleet, Lease
+from bise.engine.fleet import Fleet
+from bise.engine.fleet_entry import Lease
 from bise.engine.handle import RequestHandle
 from bise.engine.load import LoadedModel
 from bise.engine.request import Delta, Request, SamplingParams, Timings, Usage

@@ -1,7 +1,7 @@
 """Runs: answers being written. The server owns them; whoever looks on may come, go and come back.
 
-A run keeps every event in order, numbered from 1. A subscriber says after which number it wants to hear, so that
-a reload or a second tab loses and doubles nothing. Only an explicit stop ends a run early.
+A run keeps every event in order, numbered from 1. A subscriber says after which number it wants to hear, so
+that a reload or a second tab loses and doubles nothing. Only an explicit stop ends a run early.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A stand-in for models that writes prepared answers at a set pace: for tests of the page and of API clients."""
+"""A stand-in for models that writes prepared answers at a set pace: for tests of the page and of clients."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -223,6 +224,23 @@ class Assistant:
         await self._start(shelf, owner, answer)
         return self.live(answer)
 
+    async def branch_off(self, owner: str, message_id: str) -> Conversation:
+        """Copy the branch up to a message into a conversation of its own, with the same settings."""
+        shelf, _ = await self.message(owner, message_id)
+        turn = await asyncio.to_thread(shelf.messages.turn, owner, message_id)
+        source = turn.conversation
+
+        def copy() -> Conversation:
+            made = shelf.conversations.create(
+                owner, title=source.title, model=source.model, system=source.system, params=source.params
+            )
+            shelf.messages.copy(owner, made.id, [*turn.history, turn.answer])
+            return shelf.conversations.get(owner, made.id)
+
+        made = await asyncio.to_thread(copy)
+        self.hub.tell(owner, "conversation", id=made.id)
+        return made
+
     async def stop(self, owner: str, run_id: str) -> None:
         """Stop a run; returns when its place is free. Raises NotFoundError for someone else's."""
         await self.runs.stop(self.run(owner, run_id))
@@ -344,7 +362,7 @@ class Assistant:
         if facts.is_embedded or (facts.parameters or 0) < TITLE_MODEL_PARAMETERS:
             return
         ask = (
-            "Name this conversation in at most five words, in its own language, without quotes or a full stop."
+            "Name this conversation in at most five words, in its language, without quotes or a full stop."
             f"\n\n{turn.history[0].text[:2000]}\n\n{run.text[:1000]}"
         )
         job = Job(
@@ -356,9 +374,9 @@ class Assistant:
         )
         try:
             title = "".join([piece.text async for piece in self.models.stream(job)])
-            lines = title.strip().strip('"“”«»*# ').splitlines()
-            if lines and lines[0].strip():
-                title = first_words(lines[0])
+            title = re.sub(r'[*_`#"“”«»]', "", title).strip()
+            if title:
+                title = first_words(title.splitlines()[0])
                 if await asyncio.to_thread(shelf.conversations.name, owner, run.conversation_id, title):
                     self.hub.tell(owner, "conversation", id=run.conversation_id)
         except BiseError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -52,6 +53,7 @@ DEFAULT_SEQUENCES = 8
     "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True,
     help="Seconds that running requests get when the server is told to stop.",
 )  # fmt: skip
+@click.option("--open", "open_page", is_flag=True, help="Open the assistant in the browser.")
 @click.option("--no-key", is_flag=True, help="Serve other machines without asking for a key.")
 def command(models: tuple[str, ...], **values: Any) -> None:
     """Serve models over Mistral's and OpenAI's API.
@@ -63,9 +65,11 @@ def command(models: tuple[str, ...], **values: Any) -> None:
 
     from bise.engine.fleet import Fleet
     from bise.server.app import create_app
+    from bise.server.assistant_app import assistant_routers
     from bise.server.edge import Reach
     from bise.server.limits import HttpLimits
     from bise.server.serving import Serving, bind, url_of
+    from bise.store.database import Database
 
     if not values["no_key"] and not _is_loopback(values["host"]):
         raise ConfigError(
@@ -76,7 +80,7 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     specs = _specs(models or (None,), values)
     memory = None if values["memory"] is None else int(values["memory"] * 2**30)
     listener = bind(values["host"], values["port"])
-    with listener, Fleet(specs, memory, values["idle"]) as fleet:
+    with listener, closing(Database.open()) as database, Fleet(specs, memory, values["idle"]) as fleet:
         if len(specs) == 1:
             fleet.wake(specs[0].name)
         for card in fleet.cards():
@@ -87,11 +91,14 @@ def command(models: tuple[str, ...], **values: Any) -> None:
             hosts=frozenset(name.lower() for name in (*values["hosts"], values["host"])),
             origins=frozenset(values["origins"]),
         )
-        app = create_app(fleet, limits=limits, reach=reach)
+        app = create_app(fleet, limits=limits, reach=reach, routers=assistant_routers(fleet, database))
         names = ", ".join(fleet.names())
 
         def ready() -> None:
             click.echo(f"bise serves {names} at {url_of(listener)}/v1")
+            click.echo(f"the assistant is at {url_of(listener)}/")
+            if values["open_page"]:
+                click.launch(f"{url_of(listener)}/")
             click.get_text_stream("stdout").flush()
 
         serving = Serving(app, limits=limits, grace_s=values["grace"], on_ready=ready)

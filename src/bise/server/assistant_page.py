@@ -50,11 +50,10 @@ class StaticPage:
                     self._files[path.relative_to(self._folder).as_posix()] = path
 
     def answer(self, request: Request, name: str) -> Response:
-        """Return a file of the page; its index for the addresses of conversations, 404 for anything else."""
-        is_index = name in ("", "index.html") or name.startswith("c/")
-        path = self._files.get("index.html" if is_index else name)
+        """Return a file of the page; 404 for a name that it has not."""
+        path = self._files.get(name)
         if path is None:
-            text = _ABSENT if is_index else "not found\n"
+            text = _ABSENT if name == "index.html" else "not found\n"
             return PlainTextResponse(text, 404, headers=PAGE_HEADERS)
         headers = PAGE_HEADERS | {
             "cache-control": "public, max-age=31536000, immutable"

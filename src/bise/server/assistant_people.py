@@ -1,7 +1,8 @@
-"""Who asks: the person behind a request to the assistant, and whether the request may come from where it does."""
+"""Who asks: the person behind a request to the assistant, and whether it may come from where it does."""
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING, Protocol
 
 from bise.errors import PermissionDeniedError
@@ -38,6 +39,8 @@ class OnePerson:
         """Return the one person. Raises PermissionDeniedError for a host name that is not loopback's: a page
         elsewhere could have made its own name point here (DNS rebinding).
         """
+        if request.client is not None and not _is_here(request.client.host):
+            raise PermissionDeniedError("this assistant has no accounts and answers this machine only")
         host = host_name(request)
         if host not in _LOOPBACK and not host.endswith(".localhost"):
             raise PermissionDeniedError(
@@ -45,6 +48,13 @@ class OnePerson:
                 "accounts to reach it from elsewhere"
             )
         return Person(LOCAL_OWNER, "", "admin")
+
+
+def _is_here(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def host_name(request: Request) -> str:

@@ -94,18 +94,29 @@ def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIR
     who: Any = Depends(person)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
     _add_conversations(router, assistant, who)
+    _add_changes(router, assistant, who)
     _add_messages(router, assistant, who)
     _add_runs(router, assistant, who)
     return router
 
 
 def page_router(page: StaticPage) -> APIRouter:
-    """Return the routes of the page; include it last, it answers every path that is left."""
+    """Return the routes of the page."""
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/{name:path}")
-    def static(request: Request, name: str) -> Response:
-        return page.answer(request, name)
+    @router.get("/")
+    @router.get("/c/{conversation_id}")
+    def index(request: Request, conversation_id: str = "") -> Response:
+        return page.answer(request, "index.html")
+
+    @router.get("/assets/{name}")
+    def asset(request: Request, name: str) -> Response:
+        return page.answer(request, f"assets/{name}")
+
+    @router.get("/mark.svg")
+    @router.get("/manifest.webmanifest")
+    def extra(request: Request) -> Response:
+        return page.answer(request, request.url.path.removeprefix("/"))
 
     return router
 
@@ -135,6 +146,8 @@ def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], wh
             found = await asyncio.to_thread(lambda: shelf.conversations.listing(person.owner, cursor=cursor))
         return {"conversations": [dataclasses.asdict(entry) for entry in found]}
 
+
+def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
     @router.post("/conversations", status_code=201)
     async def create(body: NewConversation, person: Person = who) -> dict[str, Any]:
         return dataclasses.asdict(await assistant().create(person.owner, **body.model_dump()))
@@ -227,6 +240,10 @@ def _add_messages(router: APIRouter, assistant: Callable[[], Assistant], who: An
     @router.post("/messages/{message_id}/continue", status_code=201)
     async def go_on(message_id: str, person: Person = who) -> dict[str, Any]:
         return dataclasses.asdict(await assistant().go_on(person.owner, message_id))
+
+    @router.post("/messages/{message_id}/branch", status_code=201)
+    async def branch(message_id: str, person: Person = who) -> dict[str, Any]:
+        return dataclasses.asdict(await assistant().branch_off(person.owner, message_id))
 
     @router.post("/messages/{message_id}/feedback")
     async def feedback(message_id: str, body: Judgement, person: Person = who) -> dict[str, Any]:

@@ -6,34 +6,16 @@ Text is one row per message, so saving an answer never rewrites a conversation.
 
 from __future__ import annotations
 
-from sqlalchemy import (
-    DDL,
-    JSON,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Text,
-    UniqueConstraint,
-    event,
-)
+from sqlalchemy import JSON, Double, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from bise.store.schema import JsonObject, Record
 
-SEARCH_TABLE = "message_search"
 SEARCH_DDL = (
-    f"CREATE VIRTUAL TABLE {SEARCH_TABLE} USING fts5("
-    "conversation_id UNINDEXED, message_id UNINDEXED, text, tokenize = 'unicode61 remove_diacritics 2')"
+    "CREATE VIRTUAL TABLE message_search USING fts5(conversation_id UNINDEXED, message_id UNINDEXED, text, "
+    "tokenize = 'unicode61 remove_diacritics 2')"
 )
-"""SQLite's index; a row without message_id holds the conversation's title."""
-SEARCH_TABLE_POSTGRES = (
-    f"CREATE TABLE {SEARCH_TABLE} (conversation_id VARCHAR(36) NOT NULL, message_id VARCHAR(36) NOT NULL, "
-    "text TEXT NOT NULL, words TSVECTOR GENERATED ALWAYS AS (to_tsvector('simple', text)) STORED)"
-)
-SEARCH_INDEX_POSTGRES = f"CREATE INDEX ix_{SEARCH_TABLE}_words ON {SEARCH_TABLE} USING gin (words)"
+"""SQLite's search index, as the migration makes it; a row without message_id holds a title."""
 
 
 class ConversationRecord(Record):
@@ -146,8 +128,3 @@ ASSISTANT_TABLES = tuple(
         SignInRecord,
     )
 )
-
-
-def make_search_with(metadata: MetaData) -> None:
-    """Let `metadata.create_all` make the search index too, as the migration does."""
-    event.listen(metadata, "after_create", DDL(SEARCH_DDL).execute_if(dialect="sqlite"))
