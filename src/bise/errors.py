@@ -9,6 +9,7 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     │   ├── RequestError       a request cannot be honoured as asked
     │   │   ├── ContextOverflowError   prompt + max_tokens exceed the context
     │   │   └── ContentPolicyError     a prompt or an answer breaks one of the key's guardrails
+    │   ├── ReceiptError       a receipt is malformed, or cannot be made or replayed as asked
     │   ├── MemoryPlanError    the work does not fit the memory that was granted
     │   ├── ModelNotFoundError no such model, alias or adapter is served
     │   ├── AuthenticationError    no key, or one that is wrong, expired or revoked
@@ -75,6 +76,12 @@ class MemoryPlanError(UserError):
     """The memory needed is more than the memory granted."""
 
     code = "out_of_memory_plan"
+
+
+class ReceiptError(UserError):
+    """A receipt is malformed, or cannot be made or replayed as asked."""
+
+    code = "invalid_receipt"
 
 
 class AuthenticationError(UserError):
