@@ -16,6 +16,7 @@ from bise.cache.prefix import salt_of
 from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
 from bise.engine.embedding import Pooler
+from bise.engine.grammar import Grammars
 from bise.engine.lookup import Prediction
 from bise.engine.request import Request
 from bise.engine.sampling import Sampler
@@ -42,6 +43,7 @@ class Admission:
         check_fits: Callable[[int], None],
         prefix_parts: tuple[str, ...] | None,
         adapters: Adapters,
+        grammars: Grammars,
     ) -> None:
         """`context` is what the caller was promised, `max_context` what the cache holds of it; `check_fits`
         raises for a number of tokens that could never run; `prefix_parts` name model and KV format, None
@@ -54,6 +56,7 @@ class Admission:
         self._check_fits = check_fits
         self._prefix_parts = prefix_parts
         self._adapters = adapters
+        self._grammars = grammars
         self._arrivals = itertools.count()
 
     def prepare(self, request: Request) -> tuple[Sequence, int]:
@@ -77,6 +80,7 @@ class Admission:
             frozenset[int]() if params.ignore_eos or self._tokenizer is None else self._tokenizer.stop_ids
         )
         sequence.stop_ids = eos_ids.union(params.stop_token_ids)
+        sequence.grammar = self._grammars.follow(request, sequence.stop_ids, sequence.max_tokens)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequence.sampler = Sampler(
             params, vocab_size=vocab_size, prompt=request.token_ids, stop_ids=sequence.stop_ids, seed=seed

@@ -45,8 +45,12 @@ def choose(sequence: Sequence, logits: Logits, draft: tuple[int, ...] = ()) -> C
 
 def _choose_one(sequence: Sequence, logits: Logits, choice: Choice) -> None:
     """Choose one token from a row of logits [V] and test whether it ends the text."""
-    params = sequence.params
-    token_id = sequence.sampler.choose(logits, len(sequence.token_ids), sequence.num_output)
+    params, grammar = sequence.params, sequence.grammar
+    was_free = grammar is not None and not grammar.is_started
+    token_id = _next_token(sequence, logits)
+    if token_id is None:
+        choice.reason = FinishReason.LENGTH
+        return
     if params.logprobs is not None:
         choice.logprobs.append(token_logprob(logits, token_id, params.logprobs))
     sequence.token_ids.append(token_id)
@@ -61,7 +65,29 @@ def _choose_one(sequence: Sequence, logits: Logits, choice: Choice) -> None:
         choice.reason, choice.match = FinishReason.STOP, token_id
     elif stream is not None:
         choice.text += stream.push((token_id,))
+        if was_free and grammar is not None and grammar.is_started:
+            choice.text += stream.release()
         if stream.stopped is not None:
             choice.reason, choice.match = FinishReason.STOP, stream.stopped
-    if choice.reason is None and sequence.num_output >= sequence.max_tokens:
+    if choice.reason is None:
+        choice.reason = _end_of_output(sequence)
+    if choice.reason is not None and grammar is not None and grammar.was_cut:
+        # Complete, but not as the model would have gone on.
         choice.reason = FinishReason.LENGTH
+
+
+def _next_token(sequence: Sequence, logits: Logits) -> int | None:
+    """Return the next token; None where a grammar's output is complete and no token may be left to follow."""
+    position, grammar = len(sequence.token_ids), sequence.grammar
+    if grammar is None:
+        return sequence.sampler.choose(logits, position, sequence.num_output)
+    left = sequence.max_tokens - sequence.num_output
+    token_id = sequence.sampler.choose(logits, position, sequence.num_output, grammar.allowed(left))
+    return token_id if token_id in sequence.stop_ids else grammar.take(token_id, left)
+
+
+def _end_of_output(sequence: Sequence) -> FinishReason | None:
+    """Return why a sequence ends that neither a stop token nor a stop string ended; None when it goes on."""
+    if sequence.grammar is not None and sequence.grammar.must_end:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if sequence.num_output >= sequence.max_tokens else None

@@ -25,6 +25,7 @@ from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
 from bise.engine.admission import Admission, Places
 from bise.engine.choice import choose
+from bise.engine.grammar import Grammars
 from bise.engine.handle import RequestHandle
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.engine.runner import Logits, Model, Runner, score_rows
@@ -129,6 +130,10 @@ class Engine:
         self._runner = Runner(transformer, self._cache)
         self.adapters = Adapters()
         """What `Request.adapter` may name."""
+        self.grammars = Grammars(tokenizer, config.vocab_size)
+        """Compiles what `Request.grammar` may be. `submit` does it in the calling thread, for up to a second;
+        ask `grammars.prepare` in a thread of your own first where that is too long.
+        """
         self._speculation = speculation
         self._clock = clock
         self._places = Places(max_queue, max_tenant_queue, clock)
@@ -140,6 +145,7 @@ class Engine:
             check_fits=self._scheduler.check_fits,
             prefix_parts=(model_id, kv_format) if prefix_cache else None,
             adapters=self.adapters,
+            grammars=self.grammars,
         )
         self._wake = threading.Condition()
         self._arrived: deque[Sequence] = deque()

@@ -196,19 +196,30 @@ class Sampler:
         if self._counts.size:
             self._counts[token_id] += 1
 
-    def choose(self, logits: Row, position: int, num_output: int) -> int:
+    def choose(self, logits: Row, position: int, num_output: int, allowed: Ids | None = None) -> int:
         """Return the token for `position` (absolute), the output's `num_output`-th from zero, given logits
-        [V].
+        [V], out of `allowed` (ascending; None: all).
 
         Raises NonFiniteError. Changes nothing: `accept` does.
         """
         check_finite(logits)
+        if allowed is None:
+            return self._pick(logits, position, num_output, None)
+        return int(allowed[self._pick(logits, position, num_output, allowed)])
+
+    def _pick(self, logits: Row, position: int, num_output: int, allowed: Ids | None) -> int:
+        """Return the index of the choice, in `allowed` where that is given."""
         params = self._params
         if self._is_plain and params.temperature == 0:
-            return int(logits.argmax())
-        scores = logits.astype(np.float64)
-        if not self._is_plain:
-            self._adjust(scores, num_output)
+            return int((logits if allowed is None else logits[allowed]).argmax())
+        if self._is_plain and allowed is not None:
+            scores = logits[allowed].astype(np.float64)
+        else:
+            scores = logits.astype(np.float64)
+            if not self._is_plain:
+                self._adjust(scores, num_output)
+            if allowed is not None:
+                scores = scores[allowed]
         if params.temperature == 0:
             return int(scores.argmax())
         scores -= scores.max()

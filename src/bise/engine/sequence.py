@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bise.engine.lookup import Prediction
     from bise.engine.sampling import Sampler
     from bise.engine.speculation import Foresight
+    from bise.grammar.follower import Follower
     from bise.model.lora import Adapter
     from bise.text.stream import TextStream
 
@@ -48,6 +49,7 @@ class Sequence:
         "due_s",
         "first_token_s",
         "foresight",
+        "grammar",
         "handle",
         "max_tokens",
         "num_cached",
@@ -83,6 +85,8 @@ class Sequence:
         self.arrival = arrival
         self.max_tokens = max_tokens
         self.stream: TextStream | None = None
+        self.grammar: Follower | None = None
+        """Which tokens may come, where the request has a grammar."""
         self.adapter: Adapter | None = None
         """Whose rows these are; its `sha256` tells its keys and values from others'."""
         self.pooler: Pooler | None = None

@@ -119,7 +119,11 @@ class Speculation:
         count = min(count, sequence.max_tokens - sequence.num_output - 1)
         if count < 1 or not sequence.request.speculate:
             return Guess([], [], [])
-        return self._guesser(sequence, count)
+        guess = self._guesser(sequence, count)
+        if sequence.grammar is not None:
+            count = sequence.grammar.validate(guess.tokens)
+            return Guess(guess.tokens[:count], guess.kinds[:count], guess.chances[:count])
+        return guess
 
     def _look_up(self, sequence: Sequence, count: int) -> Guess:
         """Guess from the prediction, else from what followed the same words before in the text."""

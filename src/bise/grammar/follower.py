@@ -103,7 +103,10 @@ class Follower:
         flags = np.unpackbits(bits.view(np.uint8), count=self._vocabulary.size, bitorder="little")
         if self._end_ids.size:
             flags[self._end_ids] = self.may_end
-        return np.flatnonzero(flags)
+        ids = np.flatnonzero(flags)
+        if not ids.size:
+            raise EngineError("the grammar allows no token, not even the end of the output")
+        return ids
 
     def take(self, token_id: int, left: int) -> int | None:
         """Add the token that was chosen from `allowed`, or the one that leads out in time, and return it; None

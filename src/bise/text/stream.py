@@ -62,6 +62,18 @@ class TextStream:
             data = data.removeprefix(b" ")
         return self._add(self._decoder.decode(data))
 
+    def release(self) -> str:
+        """Look for no stop string from here on, because what follows is no plain text; return what was held
+        back, up to a stop string that is complete.
+        """
+        if self._ended:
+            return ""
+        if self._match:
+            self._ended = True
+            return self._stop()
+        self._matchers = []
+        return self._show(self._shown + len(self._held))
+
     def finish(self) -> str:
         """End the text and return what was held back; an incomplete character becomes U+FFFD."""
         if self._ended:
