@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bise.engine.fleet import Fleet
-from bise.engine.model_spec import ModelPlan, ModelSpec
+from bise.engine.model_spec import AdapterSpec, ModelPlan, ModelSpec
 from bise.errors import (
     ConfigError,
     EngineError,
@@ -24,6 +24,16 @@ class FakeModel:
     def __init__(self, name: str, world: "World") -> None:
         self.name, self.world = name, world
         self.is_open = True
+        self.adapters: list[str] = []
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        if path.name in self.world.failures:
+            raise self.world.failures[path.name]
+        assert name not in self.adapters
+        self.adapters.append(name)
+
+    def unload_adapter(self, name: str) -> None:
+        self.adapters.remove(name)
 
     def close(self) -> None:
         assert self.is_open
@@ -76,8 +86,21 @@ class World:
             assert self.budget is None or used <= self.budget, "more is loaded than the budget holds"
         return model
 
-    def fleet(self, idle_s=None, **options) -> Fleet:
-        specs = [ModelSpec(name=name, path=Path(name)) for name in self.sizes]
+    def size_adapter(self, spec: ModelSpec, path: Path) -> int:
+        if path.name in self.faults:
+            raise self.faults[path.name]
+        return 1
+
+    def fleet(self, idle_s=None, adapters=(), **options) -> Fleet:
+        specs = [
+            ModelSpec(
+                name=name,
+                path=Path(name),
+                adapters=tuple(AdapterSpec(name=adapter, path=Path(adapter)) for adapter in adapters),
+            )
+            for name in self.sizes
+        ]
+        options["adapter_sizer"] = self.size_adapter
         options = {"wait_s": 0.0, "clock": lambda: self.now, **options}
         fleet = Fleet(specs, self.budget, None, planner=self.plan, loader=self.load, **options)
         fleet._idle_s = idle_s  # no thread: `sweep` is called by the test
@@ -321,6 +344,76 @@ def test_an_alias_means_the_model_and_an_unknown_name_lists_what_is_served():
 def test_names_that_clash_or_cannot_be_asked_for_are_refused(names):
     with pytest.raises(ConfigError, match=r"name|called"):
         Fleet([ModelSpec(name=name, path=Path("x")) for name in names], 1)
+
+
+def test_an_adapter_is_loaded_with_its_first_use_and_told_in_the_lease():
+    world = World(a=4)
+    with world.fleet(adapters=("x", "y")) as fleet:
+        lease = fleet.acquire("a:x")
+        assert (lease.adapter, lease.loaded.adapters) == ("x", ["x"])
+        again = fleet.acquire("a:x")
+        plain = fleet.acquire("a")
+        assert (plain.adapter, plain.loaded.adapters) == (None, ["x"])
+        assert [(card.spec.name, card.is_loaded) for card in fleet.card("a").adapters] == [
+            ("x", True),
+            ("y", False),
+        ]
+        assert fleet.card("a").users == 3
+        for held in (lease, again, plain):
+            held.release()
+        fleet.sleep("a")
+        assert not any(card.is_loaded for card in fleet.card("a").adapters)
+        with fleet.use("a:x") as model:
+            assert model.adapters == ["x"]
+
+
+def test_adapters_count_against_the_budget():
+    world = World(6, a=4, b=2)
+    with world.fleet(adapters=()) as fleet:
+        fleet.wake("b")
+        with fleet.use("a"):
+            fleet.add_adapter("a", "x", Path("x"))
+            assert (fleet.used_bytes, world.events) == (5, ["+b", "+a", "-b"])
+            fleet.add_adapter("a", "y", Path("y"))
+            with pytest.raises(MemoryPlanError, match="adapters included"):
+                fleet.add_adapter("a", "z", Path("z"))
+        fleet.remove_adapter("a", "y")
+        fleet.remove_adapter("a", "x")
+        assert fleet.used_bytes == 4
+    crowded = World(6, a=4, b=2)
+    with crowded.fleet() as fleet:
+        fleet.acquire("a")
+        fleet.acquire("b")
+        with pytest.raises(ModelBusyError, match="no room for a:x"):
+            fleet.add_adapter("a", "x", Path("x"))
+
+
+def test_an_adapter_in_use_is_not_removed_and_a_removed_one_is_not_found():
+    world = World(a=4)
+    with world.fleet(adapters=("x",)) as fleet:
+        with fleet.use("a:x") as model, pytest.raises(ModelBusyError, match="a:x is in use"):
+            fleet.remove_adapter("a", "x")
+        fleet.remove_adapter("a", "x")
+        assert model.adapters == []
+        with pytest.raises(ModelNotFoundError, match="a has no adapter 'x'; it has: none"), fleet.use("a:x"):
+            pass
+        fleet.add_adapter("a", "x", Path("other"))
+        with pytest.raises(ConfigError, match="already"):
+            fleet.add_adapter("a", "x", Path("other"))
+
+
+def test_a_bad_adapter_fails_its_own_callers_and_leaves_nothing_pinned():
+    world = World(a=4)
+    world.faults["torn"] = ModelFileError("torn: cut short")
+    world.failures["bad"] = ModelFileError("bad: NaN")
+    with world.fleet(adapters=("torn", "bad")) as fleet:
+        for name in ("torn", "bad"):
+            with pytest.raises(ModelFileError, match=name), fleet.use(f"a:{name}"):
+                pass
+        assert [card.fault for card in fleet.card("a").adapters] == ["torn: cut short", None]
+        assert fleet.card("a").users == 0
+        with fleet.use("a") as model:
+            assert model.is_open
 
 
 class Sharing(World):

@@ -14,12 +14,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
+from bise.engine.fleet_entry import Attached, Entry, Lease, Load, State
 from bise.engine.load import LoadedModel
 from bise.engine.memory import available_memory
-from bise.engine.model_spec import ModelCard, ModelPlan, ModelSpec, load_planned, plan_model
+from bise.engine.model_spec import (
+    ADAPTER_SEPARATOR,
+    AdapterSpec,
+    ModelCard,
+    ModelPlan,
+    ModelSpec,
+    adapter_bytes,
+    load_planned,
+    plan_model,
+)
 from bise.errors import (
     BiseError,
     ConfigError,
@@ -33,54 +43,7 @@ logger = logging.getLogger(__name__)
 
 Planner = Callable[[ModelSpec, int | None], ModelPlan]
 Loader = Callable[[ModelSpec, ModelPlan], LoadedModel]
-
-
-class _State(StrEnum):
-    COLD = "cold"
-    LOADING = "loading"
-    READY = "ready"
-    CLOSING = "closing"
-
-
-class _Load:
-    """One attempt to load; those who wait for it share its outcome."""
-
-    error: BiseError | None = None
-
-
-class _Entry:
-    """A model of the fleet; all fields but `spec` belong to the fleet's lock."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
-        self.plan: ModelPlan | None = None
-        self.fault: BiseError | None = None
-        self.state = _State.COLD
-        self.load: _Load | None = None
-        self.loaded: LoadedModel | None = None
-        self.pins = 0
-        self.last_used = 0.0
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that count against the budget now."""
-        return 0 if self.state is _State.COLD or self.plan is None else self.plan.size_bytes
-
-
-class Lease:
-    """A loaded model that stays loaded until `release`."""
-
-    def __init__(self, loaded: LoadedModel, adapter: str | None, release: Callable[[], None]) -> None:
-        self.loaded = loaded
-        self.adapter = adapter
-        """What to put into `Request.adapter`."""
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Let the model go; a second call does nothing. Finish or cancel its requests before."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+AdapterSizer = Callable[[ModelSpec, Path], int]
 
 
 class Fleet:
@@ -95,6 +58,7 @@ class Fleet:
         wait_s: float = 30.0,
         planner: Planner = plan_model,
         loader: Loader = load_planned,
+        adapter_sizer: AdapterSizer = adapter_bytes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Plan `specs` within `memory_bytes` beyond the process itself (None: what is free now).
@@ -103,10 +67,10 @@ class Fleet:
         Whoever needs the room of models in use waits `wait_s` seconds unless told otherwise. A model whose
         files are bad shows it in its card. Loads nothing. Raises ConfigError when two models share a name.
         """
-        self._entries: dict[str, _Entry] = {}
-        self._names: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
+        self._names: dict[str, Entry] = {}
         for spec in specs:
-            self._entries[spec.name] = entry = _Entry(spec)
+            self._entries[spec.name] = entry = Entry(spec)
             for name in (spec.name, *spec.aliases):
                 if name in self._names:
                     raise ConfigError(f"two models are called '{name}'; rename one", field="name")
@@ -117,11 +81,14 @@ class Fleet:
         self._wait_s = wait_s
         self._planner = planner
         self._loader = loader
+        self._adapter_sizer = adapter_sizer
         self._clock = clock
         self._changed = threading.Condition()
         self._queue: deque[object] = deque()
         """Those who wait for room, in order of arrival; nobody overtakes the first."""
         self._is_closing = False
+        for entry in self._entries.values():
+            entry.adapters = {adapter.name: self._attached(entry, adapter) for adapter in entry.spec.adapters}
         self._plan_all()
         self._reaper: threading.Thread | None = None
         if idle_s is not None:
@@ -148,7 +115,7 @@ class Fleet:
     def card(self, name: str) -> ModelCard:
         """Return one model's card, by name or alias. Raises ModelNotFoundError."""
         with self._changed:
-            return self._card(self._find(name))
+            return self._card(self._find(name)[0])
 
     @property
     def used_bytes(self) -> int:
@@ -170,27 +137,31 @@ class Fleet:
     def acquire(self, name: str, *, wait_s: float | None = None) -> Lease:
         """Return a lease on a model, loaded first if need be: blocks for as long as that takes.
 
-        Callers of the same cold model share one load and its error. Room is made by unloading models without
-        users, least recently used first. Raises ModelNotFoundError; MemoryPlanError when the model could not
-        be loaded even alone; ModelBusyError when running models leave no room for `wait_s` seconds (None: the
-        fleet's own limit); what loading raises; EngineError after `close`.
+        MODEL:ADAPTER names one of the model's adapters too, which is loaded with it; the lease tells what to
+        put into `Request.adapter`. Callers of the same cold model share one load and its error. Room is made
+        by unloading models without users, least recently used first. Raises ModelNotFoundError;
+        MemoryPlanError when the model could not be loaded even alone; ModelBusyError when running models
+        leave no room for `wait_s` seconds (None: the fleet's own limit); what loading raises; EngineError
+        after `close`.
         """
-        entry = self._find(name)
+        entry, adapter = self._find(name)
         plan = self._planned(entry)
         deadline = self._clock() + (self._wait_s if wait_s is None else wait_s)
-        ticket = object()
+        ticket, load = object(), Load()
         with self._changed:
             try:
-                victims = self._await_turn(entry, plan, deadline, ticket)
+                victims = self._await_turn(entry, deadline, ticket)
             finally:
                 self._leave_queue(ticket)
             if victims is None:
-                return self._pinned(entry)
-            load = entry.load = _Load()
-            entry.state = _State.LOADING
-            for victim in victims:
-                victim.state = _State.CLOSING
-        return self._load(entry, plan, load, victims)
+                entry.pins += 1
+            else:
+                entry.state, entry.load = State.LOADING, load
+                for victim in victims:
+                    victim.state = State.CLOSING
+        if victims is not None:
+            self._load(entry, plan, load, victims)
+        return self._leased(entry, adapter)
 
     def wake(self, name: str, *, wait_s: float | None = None) -> None:
         """Load a model ahead of its first use; raises like `acquire`."""
@@ -201,14 +172,14 @@ class Fleet:
 
         Raises ModelBusyError when it still has users after `wait_s` seconds (None: the fleet's own limit).
         """
-        entry = self._find(name)
+        entry, _ = self._find(name)
         deadline = self._clock() + (self._wait_s if wait_s is None else wait_s)
         with self._changed:
-            while entry.state is not _State.COLD:
-                if entry.state is _State.READY and not entry.pins:
-                    entry.state = _State.CLOSING
+            while entry.state is not State.COLD:
+                if entry.state is State.READY and not entry.pins:
+                    entry.state = State.CLOSING
                     break
-                if entry.state is _State.READY:
+                if entry.state is State.READY:
                     users = f"has {entry.pins} user{'' if entry.pins == 1 else 's'}"
                     self._wait(deadline, f"{entry.spec.name} {users} and cannot be unloaded; try again later")
                 else:
@@ -216,6 +187,45 @@ class Fleet:
             else:
                 return
         self._unload([entry])
+
+    def add_adapter(self, model: str, name: str, path: Path) -> None:
+        """Serve the LoRA adapter in directory `path` as MODEL:NAME from now on; its first use loads it.
+
+        Raises ModelNotFoundError, ConfigError for a name that is taken, ModelFileError for an adapter that is
+        damaged or made for another model, MemoryPlanError or ModelBusyError when there is no room for it.
+        """
+        entry, _ = self._find(model)
+        spec = AdapterSpec(name=name, path=path)
+        size = self._adapter_sizer(entry.spec, path)
+        with entry.attaching:  # nobody can use it before its room is free
+            with self._changed:
+                if name in entry.adapters:
+                    raise ConfigError(
+                        f"{model} has an adapter '{name}' already; remove it first", field="name"
+                    )
+                self._check_size(entry, entry.full_bytes + size)
+                victims = [] if entry.state is State.COLD else self._victims(size, entry)
+                if victims is None:
+                    raise ModelBusyError(f"running models leave no room for {model}:{name}", field="name")
+                entry.adapters[name] = Attached(spec, size)
+                for victim in victims:
+                    victim.state = State.CLOSING
+            self._unload(victims)
+
+    def remove_adapter(self, model: str, name: str) -> None:
+        """Serve MODEL:NAME no more, and give its memory back.
+
+        Raises ModelNotFoundError; ModelBusyError while someone uses it.
+        """
+        entry, _ = self._find(f"{model}{ADAPTER_SEPARATOR}{name}")
+        with entry.attaching, self._changed:
+            attached = entry.adapters[name]
+            if attached.pins:
+                raise ModelBusyError(f"{model}:{name} is in use; try again later", field="name")
+            del entry.adapters[name]
+            if attached.is_loaded and entry.loaded is not None:
+                entry.loaded.unload_adapter(name)
+            self._changed.notify_all()
 
     def sweep(self) -> float | None:
         """Unload what has been idle for `idle_s`; returns the seconds until the next may be, or None."""
@@ -225,7 +235,7 @@ class Fleet:
             now = self._clock()
             idle = [entry for entry in self._unused() if entry.last_used + self._idle_s <= now]
             for entry in idle:
-                entry.state = _State.CLOSING
+                entry.state = State.CLOSING
             left = [entry.last_used + self._idle_s - now for entry in self._unused()]
         self._unload(idle)
         return min(left, default=None)
@@ -234,15 +244,15 @@ class Fleet:
         """Unload everything; with `drain` wait for the users first, else their requests end. `acquire` raises
         from now on.
         """
-        busy = (_State.LOADING, _State.CLOSING)
+        busy = (State.LOADING, State.CLOSING)
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
             while any(entry.state in busy or (drain and entry.pins > 0) for entry in self._entries.values()):
                 self._changed.wait()
-            left = [entry for entry in self._entries.values() if entry.state is _State.READY]
+            left = [entry for entry in self._entries.values() if entry.state is State.READY]
             for entry in left:
-                entry.state = _State.CLOSING
+                entry.state = State.CLOSING
         self._unload(left)
         if self._reaper is not None and self._reaper is not threading.current_thread():
             self._reaper.join()
@@ -264,7 +274,7 @@ class Fleet:
             if entry.plan is not None and entry.spec.context is None:
                 self._try_plan(entry, entry.plan.weight_bytes + spare // len(plans))
 
-    def _try_plan(self, entry: _Entry, memory: int | None) -> None:
+    def _try_plan(self, entry: Entry, memory: int | None) -> None:
         try:
             entry.plan, entry.fault = self._planner(entry.spec, memory), None
         except BiseError as error:
@@ -272,50 +282,68 @@ class Fleet:
                 entry.fault = error
             logger.warning("event=model_not_planned reason=%s", error.code)
 
-    def _planned(self, entry: _Entry) -> ModelPlan:
+    def _planned(self, entry: Entry) -> ModelPlan:
         """Return a model's plan; one that failed is tried again, its files may have been mended."""
         plan = entry.plan
         if plan is None:
             plan = self._planner(entry.spec, self.memory_bytes)
             with self._changed:
                 entry.plan, entry.fault = plan, None
-        if self.memory_bytes is not None and plan.size_bytes > self.memory_bytes:
-            raise MemoryPlanError(_too_large(entry.spec.name, plan, self.memory_bytes), field="model")
+        self._check_size(entry, entry.full_bytes)
         return plan
+
+    def _check_size(self, entry: Entry, size: int) -> None:
+        """Raise MemoryPlanError when a model of `size` bytes could not be loaded even alone."""
+        if self.memory_bytes is not None and size > self.memory_bytes:
+            raise MemoryPlanError(_too_large(entry, size, self.memory_bytes), field="model")
+
+    def _attached(self, entry: Entry, adapter: AdapterSpec) -> Attached:
+        try:
+            return Attached(adapter, self._adapter_sizer(entry.spec, adapter.path))
+        except BiseError as error:  # a bad adapter does not keep its model from being served
+            logger.warning("event=adapter_not_planned reason=%s", error.code)
+            return Attached(adapter, 0, error)
 
     # Under the lock
 
-    def _find(self, name: str) -> _Entry:
-        entry = self._names.get(name)
-        if entry is None:
-            known = ", ".join(self._entries) or "no model"
-            raise ModelNotFoundError(f"'{name}' is not served here; served: {known}", field="model")
-        return entry
+    def _find(self, name: str) -> tuple[Entry, str | None]:
+        """Return the model and the adapter that a name means; raises ModelNotFoundError."""
+        model, separator, adapter = name.partition(ADAPTER_SEPARATOR)
+        with self._changed:
+            entry = self._names.get(model)
+            if entry is None:
+                known = ", ".join(self._entries) or "no model"
+                raise ModelNotFoundError(f"'{model}' is not served here; served: {known}", field="model")
+            if separator and adapter not in entry.adapters:
+                known = ", ".join(entry.adapters) or "none"
+                raise ModelNotFoundError(
+                    f"{model} has no adapter '{adapter}'; it has: {known}", field="model"
+                )
+        return entry, adapter if separator else None
 
-    def _card(self, entry: _Entry) -> ModelCard:
-        plan, fault = entry.plan, None if entry.fault is None else str(entry.fault)
-        if plan is not None and self.memory_bytes is not None and plan.size_bytes > self.memory_bytes:
-            fault = _too_large(entry.spec.name, plan, self.memory_bytes)
-        return ModelCard(spec=entry.spec, plan=plan, state=entry.state.value, users=entry.pins, fault=fault)
+    def _card(self, entry: Entry) -> ModelCard:
+        fault = None if entry.fault is None else str(entry.fault)
+        size = entry.full_bytes
+        if entry.plan is not None and self.memory_bytes is not None and size > self.memory_bytes:
+            fault = _too_large(entry, size, self.memory_bytes)
+        return entry.card(fault)
 
     def _used(self) -> int:
         return sum(entry.held_bytes for entry in self._entries.values())
 
-    def _unused(self) -> list[_Entry]:
+    def _unused(self) -> list[Entry]:
         """Return the loaded models without users, least recently used first."""
-        idle = [entry for entry in self._entries.values() if entry.state is _State.READY and not entry.pins]
+        idle = [entry for entry in self._entries.values() if entry.state is State.READY and not entry.pins]
         return sorted(idle, key=lambda entry: entry.last_used)
 
-    def _await_turn(
-        self, entry: _Entry, plan: ModelPlan, deadline: float, ticket: object
-    ) -> Sequence[_Entry] | None:
+    def _await_turn(self, entry: Entry, deadline: float, ticket: object) -> Sequence[Entry] | None:
         """Wait until a model is loaded (returns None) or the caller may load it (returns whom to unload)."""
         while True:
             if self._is_closing:
                 raise EngineError("the fleet is closed")
-            if entry.state is _State.READY:
+            if entry.state is State.READY:
                 return None
-            if entry.state is _State.LOADING:
+            if entry.state is State.LOADING:
                 self._leave_queue(ticket)
                 load = entry.load
                 self._changed.wait()
@@ -324,8 +352,8 @@ class Fleet:
                 continue
             if ticket not in self._queue:
                 self._queue.append(ticket)
-            if entry.state is _State.COLD and self._queue[0] is ticket:
-                victims = self._victims(plan.size_bytes)
+            if entry.state is State.COLD and self._queue[0] is ticket:
+                victims = self._victims(entry.full_bytes, entry)
                 if victims is not None:
                     return victims
             self._wait(
@@ -343,17 +371,20 @@ class Fleet:
             raise ModelBusyError(message, field="model")
         self._changed.wait(left)
 
-    def _victims(self, need: int) -> list[_Entry] | None:
-        """Return whom to unload so that `need` bytes are free; None when running models are in the way."""
+    def _victims(self, need: int, keep: Entry) -> list[Entry] | None:
+        """Return whom but `keep` to unload so that `need` bytes are free; None when running models are in the
+        way.
+        """
         if self.memory_bytes is None:
             return []
         missing = self._used() + need - self.memory_bytes
-        chosen: list[_Entry] = []
+        chosen: list[Entry] = []
         for entry in self._unused():
             if missing <= 0:
                 break
-            chosen.append(entry)
-            missing -= entry.held_bytes
+            if entry is not keep:
+                chosen.append(entry)
+                missing -= entry.held_bytes
         if missing > 0:
             return None
         # A large one chosen late may make small ones chosen early unnecessary.
@@ -363,39 +394,65 @@ class Fleet:
                 missing += entry.held_bytes
         return chosen
 
-    def _pinned(self, entry: _Entry) -> Lease:
-        assert entry.loaded is not None
-        entry.pins += 1
-        return Lease(entry.loaded, None, lambda: self._unpin(entry))
-
     # Outside the lock
 
-    def _unpin(self, entry: _Entry) -> None:
+    def _leased(self, entry: Entry, adapter: str | None) -> Lease:
+        """Return a lease on a model that the caller has pinned, its adapter loaded into it."""
+        attached: Attached | None = None
+        try:
+            with self._changed:
+                loaded = entry.loaded
+                if loaded is None:
+                    raise EngineError("the fleet is closed")
+                if adapter is not None:
+                    self._find(f"{entry.spec.name}{ADAPTER_SEPARATOR}{adapter}")  # it may be gone by now
+                    attached = entry.adapters[adapter]
+                    attached.pins += 1
+            if attached is not None:
+                self._attach(entry, loaded, attached)
+        except BaseException:
+            self._unpin(entry, attached)
+            raise
+        return Lease(loaded, adapter, lambda: self._unpin(entry, attached))
+
+    def _attach(self, entry: Entry, loaded: LoadedModel, attached: Attached) -> None:
+        if attached.fault is not None:
+            raise attached.fault
+        with entry.attaching:
+            if not attached.is_loaded:
+                loaded.load_adapter(attached.spec.name, attached.spec.path)
+                with self._changed:
+                    attached.is_loaded = True
+
+    def _unpin(self, entry: Entry, attached: Attached | None) -> None:
         with self._changed:
+            if attached is not None:
+                attached.pins -= 1
             entry.pins -= 1
             entry.last_used = self._clock()
             self._changed.notify_all()
 
-    def _load(self, entry: _Entry, plan: ModelPlan, load: _Load, victims: Iterable[_Entry]) -> Lease:
+    def _load(self, entry: Entry, plan: ModelPlan, load: Load, victims: Iterable[Entry]) -> None:
+        """Unload the victims and load the model, pinned once for the caller."""
         try:
             self._unload(victims)
             loaded = self._loader(entry.spec, plan)
         except BaseException as error:
             failure = _as_bise_error(entry.spec.name, error)
             with self._changed:
-                entry.state, entry.load, load.error = _State.COLD, None, failure
+                entry.state, entry.load, load.error = State.COLD, None, failure
                 self._changed.notify_all()
             logger.warning("event=model_load_failed reason=%s", failure.code)
             if failure is error or not isinstance(error, Exception):
                 raise
             raise failure from error
         with self._changed:
-            entry.loaded, entry.state, entry.load = loaded, _State.READY, None
+            entry.loaded, entry.state, entry.load = loaded, State.READY, None
+            entry.pins += 1
             entry.last_used = self._clock()
             self._changed.notify_all()
-            return self._pinned(entry)
 
-    def _unload(self, entries: Iterable[_Entry]) -> None:
+    def _unload(self, entries: Iterable[Entry]) -> None:
         """Close models in state CLOSING and count their memory as free."""
         for entry in entries:
             try:
@@ -405,7 +462,9 @@ class Fleet:
                 logger.exception("event=model_close_failed")
             finally:
                 with self._changed:
-                    entry.loaded, entry.state = None, _State.COLD
+                    entry.loaded, entry.state = None, State.COLD
+                    for attached in entry.adapters.values():
+                        attached.is_loaded = False
                     self._changed.notify_all()
 
     def _reap(self) -> None:
@@ -423,8 +482,9 @@ def _as_bise_error(name: str, error: BaseException) -> BiseError:
     return EngineError(f"{name} could not be loaded: {type(error).__name__}: {error}")
 
 
-def _too_large(name: str, plan: ModelPlan, memory: int) -> str:
+def _too_large(entry: Entry, size: int, memory: int) -> str:
+    context = "" if entry.plan is None else f" at a context of {entry.plan.context} tokens"
     return (
-        f"{name} needs {plan.size_bytes / 2**30:.2f} GiB at a context of {plan.context} tokens, the fleet "
-        f"may take {memory / 2**30:.2f} GiB; give it a smaller context or a narrower quant, or the fleet more"
+        f"{entry.spec.name} needs {size / 2**30:.2f} GiB{context}, adapters included, the fleet may take "
+        f"{memory / 2**30:.2f} GiB; give it a smaller context or a narrower quant, or the fleet more"
     )

@@ -19,11 +19,13 @@ from bise.engine.memory import (
     weight_bytes,
 )
 from bise.engine.speculation import Speculation
-from bise.errors import ConfigError, ModelFileError
+from bise.errors import ConfigError, MemoryPlanError, ModelFileError
+from bise.kernels import Ops
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
 from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
-from bise.model.packed import TOKENIZER_FILES, load_packed
+from bise.model.lora import Adapter, check_base, load_adapter, open_adapter
+from bise.model.packed import TOKENIZER_FILES, content_hash, load_packed
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
 from bise.text.template import ChatTemplate, load_template, template_from_gguf
@@ -47,6 +49,34 @@ class LoadedModel:
     kv: str
     temperature: float = PLAIN_TEMPERATURE
     """For callers that name none: what the model's author suggests."""
+
+    ops: Ops | None = None
+    """The backend that the model lies on; None: it cannot take adapters."""
+
+    def load_adapter(self, name: str, path: Path) -> Adapter:
+        """Let requests name the LoRA adapter in directory `path` as `name`, while others run.
+
+        Raises ModelFileError when it is damaged or made for another model, MemoryPlanError when it does not
+        fit the free memory, ConfigError when the name belongs to another adapter.
+        """
+        if self.ops is None:
+            raise ConfigError("this model was not loaded in a way that lets it take adapters")
+        file = open_adapter(path, self.source.config)
+        check_base(file, lambda: content_hash(self.source))
+        free = available_memory()
+        if free is not None and file.size_bytes > free:
+            raise MemoryPlanError(
+                f"{path} needs {file.size_bytes >> 20} MiB, {free >> 20} MiB of memory are free; unload another "
+                "model or close other programs",
+                field="adapter",
+            )
+        adapter = load_adapter(file, self.ops)
+        self.engine.adapters.add(name, adapter)
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse the adapter from now on; requests that use it go on. Raises ModelNotFoundError."""
+        self.engine.adapters.remove(name)
 
     def close(self) -> None:
         """Stop the engine and let the memory go."""
@@ -100,7 +130,9 @@ def load_model(
         speculation=Speculation(),
         threaded=threaded,
     )
-    return LoadedModel(source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature)
+    return LoadedModel(
+        source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature, ops
+    )
 
 
 def _checked_threads(threads: int) -> int:

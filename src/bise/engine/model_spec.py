@@ -16,9 +16,25 @@ from bise.engine.memory import (
 )
 from bise.errors import ConfigError
 from bise.model.checkpoint import open_model
+from bise.model.lora import open_adapter
 
 ADAPTER_SEPARATOR = ":"
 """Between a model's name and its adapter's in what a request asks for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A LoRA adapter that requests ask for as MODEL:NAME."""
+
+    name: str
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.name or ADAPTER_SEPARATOR in self.name:
+            raise ConfigError(
+                f"an adapter's name must have a character and no '{ADAPTER_SEPARATOR}', got '{self.name}'",
+                field="name",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +52,8 @@ class ModelSpec:
     threads: int | None = None
     aliases: tuple[str, ...] = ()
     """Further names that mean this model."""
+    adapters: tuple[AdapterSpec, ...] = ()
+    """LoRA adapters to serve beside it; more can come and go later (`Fleet.add_adapter`)."""
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.aliases):
@@ -69,6 +87,18 @@ class ModelPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCard:
+    """An adapter of a model of the fleet as others see it."""
+
+    spec: AdapterSpec
+    size_bytes: int
+    """Memory that is set aside for it while its model is loaded; 0 when its files could not be read."""
+    is_loaded: bool
+    fault: str | None = None
+    """Why it cannot be used, in one line; None when it can."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """A model of the fleet as others see it; known without loading it."""
 
@@ -81,6 +111,7 @@ class ModelCard:
     """Leases held now."""
     fault: str | None = None
     """Why it cannot be loaded, in one line; None when it can."""
+    adapters: tuple[AdapterCard, ...] = ()
 
 
 def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
@@ -113,6 +144,14 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
         modified_s=spec.path.stat().st_mtime,
         notes=notes,
     )
+
+
+def adapter_bytes(spec: ModelSpec, path: Path) -> int:
+    """Return the memory that an adapter of the model takes, from headers alone.
+
+    Raises ModelFileError for an adapter that is damaged or made for another architecture.
+    """
+    return open_adapter(path, open_model(spec.path).config).size_bytes
 
 
 def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:

@@ -1,0 +1,101 @@
+"""What a fleet keeps about each of its models: its state, its users, its adapters."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+
+from bise.engine.load import LoadedModel
+from bise.engine.model_spec import AdapterCard, AdapterSpec, ModelCard, ModelPlan, ModelSpec
+from bise.errors import BiseError
+
+
+class State(StrEnum):
+    """Where a model is."""
+
+    COLD = "cold"
+    LOADING = "loading"
+    READY = "ready"
+    CLOSING = "closing"
+
+
+class Load:
+    """One attempt to load; those who wait for it share its outcome."""
+
+    error: BiseError | None = None
+
+
+class Attached:
+    """An adapter of a model; all fields but `spec` belong to the fleet's lock."""
+
+    def __init__(self, spec: AdapterSpec, size_bytes: int, fault: BiseError | None = None) -> None:
+        self.spec = spec
+        self.size_bytes = size_bytes
+        self.fault = fault
+        self.pins = 0
+        self.is_loaded = False
+
+    def card(self) -> AdapterCard:
+        """Return what others may know."""
+        return AdapterCard(
+            spec=self.spec,
+            size_bytes=self.size_bytes,
+            is_loaded=self.is_loaded,
+            fault=None if self.fault is None else str(self.fault),
+        )
+
+
+class Entry:
+    """A model of the fleet; all fields but `spec` and `attaching` belong to the fleet's lock."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.plan: ModelPlan | None = None
+        self.fault: BiseError | None = None
+        self.state = State.COLD
+        self.load: Load | None = None
+        self.loaded: LoadedModel | None = None
+        self.pins = 0
+        self.last_used = 0.0
+        self.adapters: dict[str, Attached] = {}
+        self.attaching = threading.Lock()
+        """Held while an adapter is loaded or unloaded, so that two callers do not do it at once."""
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that the model takes once it is loaded, with all of its adapters."""
+        adapters = sum(attached.size_bytes for attached in self.adapters.values())
+        return adapters + (0 if self.plan is None else self.plan.size_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that count against the budget now."""
+        return 0 if self.state is State.COLD else self.full_bytes
+
+    def card(self, fault: str | None) -> ModelCard:
+        """Return what others may know; `fault` says why it cannot be loaded."""
+        return ModelCard(
+            spec=self.spec,
+            plan=self.plan,
+            state=self.state.value,
+            users=self.pins,
+            fault=fault,
+            adapters=tuple(attached.card() for attached in self.adapters.values()),
+        )
+
+
+class Lease:
+    """A loaded model that stays loaded until `release`."""
+
+    def __init__(self, loaded: LoadedModel, adapter: str | None, release: Callable[[], None]) -> None:
+        self.loaded = loaded
+        self.adapter = adapter
+        """What to put into `Request.adapter`."""
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Let the model go; a second call does nothing. Finish or cancel its requests before."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
