@@ -50,6 +50,9 @@ class HashOps:
     def pages(self, num_blocks, num_kv_heads, head_dim, kv_format):
         return np.full(num_blocks * BLOCK_SIZE, -1, np.int64)
 
+    def block_views(self, pages, block):
+        return [pages[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE].view(np.uint8)]
+
 
 class HashModel:
     """A model whose logits are a hash of the tokens that each layer's window shows, read through the block

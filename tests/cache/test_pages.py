@@ -1,5 +1,6 @@
 """KVCache: bytes per window group, and how a memory grant becomes blocks."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,9 @@ from bise.cache.pool import BlockPool
 from bise.cache.table import BlockTable, blocks_needed
 from bise.config import ModelConfig
 from bise.errors import ConfigError, MemoryPlanError
+from bise.formats import KV_FORMATS
+from bise.kernels import AttentionMeta
+from bise.kernels.cpu import CpuOps
 
 MIB = 1 << 20
 
@@ -127,3 +131,37 @@ def test_a_grant_for_four_shorter_contexts_holds_four_windows():
     grant = 4 * sequence_kv_bytes(config, 8192, "f16", 512)
     blocks = plan_num_blocks(config, grant, "f16", max_context=8192, max_step_tokens=512, max_sequences=8)
     assert blocks == (4 * blocks_needed(8192, 4096, 512),)
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_the_bytes_of_a_block_are_its_keys_and_values(kv_format):
+    """What one block's views hold, written to another block, attends like the first one."""
+    ops = CpuOps(1)
+    pages = ops.pages(3, 2, 32, kv_format)
+    rng = np.random.default_rng(0)
+    rope = ops.rope(np.zeros(16), np.arange(32, dtype=np.int32), 1.0)
+
+    def attend(block: int, rows: int, first: int):
+        q, k, v = (rng.standard_normal((rows, 64), np.float32) for _ in range(3))
+        meta = AttentionMeta(
+            q_start=np.array([0, rows], np.int32),
+            q_pos=np.array([first], np.int32),
+            block_table=np.array([[block]], np.int32),
+            slots=np.arange(block * 32 + first, block * 32 + first + rows, dtype=np.int32),
+        )
+        part = tuple(np.ascontiguousarray(table[first : first + rows]) for table in rope)
+        return ops.attend(q, k, v, part, meta, pages, 32, None)
+
+    attend(0, 31, 0)
+    views = ops.block_views(pages, 0)
+    config = ModelConfig(
+        family="mistral", dim=64, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=32, hidden_dim=8,
+        vocab_size=9, max_context=64,
+    )  # fmt: skip
+    assert sum(view.size for view in views) == kv_block_bytes(config, 0, kv_format)
+    for source, target in zip(views, ops.block_views(pages, 2), strict=True):
+        target[:] = source
+    state = rng.bit_generator.state
+    expected = attend(0, 1, 31)
+    rng.bit_generator.state = state
+    assert (attend(2, 1, 31) == expected).all()

@@ -5,7 +5,10 @@ It knows sizes and layers; which block belongs to whom is the pool's and the tab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from bise.cache.table import blocks_needed
 from bise.config import ModelConfig
@@ -96,11 +99,36 @@ class KVCache:
             count * kv_block_bytes(config, group, kv_format) for group, count in enumerate(num_blocks)
         )
         """Bytes of all pages."""
+        self._ops = ops
         self._pages = [
             ops.pages(num_blocks[groups.index(window)], config.num_kv_heads, config.head_dim, kv_format)
             for window in config.windows
         ]
+        self._layers = [
+            [self._pages[index] for index, window in enumerate(config.windows) if window == own]
+            for own in groups
+        ]
+        """Pages of the layers of each window group."""
 
     def layer(self, index: int) -> Pages:
         """Return the pages of one layer."""
         return self._pages[index]
+
+    def block_bytes(self, group: int) -> int:
+        """Return the length of what `read_block` returns for a window group."""
+        return sum(view.size for view in self._views(group, 0))
+
+    def read_block(self, group: int, block: int) -> bytes:
+        """Return the keys and values of one block, all layers of its window group after one another."""
+        return b"".join(view.tobytes() for view in self._views(group, block))
+
+    def write_block(self, group: int, block: int, content: bytes) -> None:
+        """Put what `read_block` returned into a block of the same window group."""
+        start = 0
+        for view in self._views(group, block):
+            view[:] = np.frombuffer(content, np.uint8, view.size, start)
+            start += view.size
+
+    def _views(self, group: int, block: int) -> Iterator[npt.NDArray[np.uint8]]:
+        for pages in self._layers[group]:
+            yield from self._ops.block_views(pages, block)

@@ -123,13 +123,22 @@ class PrefixCache:
         to stand on: where `extend` goes on. Give it back with `release`.
         """
         if not match.nodes:
-            tail = self._roots.setdefault(salt, Node(salt, None, b"", len(self._pools)))
-        else:
-            tail = match.nodes[-1]
-            for group, (table, first) in enumerate(zip(tables, match.firsts, strict=True)):
-                table.adopt(first, [node.blocks[group] for node in match.nodes[first:]])
+            return self.root(salt)
+        tail = match.nodes[-1]
+        for group, (table, first) in enumerate(zip(tables, match.firsts, strict=True)):
+            table.adopt(first, [node.blocks[group] for node in match.nodes[first:]])
         tail.num_users += 1
         return tail
+
+    def root(self, salt: bytes) -> Node:
+        """Return the node to stand on before the first block."""
+        root = self._roots.setdefault(salt, Node(salt, None, b"", len(self._pools)))
+        root.num_users += 1
+        return root
+
+    def node_of(self, group: int, block: int) -> Node:
+        """Return the node that a kept block belongs to."""
+        return self._holders[group][block]
 
     def extend(self, tail: Node, token_ids: Sequence[int], blocks: Sequence[int]) -> Node | None:
         """Remember the full block after `tail`: its 32 tokens and, per group, the physical block that holds
@@ -173,9 +182,14 @@ class PrefixCache:
             for group, table in enumerate(tables):
                 block = node.blocks[group]
                 if block != ABSENT and table.blocks[index] == block:
-                    self._lose(group, block)
-                    self._pools[group].forget(block)
+                    self.drop(group, block)
             node = parent
+
+    def drop(self, group: int, block: int) -> None:
+        """Serve a block no more, if it is served at all."""
+        if block in self._holders[group]:
+            self._lose(group, block)
+            self._pools[group].forget(block)
 
     def check_integrity(self, tails: Iterable[Node] = ()) -> None:
         """Assert that nodes, blocks and pools agree, and that every node is needed: by a block, by a node

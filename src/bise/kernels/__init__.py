@@ -82,8 +82,16 @@ class Ops(Protocol):
         ...
 
     def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> Pages:
-        """Allocate K and V pages of one layer; `kv_format` is f32, f16, bf16 or q8 (one scale per token
-        and head).
+        """Allocate K and V pages of one layer; `kv_format` is f32, f16, bf16, q16 or q8 (integers, one
+        scale per token and head).
+        """
+        ...
+
+    def block_views(self, pages: Pages, block: int) -> Sequence[npt.NDArray[np.uint8]]:
+        """Return the bytes of one block, keys, values and scales, as writable views of host memory.
+
+        What is read from one block may be written to another one of pages of the same shape and format, and
+        stands for the same keys and values there.
         """
         ...
 

@@ -26,7 +26,7 @@ CpuLora = tuple["_native.Packed", "_native.Packed", np.float32]
 PACKED_FORMATS: dict[str, int] = {name: number for number, name in enumerate(_native.formats)}
 """Packed formats by name; the number is the native one."""
 
-_KV_KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3}
+_KV_KINDS = {"f32": 0, "f16": 1, "bf16": 2, "q8": 3, "q16": 4}
 _EVERYTHING = 1 << 40  # a window wider than any context
 
 
@@ -69,6 +69,27 @@ def arithmetic_rate(*, floats: bool, threads: int, seconds: float) -> float | No
     float multiply-add on `threads` threads; None where the instruction set has no such loop.
     """
     return _native.arithmetic_rate(floats, threads, seconds) or None
+
+
+class CpuPages(_native.Pages):
+    """K and V pages of one layer, and the memory behind them block by block."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        kind: int,
+        num_kv_heads: int,
+        head_dim: int,
+        k: Bytes,
+        v: Bytes,
+        k_scale: Floats,
+        v_scale: Floats,
+    ) -> None:
+        super().__init__(kind, num_kv_heads, head_dim, k, v, k_scale, v_scale)
+        self.blocks = [
+            array.view(np.uint8).reshape(num_blocks, -1) for array in (k, v, k_scale, v_scale) if array.size
+        ]
+        """Bytes of every block [num_blocks, ...]: keys, values, and where there are, their scales."""
 
 
 class CpuOps:
@@ -144,12 +165,13 @@ class CpuOps:
         """See `Ops.vector`."""
         return np.ascontiguousarray(array, np.float32)
 
-    def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> _native.Pages:
+    def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> CpuPages:
         """See `Ops.pages`. Memory is taken from the system as blocks are first written."""
         slots = num_blocks * BLOCK_SIZE * num_kv_heads
         size = slots * head_dim * KV_FORMATS[kv_format].value_bytes
-        scales = slots if kv_format == "q8" else 0
-        return _native.Pages(
+        scales = slots if KV_FORMATS[kv_format].scale_bytes else 0
+        return CpuPages(
+            num_blocks,
             _KV_KINDS[kv_format],
             num_kv_heads,
             head_dim,
@@ -158,6 +180,10 @@ class CpuOps:
             np.zeros(scales, np.float32),
             np.zeros(scales, np.float32),
         )
+
+    def block_views(self, pages: CpuPages, block: int) -> list[Bytes]:
+        """See `Ops.block_views`."""
+        return [array[block] for array in pages.blocks]
 
     def rope(
         self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float

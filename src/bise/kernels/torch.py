@@ -54,6 +54,11 @@ class TorchOps:
         dtype = self.dtype if self.dtype == torch.float64 else _KV_DTYPES[kv_format]
         return TorchPages(num_blocks * BLOCK_SIZE, num_kv_heads, head_dim, dtype, self.device)
 
+    def block_views(self, pages: TorchPages, block: int) -> list[npt.NDArray[np.uint8]]:
+        """See `Ops.block_views`; pages on the CPU only."""
+        rows = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+        return [array[rows].view(torch.uint8).numpy().reshape(-1) for array in (pages.k, pages.v)]
+
     def rope(
         self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
     ) -> tuple[Tensor, Tensor]:
