@@ -58,7 +58,13 @@ class Grammars:
         compiled = self.prepare(spec, continuation=request.continuation)
         vocabulary = self._compiled().vocabulary
         trigger = None if spec.trigger is None else vocabulary.control(spec.trigger, spec.field)
-        follower = Follower(compiled, vocabulary, end_ids=end_ids, trigger=trigger)
+        follower = Follower(
+            compiled,
+            vocabulary,
+            end_ids=end_ids,
+            trigger=trigger,
+            forbids_trigger=spec.kind is GrammarKind.FREE,
+        )
         if follower.must_end:
             raise RequestError(f"{spec.field} allows only the empty output", field=spec.field)
         shortest = follower.shortest()

@@ -129,13 +129,16 @@ def _root(spec: GrammarSpec, builder: Builder, vocabulary: Vocabulary) -> Symbol
             return lark_rule(spec.source, builder, spec.field)
         case GrammarKind.TOOL_CALLS:
             return tool_rule(spec, builder, vocabulary)
+        case GrammarKind.FREE:
+            # Never begun: the follower forbids the trigger.
+            return builder.rule((builder.text("-"),))
 
 
 def _regex_rule(spec: GrammarSpec, builder: Builder) -> Symbol:
     node = unedged(parse_pattern(spec.source, spec.field))
     if node is None:
         raise RequestError(
-            f"{spec.field} {quoted(spec.source)} has ^ or $ in its middle; the whole output must match anyway",
+            f"{spec.field} {quoted(spec.source)} has ^ or $ in its middle; all of the output must match anyway",
             field=spec.field,
         )
     automaton = machine(node, builder.budget)

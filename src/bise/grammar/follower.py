@@ -23,9 +23,18 @@ class Follower:
     """The state of one output; owned by whoever produces it. `copy` is cheap, `rollback` undoes tokens."""
 
     __slots__ = (
-        "_bits", "_end_ids", "_marks", "_matcher", "_path", "_tracker", "_trigger", "_vocabulary",
-        "is_started", "was_cut",
-    )  # fmt: skip
+        "_bits",
+        "_end_ids",
+        "_forbids_trigger",
+        "_marks",
+        "_matcher",
+        "_path",
+        "_tracker",
+        "_trigger",
+        "_vocabulary",
+        "is_started",
+        "was_cut",
+    )
 
     def __init__(
         self,
@@ -34,17 +43,19 @@ class Follower:
         *,
         end_ids: frozenset[int] = frozenset(),
         trigger: int | None = None,
+        forbids_trigger: bool = False,
     ) -> None:
         """Start at the beginning. `end_ids` end an output where the grammar lets it end.
 
         With a `trigger`, a control token, everything is free until that token, which is the first of the
-        grammar's.
+        grammar's; with `forbids_trigger` that token never comes.
         """
         self._vocabulary = vocabulary
         self._matcher: LLMatcher = compiled.matcher.deep_copy()
         self._tracker = Tracker(compiled.table)
         self._end_ids = np.array(sorted(end_ids), np.intp)
         self._trigger = trigger
+        self._forbids_trigger = forbids_trigger
         self._path: list[int] | None = None
         """Tokens of the way out from here, where they were needed."""
         self._marks: list[tuple[int, tuple[int, Lexemes]]] = []
@@ -93,9 +104,10 @@ class Follower:
     def allowed(self, left: int) -> Ids | None:
         """Return the tokens that may come next, ascending, when `left` more may be produced; None for all."""
         if not self.is_started:
-            if self._trigger is None or self._fits_after_trigger(left):
+            if not self._forbids_trigger and self._fits_after_trigger(left):
                 return None
             everything = np.arange(self._vocabulary.size, dtype=np.intp)
+            assert self._trigger is not None, "without one the grammar holds from the start"
             return np.delete(everything, self._trigger)
         bits = self._bits
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
@@ -109,8 +121,8 @@ class Follower:
         return ids
 
     def take(self, token_id: int, left: int) -> int | None:
-        """Add the token that was chosen from `allowed`, or the one that leads out in time, and return it; None
-        when the output is complete and no token could follow that leaves it so.
+        """Add the token chosen from `allowed`, or the one that leads out in time, and return it; None when the
+        output is complete and no token could follow that leaves it so.
 
         `left` counts this token and all that may follow it; the output can always be completed within them
         if it could be before.

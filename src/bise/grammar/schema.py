@@ -93,6 +93,12 @@ class Document:
             self._places[pointer] = value
         return pointer
 
+    def add(self, name: str, schema: Mapping[str, object]) -> str:
+        """Add a schema that the text does not hold and return its place."""
+        place = f"\0{name}"
+        self._places[place] = schema
+        return place
+
     def beside(self, pointer: str, keyword: str) -> Places:
         """Return a place at which everything but `keyword` of the schema at `pointer` holds."""
         place = f"{pointer}/{keyword}/-"

@@ -38,7 +38,6 @@ class SchemaRules:
         self.comma = builder.text(",", ", ")
         self._values: dict[Places, int] = {}
         self._anything: dict[int, int] = {}
-        self._texts: dict[str, Terminal] = {}
         self._told_apart: set[str] = set()
         """Places of `oneOf` whose options exclude one another."""
         self._objects = ObjectRules(self)
@@ -141,7 +140,7 @@ class SchemaRules:
         found = self._anything[depth] = self.builder.rule(
             (word("null"),),
             (word("true", "false"),),
-            (self.expression("number", any_number()),),
+            (self.builder.expression("number", any_number()),),
             (self.builder.json_string(),),
         )
         if depth < MAX_FREE_DEPTH:
@@ -159,13 +158,6 @@ class SchemaRules:
         more = self.builder.rule((self.comma, item))
         rest = self.builder.repeated(more, max(0, low - 1), None if high is None else high - 1)
         return self.builder.rule(*([()] if low <= 0 else []), (item, *rest))
-
-    def expression(self, name: str, node: Regex) -> Terminal:
-        """Return the terminal of an expression over ASCII; equal names mean equal expressions."""
-        if name not in self._texts:
-            budget = self.builder.budget
-            self._texts[name] = Pattern(machine(node, budget), f"/{spelled(node)}/", budget)
-        return self._texts[name]
 
     # Numbers.
 
@@ -192,9 +184,9 @@ class SchemaRules:
         if whole or step is not None:
             return self._integer(case, _ceiling(low, above), _floor(high, below), step or 1)
         if low is None and high is None:
-            return [(self.expression("number", any_number()),)]
+            return [(self.builder.expression("number", any_number()),)]
         key = f"number {low} {high} {above} {below}"
-        return [(self.expression(key, numbers_between(low, high, above=above, below=below)),)]
+        return [(self.builder.expression(key, numbers_between(low, high, above=above, below=below)),)]
 
     def _integer(
         self, case: Places, low: int | None, high: int | None, step: int
@@ -203,8 +195,8 @@ class SchemaRules:
             return []
         if step == 1:
             if low is None and high is None:
-                return [(self.expression("integer", any_integer()),)]
-            return [(self.expression(f"integer {low} {high}", integers_between(low, high)),)]
+                return [(self.builder.expression("integer", any_integer()),)]
+            return [(self.builder.expression(f"integer {low} {high}", integers_between(low, high)),)]
         values = multiples(step, low, high)
         if values is not None:
             return [(self.builder.text(*map(str, values)),)] if values else []

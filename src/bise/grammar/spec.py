@@ -21,6 +21,8 @@ class GrammarKind(StrEnum):
     CHOICE = "choice"
     LARK = "lark"
     TOOL_CALLS = "tool_calls"
+    FREE = "free"
+    """Any text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,11 @@ class GrammarSpec:
         subset).
         """
         return cls(kind=GrammarKind.LARK, source=text, field=field)
+
+    @classmethod
+    def without(cls, trigger: str, *, field: str = "grammar") -> GrammarSpec:
+        """Return the texts in which the control token `trigger` does not stand."""
+        return cls(kind=GrammarKind.FREE, source="", field=field, trigger=trigger)
 
 
 def _json_text(value: object, field: str) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from bise.grammar.automaton import Budget, ByteMachine, Machine
-from bise.grammar.regex import STRING_CHARACTER
+from bise.grammar.automaton import Budget, ByteMachine, Machine, machine
+from bise.grammar.regex import STRING_CHARACTER, Regex, spelled
 
 State: TypeAlias = "int | tuple[int, ...]"
 
@@ -219,6 +219,7 @@ class Builder:
         self.budget = budget
         self.grammar = Grammar()
         self._texts: dict[tuple[str, ...], Choice] = {}
+        self._expressions: dict[str, Pattern] = {}
         self._strings: dict[tuple[int, int | None], JsonString] = {}
 
     def rule(self, *alternatives: tuple[Symbol, ...]) -> int:
@@ -247,6 +248,13 @@ class Builder:
         if key not in self._strings:
             self._strings[key] = JsonString(low, high)
         return self._strings[key]
+
+    def expression(self, name: str, node: Regex) -> Terminal:
+        """Return the terminal of an expression; equal names mean equal expressions."""
+        if name not in self._expressions:
+            source = machine(node, self.budget)
+            self._expressions[name] = Pattern(source, f"/{spelled(node)}/", self.budget)
+        return self._expressions[name]
 
     def repeated(self, item: Symbol, low: int, high: int | None) -> tuple[Symbol, ...]:
         """Return the symbols of `low` to `high` items in a row, in rules that grow with the logarithm."""

@@ -69,6 +69,8 @@ class ToolSpec:
     name: str
     description: str
     parameters: Mapping[str, object]
+    strict: bool = False
+    """The caller wants OpenAI's strict mode for the arguments."""
 
 
 def refuse(place: str, reason: str) -> NoReturn:
@@ -250,6 +252,7 @@ def _tool(value: object, place: str) -> ToolSpec:
         name=_function_name(function, f"{place}.function"),
         description=_string(function, "description", f"{place}.function") or "",
         parameters=checked,
+        strict=function.get("strict") is True,
     )
 
 

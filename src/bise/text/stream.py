@@ -68,11 +68,16 @@ class TextStream:
         """
         if self._ended:
             return ""
+        # A character that the plain text left unfinished must not swallow what follows.
+        shown = self._add(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
+        if self._ended:
+            return shown
         if self._match:
             self._ended = True
-            return self._stop()
+            return shown + self._stop()
         self._matchers = []
-        return self._show(self._shown + len(self._held))
+        return shown + self._show(self._shown + len(self._held))
 
     def finish(self) -> str:
         """End the text and return what was held back; an incomplete character becomes U+FFFD."""
