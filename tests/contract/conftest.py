@@ -23,6 +23,8 @@ def load_neighbour(name: str):
 
 
 load_neighbour("raw_http")
+load_neighbour("http_fuzz")
+load_neighbour("storm")
 
 
 class LiveServer:

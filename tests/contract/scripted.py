@@ -14,7 +14,7 @@ from pathlib import Path
 from bise.engine.handle import RequestHandle
 from bise.engine.model_spec import ModelCard, ModelPlan, ModelSpec
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
-from bise.errors import BiseError, ContextOverflowError, ModelNotFoundError, QueueFullError
+from bise.errors import BiseError, ContextOverflowError, ModelNotFoundError, QueueFullError, RequestError
 from bise.text.mistral_template import MistralTemplate
 from bise.text.stream import TextStream
 
@@ -91,6 +91,9 @@ class ScriptedEngine:
             self.requests.append(request)
             if self.running >= self.max_queue:
                 raise QueueFullError("the queue is full")
+        unknown = [key for key in request.params.logit_bias if key >= self.tokenizer.vocab_size]
+        if unknown:
+            raise RequestError(f"logit_bias has token {unknown[0]}", field="logit_bias")
         wanted = request.params.max_tokens
         if len(request.token_ids) + (1 if wanted is None else wanted) > self.max_context:
             raise ContextOverflowError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from uvicorn.server import ServerState
 
 _MAX_PIPELINED = 32
+_QUIET = f"{__name__}.quiet"
 
 
 class _RefusedError(Exception):
@@ -31,6 +33,9 @@ class _RefusedError(Exception):
 
 def connection_class(limits: HttpLimits) -> type[HttpToolsProtocol]:
     """Return the protocol class that uvicorn is to use."""
+
+    # uvicorn warns of every malformed request: strangers must not be able to fill the log.
+    logging.getLogger(_QUIET).setLevel(logging.ERROR)
 
     class Bounded(BoundedConnection):
         bounds = limits
@@ -51,6 +56,7 @@ class BoundedConnection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = logging.getLogger(_QUIET)
         self._in_head = True
         self._heads = 0
         """Heads that were complete."""
