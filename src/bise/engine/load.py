@@ -66,8 +66,8 @@ class LoadedModel:
         free = available_memory()
         if free is not None and file.size_bytes > free:
             raise MemoryPlanError(
-                f"{path} needs {file.size_bytes >> 20} MiB, {free >> 20} MiB of memory are free; unload another "
-                "model or close other programs",
+                f"{path} needs {file.size_bytes >> 20} MiB, {free >> 20} MiB of memory are free; unload "
+                "another model or close other programs",
                 field="adapter",
             )
         adapter = load_adapter(file, self.ops)
