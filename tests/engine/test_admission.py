@@ -128,7 +128,7 @@ def test_deadlines_of_requests_that_are_over_are_forgotten(hash_engine):
     engine, _ = hash_engine()
     for _ in range(200):
         engine.submit(ask(1, deadline_s=1e6)).result()
-    assert len(engine._deadlines) <= 66
+    assert len(engine._deadlines) <= 64
 
 
 def test_a_request_that_comes_and_goes_while_the_inbox_is_taken_in_harms_nobody(hash_engine):

@@ -470,7 +470,7 @@ class TestThreaded:
     def test_a_bug_in_the_scheduler_ends_everyone_instead_of_hanging(self, hash_engine):
         engine, _ = hash_engine(threaded=True)
 
-        def broken():
+        def broken(budget=None):
             raise AssertionError("bug")
 
         engine._scheduler.plan = broken

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bise.cache.prefix_file import PrefixFile
 from bise.engine.request import Request, SamplingParams
+from bise.errors import EngineError
 
 WINDOWS = [(None,), (40,), (None, 40), (200, 16)]
 TEXT = bytes(random.Random(5).randrange(256) for _ in range(400))
@@ -150,3 +152,29 @@ def test_random_load_over_shared_prefixes_gives_what_everyone_gets_alone(hash_en
         assert found.usage.prompt_tokens == expected.usage.prompt_tokens
     shared._scheduler.check_integrity()
     assert shared.stats().num_free_blocks == shared.stats().num_blocks
+
+
+def test_the_cache_survives_a_restart_on_disk(hash_engine, tmp_path):
+    def start(version="1"):
+        file = PrefixFile(tmp_path, model_id="m", kv_format="f16", version=version, max_bytes=1 << 24)
+        return hash_engine(None, 40, prefix_file=file, model_id="m")[0]
+
+    engine = start()
+    first = engine.submit(ask(tenant="alice")).result()
+    engine.close()
+    engine = start()
+    second = engine.submit(ask(tenant="alice")).result()
+    assert output(second) == output(first)
+    assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, 128)
+    assert engine.submit(ask(tenant="bob")).result().usage.cached_tokens == 0
+    engine.close()
+    assert start(version="2").submit(ask(tenant="alice")).result().usage.cached_tokens == 0
+
+
+def test_an_engine_that_failed_saves_nothing(hash_engine, tmp_path):
+    file = PrefixFile(tmp_path, model_id="m", kv_format="f16", version="1", max_bytes=1 << 24)
+    engine, _ = hash_engine(prefix_file=file, model_id="m")
+    engine.submit(ask()).result()
+    engine._die(EngineError("broken"))
+    engine.close()
+    assert not file.path.exists()

@@ -20,7 +20,7 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from bise.cache.pages import KVCache
 from bise.cache.pool import BlockPool
@@ -182,7 +182,7 @@ class PrefixFile:
         self._check_header(reader, pages)
         nodes: list[Node | None] = []
         while (head := reader.take_or_end(_RECORD.size)) is not None:
-            parent_index, num_blocks = _RECORD.unpack(head)
+            parent_index, num_blocks = cast("tuple[int, int]", _RECORD.unpack(head))
             if parent_index >= len(nodes):
                 raise _Broken("a block comes before the one it follows")
             salt = reader.take(SALT_BYTES) if parent_index < 0 else b""
@@ -200,14 +200,19 @@ class PrefixFile:
                     blocks[group] = pools[group].allocate()
                     pages.write_block(group, blocks[group], content)
                     taken.append((rank, group, blocks[group]))
-            parent = nodes[parent_index] if parent_index >= 0 else prefix.root(salt)
-            node = None
-            if parent is not None:
-                parent.num_users += parent_index >= 0  # `extend` gives it back, and others may follow
-                node = prefix.extend(parent, array("i", tokens), blocks)
+            node = self._add(
+                prefix, nodes[parent_index] if parent_index >= 0 else prefix.root(salt), tokens, blocks
+            )
             nodes.append(node)
             if node is not None:
                 tails.append(node)
+
+    def _add(self, prefix: PrefixCache, parent: Node | None, tokens: bytes, blocks: list[int]) -> Node | None:
+        if parent is None:
+            return None
+        if parent.parent is not None:
+            parent.num_users += 1  # `extend` gives it back, and others may follow
+        return prefix.extend(parent, array("i", tokens), blocks)
 
     def _check_header(self, reader: _Reader, pages: KVCache) -> None:
         if reader.take(len(MAGIC)) != MAGIC:
@@ -252,8 +257,7 @@ class _Reader:
 def _lineage(node: Node) -> list[Node]:
     """Return a node and those before it, without the root."""
     found: list[Node] = []
-    current: Node | None = node
-    while current is not None and current.parent is not None:
-        found.append(current)
-        current = current.parent
+    while node.parent is not None:
+        found.append(node)
+        node = node.parent
     return found

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 
 from bise.cache.prefix import salt_of
 from bise.config import ModelConfig
@@ -20,7 +21,7 @@ from bise.engine.grammar import Grammars
 from bise.engine.lookup import Prediction
 from bise.engine.request import Request
 from bise.engine.sampling import Sampler
-from bise.engine.sequence import Sequence
+from bise.engine.sequence import Sequence, Status
 from bise.engine.truncation import truncate_tokens
 from bise.errors import ConfigError, ContextOverflowError, QueueFullError, RequestError
 from bise.text.stream import TextStream
@@ -179,6 +180,35 @@ class Places:
         # Up to now: a queue that stands still is not reported with the rate of better times.
         elapsed = self._clock() - self._freed[0]
         return min(MAX_RETRY_S, max(0.0, elapsed * num_places / len(self._freed)))
+
+
+class Deadlines:
+    """Which sequences must end when."""
+
+    def __init__(self) -> None:
+        self._due: list[tuple[float, int, Sequence]] = []
+        """A heap by due time."""
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def add(self, sequence: Sequence) -> None:
+        """Watch a sequence, if it has a deadline."""
+        if sequence.due_s is None:
+            return
+        if (
+            len(self._due) >= 64 and len(self._due).bit_count() == 1
+        ):  # at each doubling: those that are over go
+            self._due = [entry for entry in self._due if entry[2].status is not Status.FINISHED]
+            heapify(self._due)
+        heappush(self._due, (sequence.due_s, sequence.arrival, sequence))
+
+    def overdue(self, now: float) -> Iterator[Sequence]:
+        """Yield the sequences that are due and not over yet, once each."""
+        while self._due and self._due[0][0] <= now:
+            sequence = heappop(self._due)[2]
+            if sequence.status is not Status.FINISHED:
+                yield sequence
 
 
 def _check_vocabulary(field: str, token_ids: tuple[int, ...], vocab_size: int) -> None:

@@ -15,18 +15,17 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
-from heapq import heapify, heappop, heappush
 from typing import Self
 
-from bise.cache.pages import KVCache, plan_num_blocks
-from bise.cache.pool import BlockPool
-from bise.cache.prefix import PrefixCache
+from bise.cache.prefix_file import PrefixFile
 from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
-from bise.engine.admission import Admission, Places
+from bise.engine.admission import Admission, Deadlines, Places
 from bise.engine.choice import choose
 from bise.engine.grammar import Grammars
 from bise.engine.handle import RequestHandle
+from bise.engine.kv_memory import KVMemory, blocks_per_group, checked_context
+from bise.engine.pace import Pace
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.engine.runner import Logits, Model, Runner, score_rows
 from bise.engine.sampling import check_finite, token_logprob
@@ -35,7 +34,6 @@ from bise.engine.sequence import Sequence, Status
 from bise.engine.speculation import Speculation
 from bise.errors import (
     BiseError,
-    ConfigError,
     EngineError,
 )
 from bise.kernels import Array, Ops
@@ -86,48 +84,40 @@ class Engine:
         max_queue: int = 2048,
         max_tenant_queue: int = 1024,
         prefix_cache: bool = True,
+        prefix_file: PrefixFile | None = None,
         model_id: str = "",
         speculation: Speculation | None = None,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.perf_counter,
         threaded: bool = True,
     ) -> None:
         """Allocate the KV cache and, unless `threaded` is False, start the engine's thread.
 
         Give either `num_blocks` (per window group, or one number for all) or `kv_memory_bytes`. Without a
-        tokenizer deltas carry no text; without `speculation` every step decodes one token. Without a thread,
-        iterating a handle or calling `step` does the work. Raises ConfigError, and MemoryPlanError when the
-        memory holds no block.
+        tokenizer deltas carry no text; without `speculation` every step decodes one token; without `pace`
+        steps are as large as `max_step_tokens`. `prefix_file` keeps the prefix cache over restarts;
+        `model_id` tells models apart there. Without a thread, iterating a handle or calling `step` does the
+        work. Raises ConfigError, and MemoryPlanError when the memory holds no block.
         """
-        context = _checked_context(max_context, config)
-        if kv_memory_bytes is not None and num_blocks is None:
-            blocks = plan_num_blocks(
-                config,
-                kv_memory_bytes,
-                kv_format,
-                max_context=context,
-                max_step_tokens=max_step_tokens,
-                max_sequences=max_sequences,
-            )
-        elif num_blocks is not None and kv_memory_bytes is None:
-            blocks = _blocks_per_group(num_blocks, config)
-        else:
-            raise ConfigError(
-                "give either num_blocks or kv_memory_bytes to the engine", field="kv_memory_bytes"
-            )
-        self._config = config
-        self._tokenizer = tokenizer
-        self._pools = [BlockPool(count) for count in blocks]
+        context = checked_context(max_context, config)
+        limits = {"max_step_tokens": max_step_tokens, "max_sequences": max_sequences}
+        blocks = blocks_per_group(
+            config,
+            kv_format,
+            num_blocks=num_blocks,
+            kv_memory_bytes=kv_memory_bytes,
+            context=context,
+            **limits,
+        )
+        self._memory = KVMemory(
+            config, ops, kv_format, blocks, prefix_cache=prefix_cache, prefix_file=prefix_file
+        )
         self._scheduler = Scheduler(
-            self._pools,
-            config.window_groups,
-            max_step_tokens=max_step_tokens,
-            max_sequences=max_sequences,
-            prefix=PrefixCache(self._pools, config.window_groups) if prefix_cache else None,
+            self._memory.pools, config.window_groups, prefix=self._memory.prefix, **limits
         )
         self.max_context = self._scheduler.longest(context)
         """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
-        self._cache = KVCache(config, ops, blocks, kv_format)
-        self._runner = Runner(transformer, self._cache)
+        self._runner = Runner(transformer, self._memory.pages)
         self.adapters = Adapters()
         """What `Request.adapter` may name."""
         self.grammars = Grammars(tokenizer, config.vocab_size)
@@ -135,6 +125,7 @@ class Engine:
         ask `grammars.prepare` in a thread of your own first where that is too long.
         """
         self._speculation = speculation
+        self._pace = pace
         self._clock = clock
         self._places = Places(max_queue, max_tenant_queue, clock)
         self._admission = Admission(
@@ -147,11 +138,14 @@ class Engine:
             adapters=self.adapters,
             grammars=self.grammars,
         )
+        self._open(threaded)
+
+    def _open(self, threaded: bool) -> None:
+        """Begin with an empty inbox, and with a thread that takes it in."""
         self._wake = threading.Condition()
         self._arrived: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        """A heap by due time."""
+        self._deadlines = Deadlines()
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._is_closing = False
@@ -204,10 +198,12 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
-            return
-        while not self._aborts_all and self.step():
-            pass
-        self._take_inbox()
+        else:
+            while not self._aborts_all and self.step():
+                pass
+            self._take_inbox()
+        if self._failure is None:
+            self._memory.save()
 
     @property
     def failure(self) -> BiseError | None:
@@ -220,12 +216,12 @@ class Engine:
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting) + len(self._arrived),
             num_preemptions=self._scheduler.num_preemptions,
-            num_blocks=self._cache.num_blocks,
-            num_free_blocks=tuple(pool.num_free for pool in self._pools),
-            num_cached_blocks=tuple(pool.num_cached for pool in self._pools),
+            num_blocks=self._memory.pages.num_blocks,
+            num_free_blocks=tuple(pool.num_free for pool in self._memory.pools),
+            num_cached_blocks=tuple(pool.num_cached for pool in self._memory.pools),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
-            kv_bytes=self._cache.size_bytes,
+            kv_bytes=self._memory.pages.size_bytes,
         )
 
     def _cancel(self, sequence: Sequence) -> None:
@@ -263,7 +259,8 @@ class Engine:
     def step(self) -> bool:
         """Run one step; False when there was nothing to do. Only for engines without a thread."""
         self._take_inbox()
-        step = self._scheduler.plan()
+        pace = self._pace
+        step = self._scheduler.plan(None if pace is None else pace.budget(self._scheduler.num_sequences))
         if step is None:
             return False
         for row in step.rows:
@@ -273,6 +270,7 @@ class Engine:
                 self._cached_tokens += row.sequence.num_cached or 0
         if self._speculation is not None:
             step = self._speculation.extend(step, self._scheduler)
+        began = self._clock()
         try:
             hidden, wanted = self._runner.forward(step)
             logits = self._runner.logits(hidden, wanted) if len(wanted) else None
@@ -281,6 +279,8 @@ class Engine:
             for row in step.rows:
                 self._end(row.sequence, FinishReason.ERROR, error=_as_engine_error(error))
             return True
+        if pace is not None:
+            pace.observe(step.num_tokens, self._clock() - began)
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
         if self._speculation is not None:
@@ -293,26 +293,15 @@ class Engine:
         while self._arrived:
             sequence = self._arrived.popleft()
             self._scheduler.add(sequence)
-            if sequence.due_s is not None:
-                heappush(self._deadlines, (sequence.due_s, sequence.arrival, sequence))
+            self._deadlines.add(sequence)
         for _ in range(num_cancelled):
             sequence = self._cancelled.popleft()
             if sequence.status is not Status.FINISHED:
                 self._end(sequence, FinishReason.ABORT)
-        self._end_overdue()
+        for sequence in self._deadlines.overdue(self._clock()):
+            self._end(sequence, FinishReason.DEADLINE)
         if self._aborts_all:
             self._abort_all()
-
-    def _end_overdue(self) -> None:
-        """End the sequences whose deadline has passed, running or waiting."""
-        due = self._deadlines
-        while due and due[0][0] <= self._clock():
-            sequence = heappop(due)[2]
-            if sequence.status is not Status.FINISHED:
-                self._end(sequence, FinishReason.DEADLINE)
-        if len(due) > 2 * (len(self._scheduler.running) + len(self._scheduler.waiting)) + 64:
-            due[:] = [entry for entry in due if entry[2].status is not Status.FINISHED]
-            heapify(due)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.started_s = time.perf_counter()
@@ -429,26 +418,6 @@ class Engine:
             self._scheduler.add(self._arrived.popleft())
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             self._end(sequence, FinishReason.ABORT)
-
-
-def _checked_context(max_context: int | None, config: ModelConfig) -> int:
-    context = config.max_context if max_context is None else max_context
-    if not 1 <= context <= config.max_context:
-        raise ConfigError(
-            f"max_context must be from 1 to the model's {config.max_context}, got {context}",
-            field="max_context",
-        )
-    return context
-
-
-def _blocks_per_group(num_blocks: int | SequenceOf[int], config: ModelConfig) -> tuple[int, ...]:
-    num_groups = len(config.window_groups)
-    blocks = (num_blocks,) * num_groups if isinstance(num_blocks, int) else tuple(num_blocks)
-    if len(blocks) != num_groups or min(blocks) < 1:
-        raise ConfigError(
-            f"num_blocks must be {num_groups} positive numbers, got {blocks}", field="num_blocks"
-        )
-    return blocks
 
 
 def _last_delta(sequence: Sequence, delta: Delta) -> Delta:

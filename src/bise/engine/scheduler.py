@@ -102,6 +102,11 @@ class Scheduler:
         self._max_sequences = max_sequences
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that wait or run."""
+        return len(self.running) + len(self.waiting)
+
+    @property
     def has_work(self) -> bool:
         """True while any sequence waits or runs."""
         return bool(self.running or self.waiting)

@@ -1,0 +1,56 @@
+"""Pace: steps near a duration, whatever the machine, and the same output."""
+
+from bise.engine.pace import ALONE, MIN_TOKENS, Pace
+from bise.engine.request import Request, SamplingParams
+
+
+def test_steps_follow_the_speed_of_the_machine():
+    pace = Pace(0.5)
+    assert pace.budget(2) == MIN_TOKENS
+    for _ in range(60):
+        pace.observe(100, 0.1)  # 1,000 tokens per second
+    assert pace.budget(2) in (499, 500)
+    assert pace.budget(1) in (1999, 500 * ALONE)
+    for _ in range(60):
+        pace.observe(100, 2.0)
+    assert pace.budget(2) == MIN_TOKENS
+
+
+def test_small_steps_tell_nothing_about_large_ones():
+    pace = Pace(0.5)
+    pace.observe(1, 0.2)
+    assert pace.budget(2) == MIN_TOKENS
+    pace.observe(100, 0.1)
+    pace.observe(1, 0.2)
+    assert pace.budget(2) == 500
+
+
+class Clock:
+    """A machine of 100 tokens per second."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_an_engine_keeps_the_pace_and_its_output(hash_engine):
+    clock = Clock()
+    engine, model = hash_engine(clock=clock, pace=Pace(0.5))
+    forward = model.forward
+
+    def timed(batch, cache):
+        clock.now += len(batch.token_ids) / 100
+        return forward(batch, cache)
+
+    model.forward = timed
+    prompt = Request(token_ids=(256,) * 400, params=SamplingParams(max_tokens=4, seed=1))
+    talk = Request(token_ids=(256, 5), params=SamplingParams(max_tokens=40, seed=2, ignore_eos=True))
+    handles = [engine.submit(talk), engine.submit(prompt)]
+    found = [handle.result() for handle in handles]
+    sizes = [len(batch.token_ids) for batch in model.batches]
+    assert sizes[0] == MIN_TOKENS
+    assert max(sizes) <= 51
+    plain, _ = hash_engine()
+    assert [done.token_ids for done in found] == [plain.submit(r).result().token_ids for r in (talk, prompt)]
