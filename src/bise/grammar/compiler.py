@@ -138,7 +138,7 @@ def _regex_rule(spec: GrammarSpec, builder: Builder) -> Symbol:
     node = unedged(parse_pattern(spec.source, spec.field))
     if node is None:
         raise RequestError(
-            f"{spec.field} {quoted(spec.source)} has ^ or $ in its middle; all of the output must match anyway",
+            f"{spec.field} {quoted(spec.source)} has ^ or $ in its middle; the whole output matches anyway",
             field=spec.field,
         )
     automaton = machine(node, builder.budget)

@@ -121,8 +121,8 @@ class Follower:
         return ids
 
     def take(self, token_id: int, left: int) -> int | None:
-        """Add the token chosen from `allowed`, or the one that leads out in time, and return it; None when the
-        output is complete and no token could follow that leaves it so.
+        """Add the token chosen from `allowed`, or the one that leads out in time, and return it; None when
+        the output is complete and no token could follow that leaves it so.
 
         `left` counts this token and all that may follow it; the output can always be completed within them
         if it could be before.

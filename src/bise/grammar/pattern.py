@@ -172,9 +172,9 @@ class _Parser:
         if letter == "0" and self._next().isdigit():
             self._refuse("has an octal escape; write \\x00")
         if letter in _CONTROLS:
-            return ((ord(_CONTROLS[letter]),) * 2,)
+            return _one(ord(_CONTROLS[letter]))
         if letter in ("x", "u"):
-            return ((self._code_point(2 if letter == "x" else 4),) * 2,)
+            return _one(self._code_point(2 if letter == "x" else 4))
         if not letter or letter.isalnum():
             self._refuse(f"has the escape \\{letter}, which is not supported")
         return ((ord(letter), ord(letter)),)
@@ -223,6 +223,10 @@ class _Parser:
         if letter == "[" and self._next() in (":", "."):
             self._refuse("has a POSIX class; write the characters")
         return ((ord(letter), ord(letter)),)
+
+
+def _one(point: int) -> Ranges:
+    return ((point, point),)
 
 
 def _is_single(members: Ranges) -> bool:

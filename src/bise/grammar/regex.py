@@ -175,9 +175,8 @@ def spelled(node: Regex) -> str:
         case Alt(options=options):
             return "(?:" + "|".join(map(spelled, options)) + ")" if options else "[^\\x{0}-\\x{10FFFF}]"
         case Repeat(part=part, low=low, high=high):
-            counts = {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((low, high))
-            if counts is None:
-                counts = f"{{{low},{'' if high is None else high}}}"
+            counts = f"{{{low},{'' if high is None else high}}}"
+            counts = {"{0,}": "*", "{1,}": "+", "{0,1}": "?"}.get(counts, counts)
             return f"(?:{spelled(part)}){counts}"
         case Edge():
             raise AssertionError("anchor the pattern first")

@@ -108,7 +108,8 @@ class SchemaRules:
     def _listed(self, values: Sequence[object]) -> list[tuple[Symbol, ...]]:
         plain = [json_text(value) for value in values if not isinstance(value, dict | list)]
         made: list[tuple[Symbol, ...]] = [(self.builder.text(*plain),)] if plain else []
-        return made + [self._literal(value) for value in values if isinstance(value, dict | list)]
+        nested = [value for value in values if _is_nested(value)]
+        return made + [self._literal(value) for value in nested]
 
     def _literal(self, value: object) -> tuple[Symbol, ...]:
         """Return the symbols of one value, spaced as all JSON here."""
@@ -401,6 +402,10 @@ class SchemaRules:
 def json_text(value: object) -> str:
     """Return the one spelling of a JSON value that outputs use for names and scalars."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _known_formats() -> str:

@@ -50,7 +50,7 @@ class Judge:
 
     def types(self, case: Places) -> set[str]:
         """Return the types that a value of a case may have; `integer` only where `number` is not."""
-        kinds = set(TYPES)
+        kinds: set[str] = set(TYPES)
         for _, schema in self._document.members(case):
             if "type" in schema:
                 said = schema["type"]
@@ -96,7 +96,7 @@ class Judge:
             good = self._admits_object(plain, cast(dict[str, object], value))
         else:
             good = isinstance(value, bool) or value is None or self._admits_number(schema, value)
-        return good and self._admits_parts(schema, pointer, value)
+        return good and self._admits_parts(schema, pointer, cast(object, value))
 
     def _admits_parts(self, schema: Mapping[str, object], pointer: str, value: object) -> bool:
         """Judge by `$ref`, `allOf`, `anyOf` and `oneOf`."""

@@ -39,7 +39,7 @@ class CallForm(StrEnum):
     NAMED = "named"
     """`[TOOL_CALLS]f[ARGS]{...}`, once per call: v13 and v15."""
     BARE = "bare"
-    """`[{"name": "f", "arguments": {...}}]` as plain text: models without tokens for calls, on demand only."""
+    """`[{"name": "f", "arguments": {...}}]` as text: models without tokens for calls, on demand only."""
 
 
 def call_form(format_name: str, tokenizer: Tokenizer) -> CallForm:
