@@ -101,14 +101,7 @@ class Engine:
         """
         context = checked_context(max_context, config)
         limits = {"max_step_tokens": max_step_tokens, "max_sequences": max_sequences}
-        blocks = blocks_per_group(
-            config,
-            kv_format,
-            num_blocks=num_blocks,
-            kv_memory_bytes=kv_memory_bytes,
-            context=context,
-            **limits,
-        )
+        blocks = blocks_per_group(config, kv_format, num_blocks, kv_memory_bytes, context=context, **limits)
         self._memory = KVMemory(
             config, ops, kv_format, blocks, prefix_cache=prefix_cache, prefix_file=prefix_file
         )

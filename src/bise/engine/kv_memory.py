@@ -27,9 +27,9 @@ def checked_context(max_context: int | None, config: ModelConfig) -> int:
 def blocks_per_group(
     config: ModelConfig,
     kv_format: str,
-    *,
     num_blocks: int | Sequence[int] | None,
     kv_memory_bytes: int | None,
+    *,
     context: int,
     max_step_tokens: int,
     max_sequences: int,
