@@ -1,8 +1,8 @@
 """Batch jobs: many requests worked through in the background, each exactly once in the result.
 
 Every request is a row with a state. A process claims rows under a lease and completes them with their
-answers, one transaction each; what a killed process had claimed is claimed again. A job ends in one transaction that
-enters its output files and closes it.
+answers, one transaction each; what a killed process had claimed is claimed again. A job ends in one
+transaction that enters its output files and closes it.
 """
 
 from __future__ import annotations

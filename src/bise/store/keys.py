@@ -204,11 +204,18 @@ class Keys:
             record = session.scalars(select(KeyRecord).where(KeyRecord.hash == presented_hash)).one_or_none()
         if record is None or not hmac.compare_digest(record.hash, presented_hash):
             raise AuthenticationError("the API key is not valid")
-        if record.revoked_at is not None:
+        return self._check_usable(_info(record))
+
+    def usable(self, key_id: str) -> KeyInfo:
+        """Return a key by its id for work that was queued under it. AuthenticationError as from `verify`."""
+        return self._check_usable(self.get(key_id))
+
+    def _check_usable(self, info: KeyInfo) -> KeyInfo:
+        if info.revoked_at is not None:
             raise AuthenticationError("the API key was revoked")
-        if record.expires_at is not None and record.expires_at <= self._clock():
+        if info.expires_at is not None and info.expires_at <= self._clock():
             raise AuthenticationError("the API key has expired")
-        return _info(record)
+        return info
 
     def list(self, *, with_revoked: bool = False) -> list[KeyInfo]:
         """Return all keys, oldest first."""

@@ -1,0 +1,498 @@
+"""The gate in front of every route: who asks, what they may do and how much, and the row in the ledger.
+
+Nobody gets in without a key, except on a loopback address as long as no key was ever made, and except where
+the operator serves without keys. A database that does not answer lets nobody in; what ends meanwhile is kept
+in memory and written when it answers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+from bise.errors import (
+    AuthenticationError,
+    ConfigError,
+    ContentPolicyError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestError,
+    StoreError,
+)
+from bise.server.metrics import Metrics
+from bise.store.energy import RaplMeter, Shares
+from bise.store.keys import KEY_PREFIX, KeyInfo
+from bise.store.ledger import LedgerRow
+from bise.store.limits import Allowance, Reservation
+from bise.store.rules import Guard
+from bise.store.secret import keyed_hash
+from bise.store.worker import LEASE_S
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from bise.engine.request import Timings, Usage
+    from bise.store.opening import Store
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOCAL_OWNER = "local"
+"""Owner of what is done without a key."""
+MAX_UNWRITTEN = 10_000
+"""Ledger rows kept in memory while the database does not answer; past it nobody is let in."""
+MAX_IDEMPOTENCY_KEY = 200
+INTERNAL = "bise.caller"
+"""Where in the ASGI scope our own background work says for whom it runs; nothing from outside gets there."""
+_THREADS = 8
+
+
+class Access(StrEnum):
+    """Who needs a key."""
+
+    AUTO = "auto"
+    """Everybody, once a key was made; before that whoever is on this machine needs none."""
+    REQUIRED = "required"
+    """Everybody."""
+    OPEN = "open"
+    """Nobody."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks."""
+
+    owner: str
+    """Whose files, jobs and usage they reach."""
+    scopes: frozenset[str]
+    key: KeyInfo | None = None
+    """None for someone without a key."""
+    idempotency_key: str | None = None
+    """Set by our own background work."""
+    is_background: bool = False
+
+    @property
+    def key_id(self) -> str | None:
+        """Id of the key, if there is one."""
+        return None if self.key is None else self.key.id
+
+    @property
+    def is_admin(self) -> bool:
+        """True when all owners' usage and keys may be seen."""
+        return "admin" in self.scopes
+
+    def require(self, scope: str) -> None:
+        """Raise PermissionDeniedError unless the scope was granted; `read` needs none."""
+        if scope != "read" and scope not in self.scopes and not (scope == "metrics" and self.is_admin):
+            raise PermissionDeniedError(f"this key lacks the scope {scope}")
+
+
+def check_bind(host: str, access: Access, has_keys: bool) -> None:
+    """Refuse to listen where other machines can reach a server that no key protects (ConfigError)."""
+    if access is Access.OPEN or is_loopback(host) or has_keys:
+        return
+    raise ConfigError(
+        f"{host} is reachable from other machines and there is no key yet: make one with `bise keys create "
+        "--name NAME`, listen on 127.0.0.1, or say --no-key",
+        field="host",
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for an address that only this machine can reach."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unwritten:
+    """A row that waits for the database."""
+
+    row: LedgerRow
+    reservation: Reservation | None
+    at: float
+
+
+class StoreGate:
+    """The gate over a store; one per server. `start` it on the event loop, `stop` it at the end."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        access: Access = Access.AUTO,
+        is_local_only: bool = True,
+        canonical: Callable[[str], str] = str,
+        metrics: Metrics | None = None,
+        shares: Shares | None = None,
+    ) -> None:
+        """`is_local_only` says that the server listens on a loopback address; `canonical` turns a model's
+        alias into its name.
+        """
+        self.store = store
+        self.metrics = metrics or Metrics()
+        self._access = access
+        self._is_local_only = is_local_only
+        self._canonical = canonical
+        self._shares = shares or Shares(RaplMeter().joules)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="bise-store")
+        self._unwritten: deque[_Unwritten] = deque()
+        self._writing_late = threading.Lock()
+        self._open: dict[str, Reservation] = {}
+        self._has_keys = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self.on_new_batch: Callable[[], None] | None = None
+        """Called when a batch was queued; the worker's."""
+
+    def wake_worker(self) -> None:
+        """Tell the batch worker, if there is one, that a job was queued."""
+        if self.on_new_batch is not None:
+            self.on_new_batch()
+
+    async def start(self) -> None:
+        """Begin to renew leases and to write rows that could not be written."""
+        self._tasks = [asyncio.create_task(self._keep_writing()), asyncio.create_task(self._keep_leases())]
+
+    async def stop(self) -> None:
+        """Write what is left and stop. Rows that cannot be written are counted in the log."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.offload(self.write_late)
+        if self._unwritten:
+            logger.error("event=ledger_rows_lost count=%d", len(self._unwritten))
+        self._pool.shutdown()
+
+    async def offload(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a call to the store in a thread; it goes on to its end even when the caller is cancelled."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(loop.run_in_executor(self._pool, lambda: function(*args, **kwargs)))
+
+    async def authenticate(self, request: Request) -> None:
+        """Refuse a request without a good key. Every route calls it first."""
+        await self.caller(request)
+
+    async def caller(self, request: Request, scope: str = "read") -> Caller:
+        """Return who asks. Raises AuthenticationError, PermissionDeniedError without the scope, StoreError
+        when the database does not answer.
+        """
+        known = request.scope.setdefault("state", {})
+        if "caller" not in known:
+            try:
+                known["caller"] = await self._identify(request)
+            except AuthenticationError:
+                self.metrics.refuse("unauthenticated")
+                raise
+        caller: Caller = known["caller"]
+        try:
+            caller.require(scope)
+        except PermissionDeniedError:
+            self.metrics.refuse("forbidden")
+            raise
+        return caller
+
+    async def admit(self, request: Request, *, scope: str, model: str | None) -> StoreTicket:
+        """Let a request in that will run on a model, and return its ticket; see `bise.server.ticket.Gate`."""
+        caller = await self.caller(request, scope)
+        key = caller.key
+        if key is not None and model is not None and not key.allows_model(self._name_of(model)):
+            self.metrics.refuse("forbidden")
+            raise PermissionDeniedError("this key may not use that model", field="model")
+        if len(self._unwritten) >= MAX_UNWRITTEN:
+            raise StoreError("usage cannot be recorded now; try again soon")
+        idempotency_key = caller.idempotency_key or await self._idempotency_key(request)
+        reservation = None
+        if key is not None:
+            try:
+                reservation = await self.offload(self.store.limits.reserve, key)
+            except RateLimitError:
+                self.metrics.refuse("rate_limit")
+                raise
+            self._open[reservation.id] = reservation
+        request_id = str(request.scope["state"].get("request_id", ""))
+        share = secrets.token_hex(8)
+        self._shares.enter(share)
+        return StoreTicket(
+            gate=self,
+            share=share,
+            caller=caller,
+            reservation=reservation,
+            guard=Guard(key.rules) if key is not None and key.rules else None,
+            draft=LedgerRow(
+                request_id=request_id,
+                key_id=caller.key_id,
+                owner=caller.owner,
+                endpoint=request.scope["path"][:200],
+                model="",
+                idempotency_key=idempotency_key,
+            ),
+        )
+
+    def cost(self, model: str, prompt: int, cached: int, completion: int) -> Decimal | None:
+        """Return what tokens cost by the price book; None for a model without a price."""
+        price = self.store.prices.get(model)
+        return None if price is None else price.of(prompt, cached, completion)
+
+    def extend(
+        self, reservation: Reservation, key: KeyInfo, model: str, prompt: int, most: int
+    ) -> Reservation:
+        """Reserve tokens and their price. RateLimitError gives the place up; PermissionDeniedError when the
+        key has a limit in money and the model has no price.
+        """
+        cost = self.cost(model, prompt, 0, most)
+        if cost is None and key.limits.money_per_month is not None:
+            raise PermissionDeniedError(
+                "this key has a limit in money, and the model has no price; an admin can set one with "
+                "`bise prices set`",
+                field="model",
+            )
+        try:
+            return self.store.limits.extend(reservation, key, prompt + most, cost or Decimal(0))
+        except RateLimitError:
+            self._open.pop(reservation.id, None)
+            self.metrics.refuse("rate_limit")
+            raise
+
+    def record(self, row: LedgerRow, reservation: Reservation | None, share: str) -> None:
+        """Finish a row (energy, costs), write it and settle the reservation, in one transaction."""
+        machine_s, energy_j = self._shares.leave(share)
+        if reservation is not None:
+            self._open.pop(reservation.id, None)
+        at = self.store.clock()
+        row = replace(row, energy_j=energy_j)
+        try:
+            row = replace(
+                row,
+                cost=self.cost(row.model, row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+                house_cost=self.store.prices.rates().of(machine_s, energy_j),
+            )
+            self._write(row, reservation, at)
+        except StoreError:
+            logger.warning(
+                "event=ledger_row_waits request_id=%s waiting=%d", row.request_id, len(self._unwritten) + 1
+            )
+            self._unwritten.append(_Unwritten(row=row, reservation=reservation, at=at))
+
+    def write_late(self) -> int:
+        """Write rows that wait for the database, oldest first; return how many still wait."""
+        with self._writing_late:
+            while self._unwritten:
+                entry = self._unwritten[0]
+                row = entry.row
+                try:
+                    cost = self.cost(row.model, row.prompt_tokens, row.cached_tokens, row.completion_tokens)
+                    self._write(replace(row, cost=cost), entry.reservation, entry.at)
+                except StoreError:
+                    break
+                self._unwritten.popleft()
+            return len(self._unwritten)
+
+    def _write(self, row: LedgerRow, reservation: Reservation | None, at: float) -> None:
+        tokens = row.prompt_tokens + row.completion_tokens
+        with self.store.database.writing() as session:
+            is_new = self.store.ledger.record(row, session, at)
+            if reservation is not None:
+                self.store.limits.settle(
+                    reservation, tokens, row.cost or Decimal(0), session, at=at, is_billed=is_new
+                )
+        if is_new:
+            self.metrics.count(row)
+
+    async def _identify(self, request: Request) -> Caller:
+        internal = request.scope.get(INTERNAL)
+        if internal is not None:
+            return cast(Caller, internal)
+        presented = _presented_key(request)
+        if presented is not None:
+            try:
+                key = await self.offload(self.store.keys.verify, presented)
+            except AuthenticationError:
+                # Clients insist on a key; where none is needed anything goes that is not meant to be ours.
+                if presented.startswith(KEY_PREFIX) or not await self._needs_no_key(request):
+                    raise
+            else:
+                return Caller(owner=key.owner, scopes=key.scopes, key=key)
+        elif not await self._needs_no_key(request):
+            raise AuthenticationError("an API key is needed: send it as `Authorization: Bearer KEY`")
+        scopes = {"inference"} if self._access is Access.OPEN else {"inference", "metrics", "admin"}
+        return Caller(owner=LOCAL_OWNER, scopes=frozenset(scopes))
+
+    async def _needs_no_key(self, request: Request) -> bool:
+        if self._access is not Access.AUTO:
+            return self._access is Access.OPEN
+        client = request.client
+        if not self._is_local_only or client is None or not is_loopback(client.host):
+            return False
+        if not self._has_keys:
+            self._has_keys = await self.offload(self.store.keys.any_exist)
+        return not self._has_keys
+
+    async def _idempotency_key(self, request: Request) -> str | None:
+        """Return what a retry shares with its first attempt: the client's key and the very same body."""
+        given = request.headers.get("idempotency-key")
+        if given is None:
+            return None
+        if not 0 < len(given) <= MAX_IDEMPOTENCY_KEY or not given.isprintable():
+            raise RequestError(
+                f"Idempotency-Key must have 1 to {MAX_IDEMPOTENCY_KEY} printable characters",
+                field="Idempotency-Key",
+            )
+        body = (await request.body()).decode("latin-1")
+        return keyed_hash(self.store.secret, "idempotency", f"{given}\0{body}").hex()
+
+    def _name_of(self, model: str) -> str:
+        try:
+            return self._canonical(model)
+        except Exception:  # an unknown model is refused further on, by whoever knows models
+            return model
+
+    async def _keep_writing(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if self._unwritten:
+                await self.offload(self.write_late)
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 3)
+            try:
+                await self.offload(self.store.limits.renew, list(self._open))
+            except StoreError:
+                continue
+
+
+def _presented_key(request: Request) -> str | None:
+    """Return the key in `Authorization: Bearer` or `x-api-key`; two that differ are refused."""
+    found: set[str] = set()
+    authorization = request.headers.get("authorization")
+    if authorization is not None:
+        scheme, _, value = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            raise AuthenticationError("the Authorization header must be `Bearer KEY`")
+        found.add(value.strip())
+    found.update(value.strip() for value in request.headers.getlist("x-api-key"))
+    if len(found) > 1:
+        raise AuthenticationError("two different API keys were sent")
+    return found.pop() if found else None
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreTicket:
+    """The right to run one request; see `bise.server.ticket.Ticket`."""
+
+    gate: StoreGate
+    share: str
+    caller: Caller
+    reservation: Reservation | None
+    guard: Guard | None
+    draft: LedgerRow
+    _rule: str | None = None
+    _headers: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def tenant(self) -> str:
+        """Id of the key, or the owner where there is none."""
+        return self.caller.key_id or self.caller.owner
+
+    @property
+    def priority(self) -> int:
+        """The key's priority; background work comes after everything else."""
+        priority = 0 if self.caller.key is None else self.caller.key.limits.priority
+        return priority + BACKGROUND_PRIORITY if self.caller.is_background else priority
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The key's limits and what is left of them."""
+        return {} if self.reservation is None else rate_headers(self.reservation)
+
+    @property
+    def checks_output(self) -> bool:
+        """True when the key has rules for answers."""
+        return self.guard is not None and self.guard.watches_output
+
+    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
+        """Book the most that the request can use."""
+        if self.reservation is None or self.caller.key is None:
+            return
+        held = self.reservation
+        try:
+            self.reservation = await self.gate.offload(
+                self.gate.extend, held, self.caller.key, model, prompt_tokens, max_tokens
+            )
+        except RateLimitError:
+            self.reservation = None  # the place is given up
+            raise
+
+    def check_input(self, texts: Sequence[str]) -> None:
+        """Refuse prompts that break a rule."""
+        self._check(texts, "input")
+
+    def check_output(self, text: str) -> None:
+        """Refuse an answer that breaks a rule."""
+        self._check([text], "output")
+
+    def _check(self, texts: Sequence[str], stage: str) -> None:
+        rule = None if self.guard is None else self.guard.broken_rule(texts, stage)
+        if rule is not None:
+            self._rule = rule
+            what = "prompt" if stage == "input" else "answer"
+            raise ContentPolicyError(f"the {what} breaks this key's guardrail '{rule}'")
+
+    async def finish(
+        self,
+        *,
+        model: str | None,
+        usage: Usage | None,
+        timings: Timings | None,
+        finish_reason: str | None,
+        error_code: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        """Settle and record, once."""
+        fields: dict[str, Any] = {"model": model or "", "adapter": adapter, "rule": self._rule}
+        if usage is not None:
+            names = ("prompt_tokens", "cached_tokens", "completion_tokens")
+            fields |= {name: getattr(usage, name) for name in names}
+        if timings is not None:
+            fields |= {name: getattr(timings, name) for name in ("queue_s", "prefill_s", "decode_s")}
+        row = replace(self.draft, finish_reason=finish_reason, error_code=error_code, **fields)
+        await self.gate.offload(self.gate.record, row, self.reservation, self.share)
+
+
+BACKGROUND_PRIORITY = 1000
+"""Added to the priority of batch work: every interactive request runs before it."""
+
+
+def rate_headers(reservation: Reservation) -> dict[str, str]:
+    """Return the `x-ratelimit` headers as OpenAI and Mistral write them."""
+    headers: dict[str, str] = {}
+    for what, allowance in (("requests", reservation.requests), ("tokens", reservation.tokens)):
+        if allowance is not None:
+            headers |= _allowance_headers(what, allowance)
+    return headers
+
+
+def _allowance_headers(what: str, allowance: Allowance) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{what}": str(allowance.limit),
+        f"x-ratelimit-remaining-{what}": str(allowance.remaining),
+        f"x-ratelimit-reset-{what}": f"{allowance.reset_s:.3f}s",
+        f"x-ratelimit-limit-{what}-minute": str(allowance.limit),
+        f"x-ratelimit-remaining-{what}-minute": str(allowance.remaining),
+    }

@@ -1,0 +1,95 @@
+"""Energy and machine time, shared out among the requests that run at the same time so that shares add up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+MICRO = 1e-6
+
+
+class RaplMeter:
+    """The processors' own energy counters (Linux, RAPL). Reading them usually takes root."""
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
+        """Find the packages whose counters can be read."""
+        self._zones: list[tuple[Path, int]] = []
+        self._last: list[int] = []
+        self._total = 0
+        for zone in sorted(folder.glob("intel-rapl:[0-9]*")):
+            # intel-rapl:0 is a processor, intel-rapl:0:0 a part of it that is counted in it already.
+            if zone.name.count(":") != 1:
+                continue
+            try:
+                limit = int((zone / "max_energy_range_uj").read_text())
+                self._last.append(_read(zone))
+            except (OSError, ValueError):
+                continue
+            self._zones.append((zone, limit))
+
+    def joules(self) -> float | None:
+        """Return the energy used since this meter was made; None where it cannot be read."""
+        if not self._zones:
+            return None
+        for index, (zone, limit) in enumerate(self._zones):
+            try:
+                now = _read(zone)
+            except (OSError, ValueError):
+                return None
+            self._total += (now - self._last[index]) % (limit + 1)
+            self._last[index] = now
+        return self._total * MICRO
+
+
+def _read(zone: Path) -> int:
+    return int((zone / "energy_uj").read_text())
+
+
+@dataclass(slots=True)
+class _Share:
+    seconds: float = 0.0
+    joules: float | None = 0.0
+
+
+class Shares:
+    """Divides time and energy equally among those who run. Any thread."""
+
+    def __init__(
+        self,
+        joules: Callable[[], float | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`joules` is a counter that only grows, or None where there is none."""
+        self._joules = joules or (lambda: None)
+        self._clock = clock
+        self._running: dict[str, _Share] = {}
+        self._lock = threading.Lock()
+        self._at = clock()
+        self._energy = self._joules()
+
+    def enter(self, name: str) -> None:
+        """Begin a share."""
+        with self._lock:
+            self._divide()
+            self._running[name] = _Share()
+
+    def leave(self, name: str) -> tuple[float, float | None]:
+        """End a share; return its machine seconds and its joules (None where they cannot be measured)."""
+        with self._lock:
+            self._divide()
+            share = self._running.pop(name)
+        return share.seconds, share.joules
+
+    def _divide(self) -> None:
+        now, energy = self._clock(), self._joules()
+        seconds = now - self._at
+        joules = energy - self._energy if energy is not None and self._energy is not None else None
+        self._at, self._energy = now, energy
+        for share in self._running.values():
+            share.seconds += seconds / len(self._running)
+            known = share.joules is not None and joules is not None
+            share.joules = share.joules + joules / len(self._running) if known else None  # pyright: ignore[reportOptionalOperand]
