@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Continue a prompt.",
     "serve": "Serve models over Mistral's and OpenAI's API.",
     "inspect": "Show what a model file holds and what it costs to run.",
+    "replay": "Make an output again from its receipt and compare.",
     "score": "Give the log-probs and perplexity of texts or chats.",
     "quantize": "Pack a model into 4 or 8 bits on disk.",
     "plan": "Tell what fits in memory and how fast it can be.",

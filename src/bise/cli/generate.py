@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,11 +44,19 @@ DEFAULT_MAX_TOKENS = 256
 )
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option(
+    "--receipt",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what `bise replay` needs to confirm the output; it holds the prompt as token ids.",
+)
+@click.option("--receipt-without-prompt", is_flag=True, help="Leave the prompt out of the receipt.")
 def command(model: str | None, **values: Any) -> None:
     """Continue a prompt.
 
     The prompt is taken as it is, without a chat template (see `bise chat --message`).
     """
+    from bise.engine.receipt import make_receipt, receipt_params, write_receipt
     from bise.engine.request import FinishReason, Request
 
     load, sampling = pop_load_options(values), pop_sampling_options(values)
@@ -58,6 +67,8 @@ def command(model: str | None, **values: Any) -> None:
     params = sampling.params(
         max_tokens=values["max_tokens"], logprobs=values["logprobs"], ignore_eos=values["ignore_eos"]
     )
+    receipt: Path | None = values["receipt"]
+    _check_receipt(receipt, without_prompt=values["receipt_without_prompt"])
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
     with open_model(model, load) as loaded:
@@ -66,8 +77,19 @@ def command(model: str | None, **values: Any) -> None:
         room = loaded.engine.max_context - len(ids)
         if params.max_tokens is None and room > DEFAULT_MAX_TOKENS:
             params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+        if receipt is not None:
+            params = receipt_params(params, room)
         request = Request(token_ids=ids, params=params, continuation=bool(prompt))
         answer = ask(loaded, request, ignore_text if as_json else write_text)
+        if receipt is not None:
+            made = make_receipt(
+                loaded,
+                request,
+                answer.logprobs,
+                answer.finish_reason,
+                keeps_prompt=not values["receipt_without_prompt"],
+            )
+            write_receipt(made, receipt)
         if as_json:
             fields: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids}
             if values["logprobs"] is not None:
@@ -79,3 +101,15 @@ def command(model: str | None, **values: Any) -> None:
             aside(f"(stopped by the limit of {len(answer.token_ids)} tokens; --max-tokens raises it)")
         if on_terminal(sys.stderr):
             aside(answer.speed_line(loaded.engine.max_context))
+
+
+def _check_receipt(receipt: Path | None, *, without_prompt: bool) -> None:
+    """Refuse, before any work, a receipt that could not be written."""
+    if receipt is None:
+        if without_prompt:
+            raise click.UsageError("--receipt-without-prompt needs --receipt FILE")
+        return
+    if receipt.exists() or receipt.is_symlink():
+        raise click.UsageError(f"--receipt {receipt} exists; remove it or name another file")
+    if not receipt.absolute().parent.is_dir():
+        raise click.UsageError(f"--receipt {receipt}: there is no such folder")
