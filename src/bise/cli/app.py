@@ -13,8 +13,9 @@ from importlib import import_module
 import click
 
 from bise import __version__
+from bise.cli.config_file import config_path, defaults_of, read_config
 from bise.config import colour_wanted, debug_enabled
-from bise.errors import BiseError
+from bise.errors import BiseError, ConfigError
 
 VERBS = {
     "chat": "Talk to a model; the embedded one when none is named.",
@@ -26,7 +27,11 @@ VERBS = {
     "quantize": "Pack a model into 4 or 8 bits on disk.",
     "plan": "Tell what fits in memory and how fast it can be.",
     "bench": "Measure prefill and decode speed on this machine.",
+    "keys": "Make, list and revoke API keys.",
+    "usage": "Tell who used what: requests, tokens, time, energy and cost.",
+    "prices": "Show or change the price book.",
     "models": "List the models on this machine and the known aliases.",
+    "config": "Show the configuration that counts.",
     "doctor": "Check this machine and this installation.",
 }
 """Every verb with the first line of its help; the module `bise.cli.<verb>` holds its `command`."""
@@ -40,10 +45,16 @@ class LazyGroup(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return the verb; None when there is none of that name."""
+        """Import and return the verb, its defaults from the configuration file; None when there is none."""
         if cmd_name not in VERBS:
             return None
         command: click.Command = import_module(f"bise.cli.{cmd_name}").command
+        if ctx is not None and (tables := read_config()):
+            if unknown := tables.keys() - VERBS.keys():
+                raise ConfigError(
+                    f"{config_path()}: [{min(unknown)}] is no command of bise", field=min(unknown)
+                )
+            ctx.default_map = {cmd_name: defaults_of(cmd_name, command, tables.get(cmd_name, {}))}
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -88,7 +99,8 @@ def _run(args: list[str] | None) -> int:
     try:
         # Not bise.main(): it would turn a closed pipe into exit code 1.
         colour = None if colour_wanted() else False
-        with bise.make_context("bise", sys.argv[1:] if args is None else args, color=colour) as context:
+        arguments = sys.argv[1:] if args is None else args
+        with bise.make_context("bise", arguments, color=colour, auto_envvar_prefix="BISE") as context:
             bise.invoke(context)
         sys.stdout.flush()
         return 0
