@@ -62,6 +62,7 @@ class PrefixFile:
         """Use a file in `directory` that is named after model, KV format and version; of at most
         `max_bytes`.
         """
+        self.model_id = model_id
         self._identity = {"model": model_id, "kv": kv_format, "version": version}
         key = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
         self.path = directory / f"{key[:40]}.kv"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bise import __version__
+from bise.cache.prefix_file import PrefixFile
 from bise.config import default_threads
 from bise.diskfile import require_inside
 from bise.engine.engine import Engine
@@ -18,6 +20,8 @@ from bise.engine.memory import (
     require_weights,
     weight_bytes,
 )
+from bise.engine.pace import Pace
+from bise.engine.receipt import NUMERICS_VERSION
 from bise.engine.speculation import Speculation
 from bise.errors import ConfigError, MemoryPlanError, ModelFileError
 from bise.kernels import Ops
@@ -32,6 +36,12 @@ from bise.text.template import ChatTemplate, load_template, template_from_gguf
 from bise.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 Progress = Callable[[str, float], None]
+
+STEP_SECONDS = 0.5
+"""What a step should last at most while others wait for it: the gap between two words that a reader bears."""
+
+PREFIX_FILE_BYTES = 1 << 30
+"""Largest file of cached prefixes."""
 
 
 @dataclass(slots=True)
@@ -92,13 +102,16 @@ def load_model(
     context: int | None = None,
     max_sequences: int = 1,
     threaded: bool = True,
+    prefix_cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model at `path` and start its engine.
 
     `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
     together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
-    holds. `max_sequences` full contexts can run at once. Raises UserError for everything the caller can mend.
+    holds. `max_sequences` full contexts can run at once. With `prefix_cache_dir` cached prefixes are written
+    there when the engine closes, up to 1 GiB, and found again by the next one. Raises UserError for
+    everything the caller can mend.
     """
     source = open_model(path)
     kv_format = checked_kv_format(kv, quant)
@@ -117,6 +130,7 @@ def load_model(
     temperature = suggested_temperature(source.path)
     packed, notes = load_packed(source, quant, ops, progress)
     transformer = Transformer(source.config, packed.weights(ops), ops)
+    prefix_file = _prefix_file(prefix_cache_dir, source, quant, kv_format)
     engine = Engine(
         transformer,
         ops,
@@ -127,11 +141,29 @@ def load_model(
         max_context=tokens,
         max_step_tokens=STEP_TOKENS,
         max_sequences=max(max_sequences, 8),
+        prefix_file=prefix_file,
+        model_id=str(path) if prefix_file is None else prefix_file.model_id,
         speculation=Speculation(),
+        pace=Pace(STEP_SECONDS),
         threaded=threaded,
     )
     return LoadedModel(
         source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature, ops
+    )
+
+
+def _prefix_file(
+    directory: Path | None, source: ModelSource, quant: str, kv_format: str
+) -> PrefixFile | None:
+    """Return where this model's cached prefixes are kept over restarts."""
+    if directory is None:
+        return None
+    return PrefixFile(
+        directory,
+        model_id=f"{content_hash(source)} {quant}",
+        kv_format=kv_format,
+        version=f"{__version__} {NUMERICS_VERSION}",
+        max_bytes=PREFIX_FILE_BYTES,
     )
 
 
