@@ -160,7 +160,7 @@ def test_right_guesses_take_fewer_steps(hash_engine):
     assert num_plain == 53
     # The first token comes from the prompt's step, every other step gives one token and its guesses.
     assert len(model.batches) == 1 + (53 - 1) // (1 + MAX_DRAFT)
-    assert engine._speculation.stats.num_accepted == 52 - 4
+    assert engine.speculation.stats.num_accepted == 52 - 4
 
 
 def test_repeats_are_found_and_used(hash_engine):
@@ -283,7 +283,7 @@ def test_the_gate_learns_from_the_engine_s_own_steps(hash_engine):
     engine.submit(ask("abc", temperature=0, max_tokens=200)).result()
     # Every step lasts one tick here, so guesses are free and soon taken.
     assert len(model.batches) < 80
-    stats = engine._speculation.stats
+    stats = engine.speculation.stats
     assert 0 < stats.num_guessing_steps < stats.num_steps == len(model.batches) - 1
     assert stats.num_accepted <= stats.num_drafted
     assert np.isclose(stats.lost_s, 0)

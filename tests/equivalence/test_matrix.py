@@ -196,7 +196,7 @@ def check(cpu_model, byte_tokenizer, known):
         if way.is_tight and way.batch == MOST and way.chunk == 512:
             assert stats.num_preemptions > 0
         if way.guesses == "known" and way.chunk > 6:
-            assert 0 < engine._speculation.stats.num_accepted < engine._speculation.stats.num_drafted
+            assert 0 < engine.speculation.stats.num_accepted < engine.speculation.stats.num_drafted
 
     return compare
 

@@ -117,7 +117,8 @@ class Engine:
         """Compiles what `Request.grammar` may be. `submit` does it in the calling thread, for up to a second;
         ask `grammars.prepare` in a thread of your own first where that is too long.
         """
-        self._speculation = speculation
+        self.speculation = speculation
+        """Guesses tokens ahead; None: one token per step."""
         self._pace = pace
         self._clock = clock
         self._places = Places(max_queue, max_tenant_queue, clock)
@@ -261,8 +262,8 @@ class Engine:
                 self._start(row.sequence)
                 self._prompt_tokens += row.sequence.num_prompt
                 self._cached_tokens += row.sequence.num_cached or 0
-        if self._speculation is not None:
-            step = self._speculation.extend(step, self._scheduler)
+        if self.speculation is not None:
+            step = self.speculation.extend(step, self._scheduler)
         began = self._clock()
         try:
             hidden, wanted = self._runner.forward(step)
@@ -276,8 +277,8 @@ class Engine:
             pace.observe(step.num_tokens, self._clock() - began)
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
-        if self._speculation is not None:
-            self._speculation.settle(step)
+        if self.speculation is not None:
+            self.speculation.settle(step)
         return True
 
     def _take_inbox(self) -> None:

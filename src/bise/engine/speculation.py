@@ -76,6 +76,12 @@ class Speculation:
         """Counts of what was guessed and what came true."""
         return self._payoff.stats
 
+    def forget(self) -> None:
+        """Forget prices, chances and counts, as if the engine had just started."""
+        self._payoff = Payoff()
+        self._chances = Chances(_PRIORS, 8)
+        self._guesses = []
+
     def extend(self, step: Step, scheduler: Scheduler) -> Step:
         """Return the step with as many guesses behind its rows as are worth it; none when it has prefills or
         too many rows.
