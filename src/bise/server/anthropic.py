@@ -34,8 +34,8 @@ async def create_message(request: Request) -> Response:
     job = await service.open(request, model=body.model)
     try:
         plan = await service.offload(plan_chat, job, body.chat(), ChatOptions())
-        await job.start(plan.requests)
-        answer = MessageAnswer(job, plan.reading.reader())
+        generation = await job.start(plan.requests)
+        answer = MessageAnswer(job, plan.reading.reader(job.loaded.tokenizer, generation.seeds[0]))
         if body.stream:
             return EventStream(
                 job, answer.events(), finish_reason=answer.finish_reason, on_error=_error_event
@@ -156,7 +156,7 @@ def _block_body(block: Block, text: str) -> dict[str, Any]:
     if block.kind is Kind.THOUGHT:
         return {"type": "thinking", "thinking": text, "signature": ""}
     assert block.call is not None
-    arguments = json.loads(text) if text else {}
+    arguments: object = json.loads(text) if text else {}
     name = block.call["function"]["name"]
     return {"type": "tool_use", "id": block.call["id"], "name": name, "input": arguments}
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
 from bise.server import absent, anthropic, chat, completions, fim, models, responses, tokens
-from bise.server.edge import AsgiApp, Edge, Reach
+from bise.server.edge import Edge, Reach
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
 from bise.server.problem import ApiError, as_api_error, error_response
@@ -35,7 +35,7 @@ def create_app(
     reach: Reach | None = None,
     routers: Sequence[APIRouter] = (),
     prepare: Callable[[FastAPI], None] | None = None,
-) -> AsgiApp:
+) -> Application:
     """Return the ASGI application over `fleet`; `application.service` is its state.
 
     `routers` are further routes (files, batches, admin, metrics); `prepare` may put things on `app.state`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -81,7 +81,7 @@ def _parse(data: bytes, model: type[M], service: Service) -> M:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return validate(value, model)
+    return validate(cast(object, value), model)
 
 
 def validate(value: object, model: type[M]) -> M:

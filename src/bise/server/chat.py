@@ -40,11 +40,12 @@ async def create_chat_completion(request: Request) -> Response:
             choices=body.n or 1,
             rivals=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_rivals=(body.top_prompt_logprobs or 0) if body.prompt_logprobs else None,
+            thinking_parts=request.headers.get("user-agent", "").startswith("mistral-client"),
             usage_chunk=body.wants_usage_chunk,
         )
         plan = await service.offload(plan_chat, job, body, options)
-        chat = ChatAnswer(job, options, plan.reading, plan.prefix)
         await job.start(plan.requests)
+        chat = ChatAnswer(job, options, plan.reading, plan.prefix)
         return await chat.respond(stream=bool(body.stream))
     except BaseException as error:
         await job.finish(None, error)
@@ -59,18 +60,21 @@ class ChatOptions:
     rivals: int | None = None
     """Most likely tokens shown beside each log-prob; None: no log-probs."""
     prompt_rivals: int | None = None
+    thinking_parts: bool = False
+    """Thoughts are parts of the content, as Mistral's own client reads them."""
     usage_chunk: bool | None = None
     """See `SamplingFields.wants_usage_chunk`."""
 
 
 class ChatAnswer:
-    """One chat completion on its way."""
+    """One chat completion on its way; made when the job has been started."""
 
     def __init__(self, job: Job, options: ChatOptions, reading: Reading, prefix: str | None = None) -> None:
         self._job = job
         self._options = options
         self._openers = [_Opener(prefix) for _ in range(options.choices)]
-        self._readers = [reading.reader() for _ in range(options.choices)]
+        assert job.generation is not None
+        self._readers = [reading.reader(job.loaded.tokenizer, seed) for seed in job.generation.seeds]
         self._reasons: list[str | None] = [None] * options.choices
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
@@ -119,7 +123,9 @@ class ChatAnswer:
             "refusal": None,
             "prefix": False,
         }
-        if thoughts:
+        if thoughts and self._options.thinking_parts:
+            message["content"] = [_thinking(thoughts), {"type": "text", "text": content}]
+        elif thoughts:
             message |= {"reasoning_content": thoughts, "reasoning": thoughts}
         choice: dict[str, object] = {
             "index": index,
@@ -166,7 +172,12 @@ class ChatAnswer:
             pieces = [*pieces, *reader.end(delta)]
         opener = self._openers[index]
         pieces = [replace(piece, text=opener.rest(piece.text)) for piece in pieces]
-        bodies = [_piece_body(piece) for piece in pieces if piece.text or piece.thought or piece.calls]
+        parts = self._options.thinking_parts
+        bodies = [
+            _piece_body(piece, thinking_parts=parts)
+            for piece in pieces
+            if piece.text or piece.thought or piece.calls
+        ]
         logprobs = self._logprobs(delta) if delta.logprobs else None
         extra: dict[str, object] = {}
         if self._options.prompt_rivals is not None and delta.prompt_logprobs:
@@ -240,11 +251,18 @@ class _Opener:
         return text
 
 
-def _piece_body(piece: Piece) -> dict[str, Any]:
+def _thinking(text: str) -> dict[str, object]:
+    return {"type": "thinking", "thinking": [{"type": "text", "text": text}]}
+
+
+def _piece_body(piece: Piece, *, thinking_parts: bool) -> dict[str, Any]:
     body: dict[str, Any] = {}
-    if piece.text:
+    if piece.thought and thinking_parts:
+        text = [{"type": "text", "text": piece.text}] if piece.text else []
+        body["content"] = [_thinking(piece.thought), *text]
+    elif piece.text:
         body["content"] = piece.text
-    if piece.thought:
+    if piece.thought and not thinking_parts:
         body |= {"reasoning_content": piece.thought, "reasoning": piece.thought}
     if piece.calls:
         body["tool_calls"] = piece.calls
@@ -265,7 +283,7 @@ def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
     """Encode a conversation; in a thread of text work. Raises RequestError for what cannot be honoured."""
     messages = prepared(body.messages, safe_prompt=bool(body.safe_prompt))
     job.ticket.check_input([str(message.get("content") or "") for message in messages])
-    reading = Reading.of(job.loaded, body)
+    reading = Reading.of(job, body)
     ids = encoded(job, messages, reading.shown_tools)
     prefix = prefix_of(messages)
     shown = [count for count in (options.rivals, options.prompt_rivals) if count is not None]

@@ -176,14 +176,15 @@ class BoundedConnection(HttpToolsProtocol):
         refusal = self._refusal or ApiError(400, "this is not a valid HTTP/1.1 request", code="invalid_http")
         if self._is_lingering or self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle.response_started or self.pipeline:
+        cycle = cast(Any, self.cycle)  # uvicorn's annotation leaves out the None before the first request
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started or self.pipeline:
                 # An answer is under way; a second one inside it would be read as its body.
                 self.transport.close()
                 return
             # The application's own answer, if it comes, must not follow this one.
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            cycle.disconnected = True
+            cycle.message_event.set()
         body = json.dumps(error_body(refusal)).encode()
         head = (
             f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
@@ -206,6 +207,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _check_framing(self) -> None:
         """Refuse messages whose end two readers could see at different places, and unknown versions."""
+        assert self.parser is not None
         names = [name for name, _ in self.headers]
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         version = self.parser.get_http_version()

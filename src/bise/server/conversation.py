@@ -33,7 +33,7 @@ Message = dict[str, Any]
 def call_id(seed: str) -> str:
     """Return nine letters and digits that depend on `seed` alone."""
     number = int.from_bytes(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest()[:8])
-    letters = []
+    letters: list[str] = []
     for _ in range(9):
         number, index = divmod(number, len(_ALPHABET))
         letters.append(_ALPHABET[index])
@@ -54,6 +54,8 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
             for key, value in message.items()
             if key not in _UNUSED or (key == "name" and message.get("role") == "tool")
         }
+        if isinstance(kept.get("content"), list):
+            kept["content"] = [_plain_part(part) for part in kept["content"]]
         if kept.get("role") == "assistant" and kept.get("tool_calls"):
             kept["tool_calls"] = _with_ids(kept["tool_calls"], index)
             unanswered = [call["id"] for call in kept["tool_calls"]]
@@ -61,6 +63,22 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
             kept["tool_call_id"] = _answered(kept.get("tool_call_id"), unanswered)
         result.append(kept)
     return _with_safe_prompt(result) if safe_prompt else result
+
+
+def _plain_part(part: object) -> object:
+    """Return a thinking part with its text as one string, as the chat formats take it; others as they are."""
+    fields = cast(Message, part) if isinstance(part, dict) else {}
+    thoughts = fields.get("thinking")
+    if fields.get("type") != "thinking" or not isinstance(thoughts, list):
+        return part
+    entries = [
+        cast(Message, entry) if isinstance(entry, dict) else {} for entry in cast(list[object], thoughts)
+    ]
+    if not all(isinstance(entry.get("text"), str) for entry in entries):
+        return part
+    closed = fields.get("closed")
+    text = "".join(entry["text"] for entry in entries)
+    return {"type": "thinking", "thinking": text, "closed": True if closed is None else closed}
 
 
 def _with_ids(calls: object, index: int) -> list[Message]:

@@ -26,8 +26,8 @@ async def create_fim_completion(request: Request) -> Response:
     job = await service.open(request, model=body.model)
     try:
         wanted = await service.offload(_plan, job, body)
-        answer = ChatAnswer(job, ChatOptions(usage_chunk=body.wants_usage_chunk), Reading())
         await job.start([wanted])
+        answer = ChatAnswer(job, ChatOptions(usage_chunk=body.wants_usage_chunk), Reading())
         return await answer.respond(stream=bool(body.stream))
     except BaseException as error:
         await job.finish(None, error)

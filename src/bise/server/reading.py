@@ -1,21 +1,27 @@
-"""How an answer is read: plain text, thoughts, tool calls; and the grammar that makes it so.
+"""How an answer is read: text, thoughts, tool calls; and the grammar that makes it so.
 
-Owns the translation of tool_choice and response_format into what the engine enforces.
+Owns the translation of tools, tool_choice and response_format into what the engine enforces.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bise.engine.request import Delta, FinishReason
 from bise.errors import RequestError
 from bise.grammar.spec import GrammarSpec
+from bise.text.messages import parse_tools
+from bise.text.tool_calls import CallForm, CallReader, ReadCall, call_form
 
 if TYPE_CHECKING:
-    from bise.engine.load import LoadedModel
-    from bise.server.chat_schema import ChatRequest, ResponseFormat
+    from bise.server.chat_schema import ChatRequest, ResponseFormat, ToolChoice
+    from bise.server.service import Job
+    from bise.text.tokenizer import Tokenizer
+
+_OPEN, _CLOSE = "[THINK]", "[/THINK]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +41,54 @@ class Reading:
     grammar: GrammarSpec | None = None
     shown_tools: Sequence[dict[str, Any]] | None = None
     """The tools that the model is told of."""
+    form: CallForm | None = None
+    """How calls are written; None when none can come."""
+    forced: bool = False
+    """The answer consists of calls."""
+    thinks: bool = False
 
     @classmethod
-    def of(cls, loaded: LoadedModel, body: ChatRequest) -> Reading:
+    def of(cls, job: Job, body: ChatRequest) -> Reading:
         """Return how the answer to `body` is read. Raises RequestError for what cannot be enforced."""
-        if body.tools and body.tool_choice != "none":
-            raise RequestError("tools are not supported yet", field="tools")
-        if body.reasoning_effort not in (None, "none") or body.prompt_mode is not None:
-            field_name = "prompt_mode" if body.prompt_mode else "reasoning_effort"
-            raise RequestError(f"{field_name}: this model does not think before it answers", field=field_name)
-        return cls(grammar=format_grammar(body.response_format))
+        thinks = job.traits.thinks
+        for name, wanted in (("prompt_mode", body.prompt_mode), ("reasoning_effort", body.reasoning_effort)):
+            if wanted not in (None, "none") and not thinks:
+                raise RequestError(f"{name}: this model does not think before it answers", field=name)
+        if body.reasoning_effort == "none" and thinks:
+            raise RequestError("reasoning_effort: this model always thinks", field="reasoning_effort")
+        grammar = format_grammar(body.response_format)
+        if not body.tools or job.loaded.template is None:
+            return cls(grammar=grammar, thinks=thinks)
+        choice, name, allowed = _choice(body.tool_choice)
+        tools = [tool for tool in body.tools if allowed is None or _name_of(tool) in allowed]
+        specs = parse_tools(tools)
+        form = call_form(job.loaded.template.name, job.loaded.tokenizer)
+        forced = name is not None or choice in ("any", "required")
+        if grammar is not None and choice != "none":
+            raise RequestError(
+                "response_format and tools that may be called cannot be kept together; set tool_choice: none",
+                field="response_format",
+            )
+        if grammar is None:
+            from bise.grammar.tools import tool_calls_spec
 
-    def reader(self) -> Reader:
-        """Return a reader for one choice."""
-        return Reader()
+            parallel = body.parallel_tool_calls is not False
+            grammar = tool_calls_spec(form, specs, choice, name=name, parallel=parallel)
+        calls = choice != "none"
+        return cls(
+            grammar=grammar,
+            shown_tools=tools if calls or form is not CallForm.BARE else None,
+            form=form if calls else None,
+            forced=forced,
+            thinks=thinks,
+        )
+
+    def reader(self, tokenizer: Tokenizer, seed: int) -> Reader:
+        """Return a reader for one choice; `seed` is the one in use."""
+        calls = None
+        if self.form is not None:
+            calls = CallReader(self.form, tokenizer, seed=seed, forced=self.forced)
+        return Reader(calls=calls, thoughts=_Thoughts(tokenizer) if self.thinks else None)
 
 
 def format_grammar(form: ResponseFormat | None) -> GrammarSpec | None:
@@ -65,22 +105,107 @@ def format_grammar(form: ResponseFormat | None) -> GrammarSpec | None:
     )
 
 
+def _choice(choice: ToolChoice | None) -> tuple[str, str | None, frozenset[str] | None]:
+    """Return (mode, the one tool to call, names of the tools that may be called or None for all)."""
+    from bise.server.chat_schema import NamedTool
+
+    if choice is None:
+        return "auto", None, None
+    if isinstance(choice, str):
+        return choice, None, None
+    if isinstance(choice, NamedTool):
+        return "auto", choice.function.name, None
+    names = frozenset(_name_of(tool) for tool in choice.allowed_tools.tools)
+    return choice.allowed_tools.mode, None, names
+
+
+def _name_of(tool: object) -> str:
+    """Return the function's name in a tool of either form; "" when it has none."""
+    fields = cast(dict[str, Any], tool) if isinstance(tool, dict) else {}
+    function = fields.get("function", fields)
+    name = cast(dict[str, Any], function).get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 @dataclass(slots=True)
 class Reader:
     """Reads the deltas of one choice."""
 
-    calls: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    calls: CallReader | None = None
+    thoughts: _Thoughts | None = None
+    num_calls: int = field(default=0, init=False)
 
     def feed(self, delta: Delta) -> list[Piece]:
         """Return what a delta says."""
-        return [Piece(text=delta.text)] if delta.text else []
+        thought, text = "", delta.text
+        if self.calls is not None:
+            read = self.calls.push(delta.token_ids, text)
+            return self._said(delta, read.text + read.broken, read.calls)
+        if self.thoughts is not None:
+            thought, text = self.thoughts.split(delta)
+        return [Piece(text, thought)] if text or thought else []
 
     def end(self, delta: Delta) -> list[Piece]:
-        """Return what was held back."""
-        return []
+        """Return what was held back until the last delta."""
+        if self.calls is None:
+            return []
+        read = self.calls.finish()
+        return self._said(None, read.text + read.broken, read.calls)
 
     def finish_reason(self, delta: Delta) -> str:
         """Return `stop`, `length` or `tool_calls` for a sequence's last delta."""
-        if self.calls:
+        if self.num_calls:
             return "tool_calls"
         return "stop" if delta.finish_reason is FinishReason.STOP else "length"
+
+    def _said(self, delta: Delta | None, text: str, calls: Sequence[ReadCall]) -> list[Piece]:
+        thought = ""
+        if self.thoughts is not None and delta is not None:
+            thought, text = self.thoughts.cut(delta, text)
+        pieces = [Piece(text, thought)] if text or thought else []
+        if calls:
+            pieces.append(Piece(calls=tuple(self._wire(call) for call in calls)))
+        return pieces
+
+    def _wire(self, call: ReadCall) -> dict[str, Any]:
+        self.num_calls += 1
+        return {
+            "id": call.id,
+            "type": "function",
+            "index": self.num_calls - 1,
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+
+
+class _Thoughts:
+    """Tells thoughts from the answer by the control tokens around them.
+
+    The text of a sequence comes in order, only later than its tokens: so it is enough to know how many
+    characters the thoughts have.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._open = tokenizer.control_id(_OPEN)
+        self._close = tokenizer.control_id(_CLOSE)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._inside = False
+        self._thought_chars = 0
+        self._shown = 0
+
+    def split(self, delta: Delta) -> tuple[str, str]:
+        """Return (thought, answer) of a delta."""
+        return self.cut(delta, delta.text)
+
+    def cut(self, delta: Delta, text: str) -> tuple[str, str]:
+        """Return (thought, answer) of `text`, what a delta says."""
+        for token_id in delta.token_ids:
+            if token_id == self._open:
+                self._inside = True
+            elif token_id == self._close:
+                self._inside = False
+            elif self._inside:
+                self._thought_chars += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        count = len(text) if self._inside else max(0, self._thought_chars - self._shown)
+        self._shown += len(text)
+        return text[:count], text[count:]

@@ -40,8 +40,14 @@ async def create_response(request: Request) -> Response:
         chat = body.as_chat(messages)
         rivals = (body.top_logprobs or 0) if body.wants_logprobs else None
         plan = await service.offload(plan_chat, job, chat, ChatOptions(rivals=rivals))
-        await job.start(plan.requests)
-        answer = ResponseAnswer(job, body, messages, plan.reading.reader(), shelf_of(request))
+        generation = await job.start(plan.requests)
+        answer = ResponseAnswer(
+            job,
+            body,
+            messages,
+            plan.reading.reader(job.loaded.tokenizer, generation.seeds[0]),
+            shelf_of(request),
+        )
         if body.stream:
             return EventStream(
                 job, answer.events(), finish_reason=answer.finish_reason, on_error=answer.failed_event
@@ -209,7 +215,7 @@ class ResponseAnswer:
             item = self._items[block.index]
             item["status"] = "incomplete" if self._reason == "length" else "completed"
             item["content"] = [_part(block.kind, block.text)]
-            extra = {"logprobs": []} if block.kind is Kind.TEXT else {}
+            extra = {"logprobs": list[object]()} if block.kind is Kind.TEXT else {}
             yield self._event(f"response.{kind}.done", **place, text=block.text, **extra)
             yield self._event("response.content_part.done", **place, part=item["content"][0])
             yield self._event("response.output_item.done", output_index=block.index, item=item)
@@ -225,9 +231,9 @@ class ResponseAnswer:
             )
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def _event(self, name: str, **fields: object) -> bytes:
+    def _event(self, kind: str, /, **fields: object) -> bytes:
         self._number += 1
-        return event({"type": name, "sequence_number": self._number - 1, **fields}, name)
+        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
 
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         if not self._body.wants_logprobs:
