@@ -52,7 +52,8 @@ def command(model: str | None, **values: Any) -> None:
     interactive = message is None and not as_json and on_terminal(sys.stdin) and on_terminal(sys.stdout)
     with open_model(model, load) as loaded:
         aside(start_line(loaded))
-        chat = Chat(loaded, settled(params, sampling, loaded), system=values["system"], as_json=as_json)
+        settings = settled(params, sampling, loaded)
+        chat = Chat(loaded, settings, system=values["system"], as_json=as_json, adapter=load.adapter_name)
         if message is not None:
             chat.reply(message)
         elif interactive:

@@ -6,6 +6,7 @@ import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -36,6 +37,13 @@ class LoadOptions:
     kv: str
     threads: int | None
     context: int | None
+    adapter: str | None = None
+    """Directory of a LoRA adapter that every request uses."""
+
+    @property
+    def adapter_name(self) -> str | None:
+        """What requests call the adapter: the name of its directory."""
+        return None if self.adapter is None else Path(self.adapter).resolve().name or "adapter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +112,7 @@ def kv_option() -> Callable[[F], F]:
         "--kv",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "f16", "bf16", "q8", "f32"]),
+        type=click.Choice(["auto", "q16", "q8", "f16", "bf16", "f32"]),
         help="Storage of the key/value cache.",
     )
 
@@ -123,6 +131,12 @@ def load_options(function: F) -> F:
         ),
         click.option(
             "--context", type=click.IntRange(min=1), help="Context in tokens.  [default: the model's own]"
+        ),
+        click.option(
+            "--adapter",
+            type=text,
+            metavar="DIR",
+            help="Use the LoRA adapter in this directory (PEFT's format).",
         ),
     ]
     return _apply(decorators, function)
@@ -186,7 +200,9 @@ def _apply(decorators: list[Callable[[F], F]], function: F) -> F:
 
 def pop_load_options(values: dict[str, Any]) -> LoadOptions:
     """Take the load options out of a command's keyword arguments."""
-    return LoadOptions(**{name: values.pop(name) for name in ("quant", "kv", "threads", "context")})
+    return LoadOptions(
+        **{name: values.pop(name) for name in ("quant", "kv", "threads", "context", "adapter")}
+    )
 
 
 def pop_sampling_options(values: dict[str, Any]) -> SamplingOptions:

@@ -42,12 +42,19 @@ class Chat:
     """One conversation with one model."""
 
     def __init__(
-        self, loaded: LoadedModel, params: SamplingParams, *, system: str | None = None, as_json: bool = False
+        self,
+        loaded: LoadedModel,
+        params: SamplingParams,
+        *,
+        system: str | None = None,
+        as_json: bool = False,
+        adapter: str | None = None,
     ) -> None:
         self.loaded = loaded
         self.params = params
         self.transcript = Transcript(system=system)
         self.as_json = as_json
+        self.adapter = adapter
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/system": self._system,
@@ -63,7 +70,8 @@ class Chat:
 
         self.transcript.add("user", message)
         try:
-            request = Request(token_ids=chat_ids(self.loaded, self.transcript.messages()), params=self.params)
+            token_ids = chat_ids(self.loaded, self.transcript.messages())
+            request = Request(token_ids=token_ids, params=self.params, adapter=self.adapter)
             run = ask_until_interrupted if interruptible else ask
             answer = run(self.loaded, request, ignore_text if self.as_json else write_text)
         except ContextOverflowError as error:

@@ -61,7 +61,7 @@ def command(names: tuple[str, ...], **values: Any) -> None:
     with open_model(names[0] if len(names) == 2 else None, load) as loaded, ProgressBar() as bar:
         rows = prepare_rows(names[-1], entries, loaded)
         reports: list[dict[str, Any]] = []
-        for done, (row, completion) in enumerate(score_rows(rows, loaded), 1):
+        for done, (row, completion) in enumerate(score_rows(rows, loaded, load.adapter_name), 1):
             bar("scoring", done / len(rows))
             reports.append(row_report(row, completion))
             if as_json:
@@ -212,7 +212,9 @@ def closed_turn(loaded: LoadedModel, messages: list[Message]) -> tuple[int, ...]
     return ids
 
 
-def score_rows(rows: list[Row], loaded: LoadedModel) -> Iterator[tuple[Row, Completion]]:
+def score_rows(
+    rows: list[Row], loaded: LoadedModel, adapter: str | None = None
+) -> Iterator[tuple[Row, Completion]]:
     """Score rows a few at a time and yield them in order."""
     from bise.engine.request import Request, SamplingParams
 
@@ -220,7 +222,7 @@ def score_rows(rows: list[Row], loaded: LoadedModel) -> Iterator[tuple[Row, Comp
     waiting: deque[tuple[Row, RequestHandle]] = deque()
     try:
         for row in rows:
-            request = Request(token_ids=row.token_ids, params=params, prompt_logprobs=True)
+            request = Request(token_ids=row.token_ids, params=params, prompt_logprobs=True, adapter=adapter)
             waiting.append((row, loaded.engine.submit(request)))
             if len(waiting) >= IN_FLIGHT:
                 first, handle = waiting.popleft()
