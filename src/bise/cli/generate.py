@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from bise.cli.answer import ask, ignore_text, logprob_rows
+from bise.cli.grammar_options import grammar_options, pop_grammar
 from bise.cli.options import (
     load_options,
     model_argument,
@@ -42,6 +43,7 @@ DEFAULT_MAX_TOKENS = 256
 @click.option(
     "--logprobs", type=int, help="With --json: log-probs of each token and of the N likeliest (0 to 20)."
 )
+@grammar_options
 @load_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option(
@@ -60,6 +62,7 @@ def command(model: str | None, **values: Any) -> None:
     from bise.engine.request import FinishReason, Request
 
     load, sampling = pop_load_options(values), pop_sampling_options(values)
+    grammar = pop_grammar(values)
     prompt: str = values["prompt"]
     as_json: bool = values["as_json"]
     if values["logprobs"] is not None and not as_json:
@@ -79,7 +82,13 @@ def command(model: str | None, **values: Any) -> None:
             params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
         if receipt is not None:
             params = receipt_params(params, room)
-        request = Request(token_ids=ids, params=params, continuation=bool(prompt))
+        request = Request(
+            token_ids=ids,
+            params=params,
+            continuation=bool(prompt),
+            adapter=load.adapter_name,
+            grammar=grammar,
+        )
         answer = ask(loaded, request, ignore_text if as_json else write_text)
         if receipt is not None:
             made = make_receipt(

@@ -62,6 +62,13 @@ class GrammarSpec:
         return cls(kind=GrammarKind.JSON_SCHEMA, source=_json_text(schema, field), strict=strict, field=field)
 
     @classmethod
+    def json_schema_text(
+        cls, source: str, *, strict: bool = False, field: str = "json_schema"
+    ) -> GrammarSpec:
+        """Return the same as `json_schema`, of a schema that is JSON text; it is read when it is compiled."""
+        return cls(kind=GrammarKind.JSON_SCHEMA, source=source, strict=strict, field=field)
+
+    @classmethod
     def json_object(cls, *, field: str = "response_format") -> GrammarSpec:
         """Return the JSON texts that are objects."""
         return cls.json_schema({"type": "object"}, field=field)
