@@ -70,6 +70,8 @@ def answer(question: str) -> str:
         return "".join(f"{number:03d} " for number in range(int(found[1])))
     if question.startswith("Name this conversation"):
         return "The *bise*, a cold wind"
+    if question.startswith("FAIL"):
+        return "abcdFAIL"
     if question.startswith("slow"):
         return "".join(f"word{number:04d} " for number in range(4000))
     return SHOWCASE

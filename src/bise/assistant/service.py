@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import select
 
 from bise.assistant.conversations import Conversation, Conversations, checked_params
-from bise.assistant.documents import Documents, with_documents
+from bise.assistant.documents import Document, Documents, read_document, with_documents
 from bise.assistant.events import Hub
 from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
@@ -261,6 +261,19 @@ class Assistant:
                 continue
         raise NotFoundError("there is no such message", field="message")
 
+    async def add_document(self, owner: str, conversation_id: str, name: str, content: bytes) -> Document:
+        """Read a file and keep its text in a conversation. Raises RequestError for what cannot be read."""
+        shelf = await self.shelf_of(owner, conversation_id)
+        conversation = await asyncio.to_thread(shelf.conversations.get, owner, conversation_id)
+        kind, text = await read_document(name, content)
+        model = self.model_facts(self._known(conversation.model)).id
+        tokens = await self.models.count_text(model, text)
+        return await asyncio.to_thread(
+            lambda: shelf.documents.add(
+                owner, conversation_id, name=name, kind=kind, text=text, tokens=tokens
+            )
+        )
+
     # Preferences
 
     async def preferences(self, owner: str) -> dict[str, Any]:
@@ -348,7 +361,7 @@ class Assistant:
         sources: list[dict[str, Any]] = []
         if any(message.documents for message in history):
             facts = self.model_facts(turn.answer.model)
-            texts, sources = await with_documents(shelf.documents, self.models, owner, facts, history, texts)
+            texts, sources = await with_documents(shelf.documents, owner, facts, history, texts)
         messages += [
             {"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)
         ]

@@ -187,6 +187,24 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
     async def restore(conversation_id: str, person: Person = who) -> dict[str, Any]:
         return dataclasses.asdict(await assistant().restore(person.owner, conversation_id))
 
+    @router.post("/conversations/{conversation_id}/documents", status_code=201)
+    async def add_document(
+        request: Request,
+        conversation_id: str,
+        name: Annotated[str, Query(max_length=300)] = "file",
+        person: Person = who,
+    ) -> dict[str, Any]:
+        service = assistant()
+        await service.shelf_of(person.owner, conversation_id)
+        content = await request.body()
+        return _document_facts(await service.add_document(person.owner, conversation_id, name, content))
+
+    @router.get("/conversations/{conversation_id}/documents/{document_id}")
+    async def document(conversation_id: str, document_id: str, person: Person = who) -> dict[str, Any]:
+        shelf = await assistant().shelf_of(person.owner, conversation_id)
+        found = await asyncio.to_thread(shelf.documents.get, person.owner, conversation_id, document_id)
+        return _document_facts(found) | {"text": found.text}
+
     @router.post("/conversations/{conversation_id}/context")
     async def context(conversation_id: str, body: Draft, person: Person = who) -> dict[str, Any]:
         service = assistant()
