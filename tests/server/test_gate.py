@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from bise.errors import ConfigError
-from bise.server.gate import Access, check_bind
+from bise.server.access import Access, check_bind
 from bise.store.database import DatabaseDownError
 from bise.store.energy import Shares
 from bise.store.keys import KeyLimits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import click
 from click.core import ParameterSource
@@ -57,14 +57,14 @@ def effective(verb: str, flags: list[str]) -> list[dict[str, Any]]:
     with target.make_context(verb, flags, parent=parent, default_map=defaults) as context:
         rows: list[dict[str, Any]] = []
         for parameter in target.params:
-            if parameter.name in (None, "help"):
+            if parameter.name == "help":
                 continue
             source = context.get_parameter_source(parameter.name)
-            value = context.params.get(parameter.name)
+            value = cast(Any, context.params.get(parameter.name))
             rows.append(
                 {
                     "option": parameter.opts[-1] if parameter.param_type_name == "option" else parameter.name,
-                    "value": list(value) if isinstance(value, tuple) else value,
+                    "value": [*cast(tuple[Any, ...], value)] if isinstance(value, tuple) else value,
                     "source": _SOURCES.get(source, "default") if source else "default",
                 }
             )
@@ -74,4 +74,4 @@ def effective(verb: str, flags: list[str]) -> list[dict[str, Any]]:
 def _shown(value: Any) -> str:
     if value is None or value == []:
         return "-"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, cast(list[Any], value))) if isinstance(value, list) else str(value)

@@ -51,7 +51,7 @@ def defaults_of(verb: str, command: click.Command, table: dict[str, Any]) -> dic
     context = click.Context(command, info_name=verb)
     for key, value in table.items():
         parameter = names.get(key.replace("_", "-"))
-        if parameter is None or parameter.name is None:
+        if parameter is None:
             known = ", ".join(sorted(name for name in names if name != "help"))
             raise ConfigError(f"{path}: [{verb}] has no option {key}; known: {known}", field=key)
         try:
@@ -69,7 +69,7 @@ def _checked(parameter: click.Parameter, value: object) -> object:
         raise click.BadParameter("must be a list" if is_many else "must be one value")
     if isinstance(parameter.type, click.types.BoolParamType) != isinstance(value, bool):
         raise click.BadParameter("must be true or false" if not isinstance(value, bool) else "is no switch")
-    return cast(object, value)
+    return value
 
 
 def _names(parameter: click.Parameter) -> list[str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import ipaddress
-from contextlib import closing
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bise.cli.logs import configure
 from bise.cli.options import kv_option, quant_option, text
 from bise.cli.output import aside
-from bise.errors import ConfigError
 
 if TYPE_CHECKING:
+    import socket
+
+    from bise.engine.fleet import Fleet
     from bise.engine.model_spec import ModelSpec
+    from bise.server.access import Access
+    from bise.store.opening import Store
 
 DEFAULT_PORT = 8000
 DEFAULT_SEQUENCES = 8
@@ -54,58 +58,100 @@ DEFAULT_SEQUENCES = 8
     help="Seconds that running requests get when the server is told to stop.",
 )  # fmt: skip
 @click.option("--open", "open_page", is_flag=True, help="Open the assistant in the browser.")
-@click.option("--no-key", is_flag=True, help="Serve other machines without asking for a key.")
+@click.option("--db", type=text, help="Database: a path or postgresql://...  [default: bise.db in BISE_HOME]")
+@click.option("--no-key", is_flag=True, help="Ask nobody for a key, not even on a public address.")
+@click.option("--require-key", is_flag=True, help="Ask for a key on this machine too, from the start.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="What the log on standard error tells; never a user's text.",
+)
 def command(models: tuple[str, ...], **values: Any) -> None:
     """Serve models over Mistral's and OpenAI's API.
 
     Without MODEL the embedded one is served. Several models share the memory; each is loaded at its first
-    request (a single one at once).
+    request (a single one at once). On this machine no key is needed until `bise keys create` made the first.
     """
-    import asyncio
-
     from bise.engine.fleet import Fleet
-    from bise.server.app import create_app
-    from bise.server.assistant_app import assistant_routers
-    from bise.server.edge import Reach
-    from bise.server.limits import HttpLimits
-    from bise.server.serving import Serving, bind, url_of
-    from bise.store.database import Database
+    from bise.server.access import Access
+    from bise.store.opening import Store
 
-    if not values["no_key"] and not _is_loopback(values["host"]):
-        raise ConfigError(
-            f"{values['host']} is reachable from other machines and no key is asked for; listen on "
-            "127.0.0.1, or say --no-key",
-            field="host",
-        )
+    if values["no_key"] and values["require_key"]:
+        raise click.UsageError("--no-key and --require-key exclude each other")
+    configure(values["log_level"])
+    access = Access.OPEN if values["no_key"] else Access.REQUIRED if values["require_key"] else Access.AUTO
     specs = _specs(models or (None,), values)
     memory = None if values["memory"] is None else int(values["memory"] * 2**30)
-    listener = bind(values["host"], values["port"])
-    with listener, closing(Database.open()) as database, Fleet(specs, memory, values["idle"]) as fleet:
+    with (
+        Store.open(values["db"]) as store,
+        _listener(values, access, store) as listener,
+        Fleet(specs, memory, values["idle"]) as fleet,
+    ):
         if len(specs) == 1:
             fleet.wake(specs[0].name)
         for card in fleet.cards():
             if card.fault is not None:
                 aside(f"note: {card.spec.name} cannot be served: {card.fault}")
-        limits = HttpLimits()
-        reach = Reach(
-            hosts=frozenset(name.lower() for name in (*values["hosts"], values["host"])),
-            origins=frozenset(values["origins"]),
-        )
-        app = create_app(fleet, limits=limits, reach=reach, routers=assistant_routers(fleet, database))
-        names = ", ".join(fleet.names())
+        _serve(fleet, store, listener, access, values)
 
-        def ready() -> None:
-            click.echo(f"bise serves {names} at {url_of(listener)}/v1")
-            click.echo(f"the assistant is at {url_of(listener)}/")
-            if values["open_page"]:
-                click.launch(f"{url_of(listener)}/")
-            click.get_text_stream("stdout").flush()
 
-        serving = Serving(app, limits=limits, grace_s=values["grace"], on_ready=ready)
-        try:
-            asyncio.run(serving.serve(sockets=[listener]))
-        finally:
-            app.service.close()
+def _listener(values: dict[str, Any], access: Access, store: Store) -> socket.socket:
+    """Return the listening socket; refuses a public address that no key protects."""
+    from bise.server.access import check_bind
+    from bise.server.serving import bind
+
+    check_bind(values["host"], access, bool(store.keys.list()))
+    return bind(values["host"], values["port"])
+
+
+def _serve(
+    fleet: Fleet, store: Store, listener: socket.socket, access: Access, values: dict[str, Any]
+) -> None:
+    """Serve until told to stop."""
+    import asyncio
+
+    from bise.server.access import is_loopback
+    from bise.server.app import create_app
+    from bise.server.assistant_app import assistant_routers
+    from bise.server.background import serve_all
+    from bise.server.edge import Reach
+    from bise.server.entry import StorePeople
+    from bise.server.gate import StoreGate
+    from bise.server.limits import HttpLimits
+    from bise.server.serving import Serving, url_of
+    from bise.server.stored import routers
+
+    limits = HttpLimits()
+    reach = Reach(
+        hosts=frozenset(name.lower() for name in (*values["hosts"], values["host"])),
+        origins=frozenset(values["origins"]),
+    )
+    gate = StoreGate(
+        store,
+        access=access,
+        is_local_only=is_loopback(values["host"]),
+        canonical=lambda name: fleet.card(name).spec.name,
+    )
+    pages = assistant_routers(fleet, store.database, StorePeople(gate))
+    app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages])
+    page = f"{url_of(listener)}/"
+    if store.keys.any_exist() and is_loopback(values["host"]):
+        page += f"enter?pass={gate.local_pass}"
+
+    def ready() -> None:
+        click.echo(f"bise serves {', '.join(fleet.names())} at {url_of(listener)}/v1")
+        click.echo(f"the assistant is at {page}")
+        if values["open_page"]:
+            click.launch(page)
+        sys.stdout.flush()
+
+    serving = Serving(app, limits=limits, grace_s=values["grace"], on_ready=ready)
+    try:
+        asyncio.run(serve_all(serving, app, gate, listener))
+    finally:
+        app.service.close()
 
 
 def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[ModelSpec]:
@@ -139,12 +185,3 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
     if aliases:
         raise click.UsageError(f"--alias names a model that is not served: {', '.join(sorted(aliases))}")
     return specs
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -46,10 +46,10 @@ def command(
 
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
-    span = {"owner": owner, "since": _moment("--since", since), "until": _moment("--until", until)}
+    first, last = _moment("--since", since), _moment("--until", until)
     with Store.open(db) as store:
-        groups = store.ledger.sums(by, **span)
-        (total,) = store.ledger.sums(None, **span)
+        groups = store.ledger.sums(by, owner=owner, since=first, until=last)
+        (total,) = store.ledger.sums(None, owner=owner, since=first, until=last)
         currency = store.prices.rates().currency
     if as_json:
         data = [group.as_json() for group in groups]

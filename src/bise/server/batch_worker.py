@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bise.errors import BiseError, NotFoundError, StoreError
+from bise.server.access import LOCAL_OWNER, Caller
 from bise.server.edge import AsgiApp, Message
-from bise.server.gate import INTERNAL, LOCAL_OWNER, Caller, StoreGate
+from bise.server.gate import INTERNAL, StoreGate
 from bise.server.problem import as_api_error, error_body
 from bise.store.batches import ClaimedLine
 from bise.store.worker import LEASE_S

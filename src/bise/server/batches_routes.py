@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.errors import RequestError
+from bise.server.access import Caller
 from bise.server.body import WireModel, read_json
 from bise.server.files_routes import list_body
-from bise.server.gate import Caller, StoreGate
+from bise.server.gate import StoreGate
 from bise.server.openapi import documented
 from bise.server.stored import choice_argument, enter, page_arguments, text_argument
 from bise.store.batches import Batch, check_details

@@ -8,7 +8,7 @@ in memory and written when it answers again.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import hmac
 import logging
 import secrets
 import threading
@@ -17,18 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from bise.errors import (
     AuthenticationError,
-    ConfigError,
     ContentPolicyError,
     PermissionDeniedError,
     RateLimitError,
     RequestError,
     StoreError,
 )
+from bise.server.access import LOCAL_OWNER, Access, Caller, is_loopback, presented_key
 from bise.server.metrics import Metrics
 from bise.store.energy import RaplMeter, Shares
 from bise.store.keys import KEY_PREFIX, KeyInfo
@@ -49,75 +48,14 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LOCAL_OWNER = "local"
-"""Owner of what is done without a key."""
 MAX_UNWRITTEN = 10_000
 """Ledger rows kept in memory while the database does not answer; past it nobody is let in."""
 MAX_IDEMPOTENCY_KEY = 200
 INTERNAL = "bise.caller"
 """Where in the ASGI scope our own background work says for whom it runs; nothing from outside gets there."""
+PASS_COOKIE = "bise_pass"  # noqa: S105  # a name
+"""Cookie of a browser on this machine; see `bise.server.entry`."""
 _THREADS = 8
-
-
-class Access(StrEnum):
-    """Who needs a key."""
-
-    AUTO = "auto"
-    """Everybody, once a key was made; before that whoever is on this machine needs none."""
-    REQUIRED = "required"
-    """Everybody."""
-    OPEN = "open"
-    """Nobody."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks."""
-
-    owner: str
-    """Whose files, jobs and usage they reach."""
-    scopes: frozenset[str]
-    key: KeyInfo | None = None
-    """None for someone without a key."""
-    idempotency_key: str | None = None
-    """Set by our own background work."""
-    is_background: bool = False
-
-    @property
-    def key_id(self) -> str | None:
-        """Id of the key, if there is one."""
-        return None if self.key is None else self.key.id
-
-    @property
-    def is_admin(self) -> bool:
-        """True when all owners' usage and keys may be seen."""
-        return "admin" in self.scopes
-
-    def require(self, scope: str) -> None:
-        """Raise PermissionDeniedError unless the scope was granted; `read` needs none."""
-        if scope != "read" and scope not in self.scopes and not (scope == "metrics" and self.is_admin):
-            raise PermissionDeniedError(f"this key lacks the scope {scope}")
-
-
-def check_bind(host: str, access: Access, has_keys: bool) -> None:
-    """Refuse to listen where other machines can reach a server that no key protects (ConfigError)."""
-    if access is Access.OPEN or is_loopback(host) or has_keys:
-        return
-    raise ConfigError(
-        f"{host} is reachable from other machines and there is no key yet: make one with `bise keys create "
-        "--name NAME`, listen on 127.0.0.1, or say --no-key",
-        field="host",
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """Return True for an address that only this machine can reach."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +94,8 @@ class StoreGate:
         self._writing_late = threading.Lock()
         self._open: dict[str, Reservation] = {}
         self._has_keys = False
+        self.local_pass = secrets.token_urlsafe(32)
+        """What lets a browser on this machine in, as long as this process lives."""
         self._tasks: list[asyncio.Task[None]] = []
         self.on_new_batch: Callable[[], None] | None = None
         """Called when a batch was queued; the worker's."""
@@ -318,7 +258,7 @@ class StoreGate:
         internal = request.scope.get(INTERNAL)
         if internal is not None:
             return cast(Caller, internal)
-        presented = _presented_key(request)
+        presented = presented_key(request)
         if presented is not None:
             try:
                 key = await self.offload(self.store.keys.verify, presented)
@@ -328,16 +268,26 @@ class StoreGate:
                     raise
             else:
                 return Caller(owner=key.owner, scopes=key.scopes, key=key)
+        elif self.is_pass(request, request.cookies.get(PASS_COOKIE, "")):
+            return Caller(owner=LOCAL_OWNER, scopes=frozenset({"inference"}))
         elif not await self._needs_no_key(request):
             raise AuthenticationError("an API key is needed: send it as `Authorization: Bearer KEY`")
         scopes = {"inference"} if self._access is Access.OPEN else {"inference", "metrics", "admin"}
         return Caller(owner=LOCAL_OWNER, scopes=frozenset(scopes))
 
+    def is_pass(self, request: Request, given: str) -> bool:
+        """Return True for this machine's pass, sent from this machine to a server that only it can reach."""
+        is_equal = hmac.compare_digest(given.encode(), self.local_pass.encode())
+        return is_equal and self._access is Access.AUTO and self._is_from_here(request)
+
+    def _is_from_here(self, request: Request) -> bool:
+        client = request.client
+        return self._is_local_only and client is not None and is_loopback(client.host)
+
     async def _needs_no_key(self, request: Request) -> bool:
         if self._access is not Access.AUTO:
             return self._access is Access.OPEN
-        client = request.client
-        if not self._is_local_only or client is None or not is_loopback(client.host):
+        if not self._is_from_here(request):
             return False
         if not self._has_keys:
             self._has_keys = await self.offload(self.store.keys.any_exist)
@@ -375,21 +325,6 @@ class StoreGate:
                 await self.offload(self.store.limits.renew, list(self._open))
             except StoreError:
                 continue
-
-
-def _presented_key(request: Request) -> str | None:
-    """Return the key in `Authorization: Bearer` or `x-api-key`; two that differ are refused."""
-    found: set[str] = set()
-    authorization = request.headers.get("authorization")
-    if authorization is not None:
-        scheme, _, value = authorization.partition(" ")
-        if scheme.lower() != "bearer":
-            raise AuthenticationError("the Authorization header must be `Bearer KEY`")
-        found.add(value.strip())
-    found.update(value.strip() for value in request.headers.getlist("x-api-key"))
-    if len(found) > 1:
-        raise AuthenticationError("two different API keys were sent")
-    return found.pop() if found else None
 
 
 @dataclass(slots=True, kw_only=True)

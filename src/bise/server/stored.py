@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bise.errors import RequestError
-from bise.server.gate import Caller, StoreGate
+from bise.server.access import Caller
+from bise.server.gate import StoreGate
 from bise.server.problem import ApiError
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ MAX_PAGE = 10_000
 
 def routers() -> Sequence[APIRouter]:
     """Return the routes over the store, for `create_app`."""
-    from bise.server import admin_routes, batches_routes, files_routes, metrics_routes, usage_routes
+    from bise.server import admin_routes, batches_routes, entry, files_routes, metrics_routes, usage_routes
 
-    modules = (files_routes, batches_routes, usage_routes, admin_routes, metrics_routes)
+    modules = (files_routes, batches_routes, usage_routes, admin_routes, metrics_routes, entry)
     return [module.router for module in modules]
 
 

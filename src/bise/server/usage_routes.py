@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -23,13 +24,14 @@ async def usage(request: Request) -> Response:
     """Return sums per `by` (key, model, adapter, day, endpoint) and their total."""
     gate, caller = await enter(request)
     by = choice_argument(request, "by", GROUPS)
-    narrowed = {
-        "owner": text_argument(request, "owner") if caller.is_admin else caller.owner,
-        "since": float(whole_argument(request, "since", 0, 0, _LAST_SECOND)),
-        "until": float(whole_argument(request, "until", _LAST_SECOND, 0, _LAST_SECOND)),
-    }
-    groups = await gate.offload(gate.store.ledger.sums, by, **narrowed) if by else []
-    (total,) = await gate.offload(gate.store.ledger.sums, None, **narrowed)
+    sums = partial(
+        gate.store.ledger.sums,
+        owner=text_argument(request, "owner") if caller.is_admin else caller.owner,
+        since=float(whole_argument(request, "since", 0, 0, _LAST_SECOND)),
+        until=float(whole_argument(request, "until", _LAST_SECOND, 0, _LAST_SECOND)),
+    )
+    groups = await gate.offload(sums, by) if by else []
+    (total,) = await gate.offload(sums, None)
     rates = await gate.offload(gate.store.prices.rates)
     return JSONResponse(
         {

@@ -245,9 +245,8 @@ class Keys:
         """
         with self._database.writing() as session:
             matching = or_(KeyRecord.id == id_or_name, KeyRecord.name == id_or_name)
-            found = (
-                session.scalars(select(KeyRecord).where(matching)).all() if id_or_name.isprintable() else []
-            )
+            query = select(KeyRecord).where(matching)
+            found = session.scalars(query).all() if id_or_name.isprintable() else ()
             records = [record for record in found if record.revoked_at is None or len(found) == 1]
             if not found:
                 raise NotFoundError("there is no key of that id or name; `bise keys list` shows them")

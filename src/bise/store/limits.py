@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -103,8 +103,8 @@ class Limits:
                 refusal = error
                 session.execute(delete(ReservationRecord).where(ReservationRecord.id == reservation.id))
             else:
-                values = {"tokens": tokens, "cost": cost, "lease_until": now + LEASE_S}
-                _update(session, reservation.id, values)
+                held = {"tokens": tokens, "cost": cost, "lease_until": now + LEASE_S}
+                _update(session, reservation.id, held)
         if refusal is not None:
             raise refusal
         return state.reservation(reservation.id, tokens, num_new=0)
@@ -296,8 +296,10 @@ def _lock(session: Session, key_id: str) -> None:
         raise PermissionDeniedError("the key is not in the database any more")
 
 
-def _update(session: Session, reservation_id: str, values: dict[str, object]) -> None:
-    session.execute(update(ReservationRecord).where(ReservationRecord.id == reservation_id).values(**values))
+def _update(session: Session, reservation_id: str, values: Mapping[str, object]) -> None:
+    session.execute(
+        update(ReservationRecord).where(ReservationRecord.id == reservation_id).values(**dict(values))
+    )
 
 
 def count_open(session: Session) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from sqlalchemy import select
@@ -142,8 +142,8 @@ class PriceBook:
         query = select(SettingRecord).where(SettingRecord.name.in_(_RATES))
         stored = {record.name: record.value for record in session.scalars(query)}
         amounts = {name: Decimal(stored[name]) for name in _RATES[1:] if name in stored}
-        currency = {"currency": stored["currency"]} if "currency" in stored else {}
-        return HouseRates(**currency, **amounts)
+        rates = replace(HouseRates(), **amounts)
+        return replace(rates, currency=stored["currency"]) if "currency" in stored else rates
 
     def set_rates(self, rates: HouseRates) -> None:
         """Replace the rates."""

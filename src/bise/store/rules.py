@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 from bise.errors import ConfigError
-
-if TYPE_CHECKING:
-    import re2
 
 MAX_RULES = 64
 MAX_PATTERN = 1000
@@ -71,23 +69,33 @@ def rules_from_json(value: object, where: str = "rules") -> tuple[Rule, ...]:
     return tuple(found)
 
 
-def compile_pattern(name: str, pattern: str) -> re2.Pattern:  # pyright: ignore[reportUnknownParameterType, reportAttributeAccessIssue]
-    """Return the compiled expression; ConfigError when RE2 does not take it."""
-    import re2
+class Pattern(Protocol):
+    """A compiled expression."""
 
+    def search(self, text: str) -> object | None:
+        """Return something when the expression occurs in the text."""
+        ...
+
+
+def compile_pattern(name: str, pattern: str) -> Pattern:
+    """Return the compiled expression; ConfigError when RE2 does not take it."""
+    re2 = cast(Any, import_module("re2"))  # the package has no types
     options = re2.Options()
     options.log_errors = False
     options.max_mem = MAX_PROGRAM_BYTES
     try:
-        return re2.compile(pattern, options)
+        return cast(Pattern, re2.compile(pattern, options))
     except re2.error as error:
-        reason = error.args[0] if error.args else ""
-        reason = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
         raise ConfigError(
-            f"rule {name}: the expression is not valid or too big ({reason}); "
+            f"rule {name}: the expression is not valid or too big ({_reason(error)}); "
             "RE2 has no look-around and no back references",
             field="rules",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    reason: object = error.args[0] if error.args else ""
+    return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
 
 class Guard:

@@ -1,0 +1,26 @@
+"""What runs beside the requests, from start to stop: late ledger rows, leases, batch jobs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bise.server.batch_worker import BatchWorker
+
+if TYPE_CHECKING:
+    import socket
+
+    from bise.server.app import Application
+    from bise.server.gate import StoreGate
+    from bise.server.serving import Serving
+
+
+async def serve_all(serving: Serving, app: Application, gate: StoreGate, listener: socket.socket) -> None:
+    """Serve until told to stop, with the gate's and the batches' background work around it."""
+    worker = BatchWorker(app, gate, is_draining=lambda: app.service.is_draining)
+    await gate.start()
+    worker.start()
+    try:
+        await serving.serve(sockets=[listener])
+    finally:
+        await worker.stop()
+        await gate.stop()

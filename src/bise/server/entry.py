@@ -1,0 +1,44 @@
+"""How a browser on this machine gets in once keys exist: by a link with a pass that the server prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from bise.errors import AuthenticationError
+from bise.server.assistant_people import Person
+from bise.server.gate import PASS_COOKIE
+from bise.server.openapi import documented
+
+if TYPE_CHECKING:
+    from bise.server.gate import StoreGate
+
+router = APIRouter()
+
+
+@router.get("/enter", **documented(None, "Let this machine's browser in.", tag="operation"))
+async def enter(request: Request) -> Response:
+    """Exchange the pass of the printed link for a cookie and go to the page."""
+    gate: StoreGate = request.app.state.service.gate
+    given = request.query_params.get("pass", "")
+    if not gate.is_pass(request, given):
+        raise AuthenticationError("this link is not of the server that runs now, or not for this machine")
+    response = RedirectResponse("/", 303)
+    response.set_cookie(PASS_COOKIE, given, httponly=True, samesite="strict", path="/")
+    return response
+
+
+class StorePeople:
+    """The people of the assistant are those that the gate lets in."""
+
+    def __init__(self, gate: StoreGate) -> None:
+        self._gate = gate
+
+    async def person(self, request: Request) -> Person:
+        """Return who asks, by key or by this machine's pass."""
+        caller = await self._gate.caller(request, "inference")
+        name = "" if caller.key is None else caller.key.name
+        return Person(caller.owner, name, "admin" if caller.is_admin else "user")
