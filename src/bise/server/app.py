@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
-from bise.server import absent, anthropic, chat, completions, fim, models, responses, tokens
+from bise.server import absent, anthropic, chat, completions, embeddings, fim, models, responses, tokens
 from bise.server.edge import Edge, Reach
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
@@ -47,7 +47,7 @@ def create_app(
     )
     app.state.service = service
     app.state.shelf = Shelf()
-    own = (chat, completions, fim, responses, anthropic, tokens, models)
+    own = (chat, completions, fim, embeddings, responses, anthropic, tokens, models)
     for router in (*(module.router for module in own), *routers, absent.router):
         app.include_router(router)
     _add_page(app)
