@@ -19,8 +19,13 @@ def test_what_lies_under_bise_home_is_listed_and_can_be_called_by_name(cli, home
     known = {entry["alias"]: entry for entry in report["known"]}
     assert known["mixtral-8x7b"]["here"]
     assert not known["mistral-7b"]["here"]
+    assert local["brise"]["memory_bytes"] > local["brise"]["bytes"]
+    assert (local["brise"]["context"], local["brise"]["fault"]) == (1024, None)
+    assert local["own"]["memory_bytes"] is None
+    assert "own.gguf" in local["own"]["fault"]
     text = cli("models").out
     assert "brise (embedded)" in text
+    assert "own cannot be loaded: " in text
     assert "packed cache: 1 file, 7 B" in text
 
 

@@ -38,12 +38,16 @@ def command(as_json: bool) -> None:
         [
             entry["name"] + (" (embedded)" if entry["embedded"] else ""),
             gigabytes(entry["bytes"]),
+            *_needs(entry),
             entry["path"],
         ]
         for entry in here
     ]
     if rows:
-        write_table(["ON THIS MACHINE", "SIZE", "PATH"], rows)
+        write_table(["ON THIS MACHINE", "SIZE", "MEMORY", "CONTEXT", "PATH"], rows)
+        for entry in here:
+            if entry["fault"]:
+                click.echo(f"{entry['name']} cannot be loaded: {entry['fault']}")
         click.echo()
     if cache["files"]:
         count = f"{cache['files']} file{'' if cache['files'] == 1 else 's'}"
@@ -72,8 +76,32 @@ def _local() -> list[dict[str, Any]]:
     entries += [(path.stem if path.suffix == ".gguf" else path.name, path) for path in local_models()]
     return [
         {"name": name, "path": str(path), "bytes": size_on_disk(path), "embedded": is_embedded(path)}
+        | _planned(path)
         for name, path in entries
     ]
+
+
+def _planned(path: Path) -> dict[str, Any]:
+    """Return what loading the model alone would take now, from its headers; null with the fault where it
+    cannot be loaded.
+    """
+    from bise.engine.memory import available_memory
+    from bise.engine.model_spec import ModelSpec, plan_model
+    from bise.errors import BiseError
+
+    try:
+        plan = plan_model(ModelSpec(name="-", path=path), available_memory())
+    except BiseError as error:
+        return {"memory_bytes": None, "context": None, "fault": str(error)}
+    return {"memory_bytes": plan.size_bytes, "context": plan.context, "fault": None}
+
+
+def _needs(entry: dict[str, Any]) -> tuple[str, str]:
+    from bise.hub.registry import gigabytes
+
+    if entry["memory_bytes"] is None:
+        return "-", "-"
+    return gigabytes(entry["memory_bytes"]), f"{entry['context']:,}"
 
 
 def _packed_cache() -> dict[str, Any]:
