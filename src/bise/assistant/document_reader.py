@@ -1,5 +1,5 @@
-"""Reads the text out of a document: run as a process of its own with little memory and time, because files come
-from anywhere. `python -m bise.assistant.document_reader KIND < file` writes JSON: text, or error.
+"""Reads the text out of a document: run as a process of its own with little memory and time, because files
+come from anywhere. `python -m bise.assistant.document_reader KIND < file` writes JSON: text, or error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _TextOfHtml(HTMLParser):
 
 
 def read_text(kind: str, content: bytes) -> str:
-    """Return the text of a document of `kind`: text, html, csv, pdf or docx. Raises ValueError with the reason."""
+    """Return the text of a document of `kind`: text, html, csv, pdf or docx. Raises ValueError saying why not."""
     readers = {"text": _decoded, "html": _html, "csv": _csv, "pdf": _pdf, "docx": _docx}
     text = readers[kind](content)
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]

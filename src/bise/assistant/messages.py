@@ -180,13 +180,11 @@ class Messages:
             )
 
     def ask_again(self, owner: str, message_id: str, *, model: str, params: Mapping[str, Any]) -> Message:
-        """Add another empty answer beside the answer `message_id` and show its branch."""
+        """Add another empty answer beside the answer `message_id`, written or not, and show its branch."""
         with self._storage.writing() as session:
             conversation, row = owned_message(session, owner, message_id)
             if row.role != "assistant":
                 raise RequestError("only an answer can be made again", field="message")
-            if row.status in LIVE:
-                raise ConflictError("this answer is still being written; stop it first")
             answer = new_row(conversation.id, row.parent_id, "assistant", "", status="queued")
             answer.model, answer.params, answer.run_id = model, dict(params), new_id()
             session.add(answer)

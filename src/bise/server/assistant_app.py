@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bise.assistant.accounts import Accounts
 from bise.assistant.models import FleetModels
 from bise.assistant.service import Assistant
+from bise.server.assistant_accounts import accounts_router
 from bise.server.assistant_page import StaticPage
-from bise.server.assistant_people import OnePerson, People
+from bise.server.assistant_people import Household, People
 from bise.server.assistant_routes import assistant_router, page_router
 
 if TYPE_CHECKING:
@@ -24,4 +26,9 @@ def assistant_routers(fleet: Fleet, storage: Storage, people: People | None = No
     serve the assistant of one database.
     """
     assistant = Assistant(storage, FleetModels(fleet))
-    return [assistant_router(lambda: assistant, people or OnePerson()), page_router(StaticPage())]
+    accounts = Accounts(storage)
+    return [
+        assistant_router(lambda: assistant, people or Household(accounts)),
+        accounts_router(accounts, people or Household(accounts)),
+        page_router(StaticPage()),
+    ]

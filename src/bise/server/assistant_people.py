@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from typing import TYPE_CHECKING, Protocol
 
-from bise.errors import PermissionDeniedError
+from bise.errors import AuthenticationError, PermissionDeniedError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from bise.assistant.accounts import Accounts
+
 LOCAL_OWNER = "local"
 """Owner of everything where one person uses the assistant without an account."""
+COOKIE = "bise_session"
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -48,6 +52,32 @@ class OnePerson:
                 "accounts to reach it from elsewhere"
             )
         return Person(LOCAL_OWNER, "", "admin")
+
+
+class NoAccountError(AuthenticationError):
+    """Nobody has an account yet: the first one to make one becomes the admin."""
+
+    code = "no_account"
+
+
+class Household:
+    """People with accounts; as long as there is none, one person on this machine needs none."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self.accounts = accounts
+        self._alone = OnePerson()
+
+    async def person(self, request: Request) -> Person:
+        """Return who is signed in. Raises AuthenticationError."""
+        token = request.cookies.get(COOKIE)
+        if token is None and await asyncio.to_thread(self.accounts.is_empty):
+            if request.client is not None and not _is_here(request.client.host):
+                raise NoAccountError("make the first account; it becomes the admin's")
+            return await self._alone.person(request)
+        if token is None:
+            raise AuthenticationError("sign in first")
+        account = await asyncio.to_thread(self.accounts.whose, token)
+        return Person(account.id, account.name, account.role)
 
 
 def _is_here(address: str) -> bool:

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -18,6 +19,7 @@ from starlette.responses import Response, StreamingResponse
 
 from bise import __version__
 from bise.assistant.context import view_context
+from bise.assistant.exchange import as_json, as_markdown, read_export, store_imported
 from bise.assistant.runs import Event, Run
 from bise.assistant.service import Assistant
 from bise.server.assistant_page import PAGE_HEADERS, StaticPage
@@ -95,6 +97,9 @@ def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIR
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
     _add_conversations(router, assistant, who)
     _add_changes(router, assistant, who)
+    _add_exchange(router, assistant, who)
+    _add_edits(router, assistant, who)
+    _add_documents(router, assistant, who)
     _add_messages(router, assistant, who)
     _add_runs(router, assistant, who)
     return router
@@ -175,6 +180,54 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
             **dataclasses.asdict(page),
         }
 
+
+def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
+    @router.get("/conversations/{conversation_id}/export")
+    async def export(conversation_id: str, person: Person = who, form: str = "markdown") -> Response:
+        shelf = await assistant().shelf_of(person.owner, conversation_id)
+        found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
+        if form == "json":
+            every = await asyncio.to_thread(shelf.messages.all, person.owner, conversation_id)
+            return _download(json.dumps(as_json(found, every), ensure_ascii=False, indent=1), "json")
+        branch = await asyncio.to_thread(shelf.messages.branch, person.owner, conversation_id)
+        return _download(as_markdown(found, branch), "md")
+
+    @router.get("/export")
+    async def export_all(person: Person = who) -> Response:
+        shelf = assistant().disk
+
+        async def lines() -> AsyncGenerator[bytes]:
+            cursor: float | None = None
+            while True:
+                page = await asyncio.to_thread(
+                    partial(shelf.conversations.listing, person.owner, cursor=cursor)
+                )
+                for found in page:
+                    every = await asyncio.to_thread(shelf.messages.all, person.owner, found.id)
+                    yield (_json(as_json(found, every)) + "\n").encode()
+                rest = [found.updated_at for found in page if not found.pinned]
+                if not rest:
+                    return
+                cursor = rest[-1]
+
+        name = {"content-disposition": "attachment; filename=bise-conversations.ndjson"}
+        return StreamingResponse(lines(), media_type="application/x-ndjson", headers=PAGE_HEADERS | name)
+
+    @router.post("/import", status_code=201)
+    async def import_(request: Request, person: Person = who) -> dict[str, Any]:
+        service = assistant()
+        content = await request.body()
+
+        def work() -> dict[str, Any]:
+            found, skipped = read_export(content)
+            return dataclasses.asdict(store_imported(service.disk.storage, person.owner, found, skipped))
+
+        report = await asyncio.to_thread(work)
+        service.hub.tell(person.owner, "reload")
+        return report
+
+
+def _add_edits(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
     @router.patch("/conversations/{conversation_id}")
     async def change(conversation_id: str, body: dict[str, Any], person: Person = who) -> dict[str, Any]:
         return dataclasses.asdict(await assistant().change(person.owner, conversation_id, body))
@@ -187,6 +240,8 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
     async def restore(conversation_id: str, person: Person = who) -> dict[str, Any]:
         return dataclasses.asdict(await assistant().restore(person.owner, conversation_id))
 
+
+def _add_documents(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
     @router.post("/conversations/{conversation_id}/documents", status_code=201)
     async def add_document(
         request: Request,
@@ -285,6 +340,12 @@ def _add_runs(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -
     @router.get("/events")
     async def events(person: Person = who) -> Response:
         return _stream(_tab_events(assistant(), person.owner))
+
+
+def _download(text: str, ending: str) -> Response:
+    kind = "application/json" if ending == "json" else "text/markdown; charset=utf-8"
+    name = {"content-disposition": f"attachment; filename=bise-conversation.{ending}"}
+    return Response(text, media_type=kind, headers=PAGE_HEADERS | name)
 
 
 def _stream(events: AsyncGenerator[bytes]) -> Response:

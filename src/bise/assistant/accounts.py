@@ -1,0 +1,206 @@
+"""Accounts: names, roles, passwords as argon2id hashes, signed-in browsers. The first account is the admin."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+from sqlalchemy import delete, func, select, update
+
+from bise.assistant.storage import Storage, new_id
+from bise.errors import AuthenticationError, ConflictError, NotFoundError, PermissionDeniedError, RequestError
+from bise.store.chat_schema import AccountRecord, ConversationRecord, PreferenceRecord, SignInRecord
+
+SIGNED_IN_S = 30 * 86400.0
+MIN_PASSWORD = 10
+MAX_PASSWORD = 1024
+FREE_TRIES = 5
+"""Wrong passwords for one name before waiting begins; the wait doubles up to MAX_WAIT_S."""
+MAX_WAIT_S = 300.0
+ROLES = ("admin", "user")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """A person with an account."""
+
+    id: str
+    name: str
+    role: str
+    is_disabled: bool
+
+
+class Accounts:
+    """The accounts in one storage. Hashing takes tens of milliseconds: call from a thread."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._hasher = PasswordHasher()
+        # A name that does not exist costs as much time as a wrong password.
+        self._nobody = self._hasher.hash(secrets.token_urlsafe(16))
+        self._tries: dict[str, tuple[int, float]] = {}
+        self._lock = threading.Lock()
+
+    def is_empty(self) -> bool:
+        """Return True while nobody has an account."""
+        with self._storage.reading() as session:
+            return not session.scalar(select(func.count()).select_from(AccountRecord))
+
+    def create_first(self, name: str, password: str, *, adopts: str | None = None) -> Account:
+        """Make the admin, who takes over what `adopts` owned. Raises ConflictError when there is one."""
+        account = self._create(name, password, "admin", is_first=True)
+        if adopts is not None:
+            with self._storage.writing() as session:
+                for record in (ConversationRecord, PreferenceRecord):
+                    session.execute(update(record).where(record.owner == adopts).values(owner=account.id))
+        return account
+
+    def create(self, name: str, password: str, role: str = "user") -> Account:
+        """Make an account. Raises RequestError or ConflictError for a name or password that cannot be."""
+        return self._create(name, password, role, is_first=False)
+
+    def sign_in(self, name: str, password: str) -> tuple[Account, str]:
+        """Return the account and a token for the browser's cookie. Raises AuthenticationError."""
+        key = name.strip().casefold()[:100]
+        self._wait(key)
+        with self._storage.reading() as session:
+            record = session.scalar(select(AccountRecord).where(AccountRecord.name == key))
+            session.expunge_all()
+        good = self._matches(self._nobody if record is None else record.password_hash, password)
+        if record is None or not good or record.disabled_at is not None:
+            with self._lock:
+                self._tries[key] = (self._tries.get(key, (0, 0.0))[0] + 1, time.monotonic())
+            raise AuthenticationError("the name or the password is wrong")
+        with self._lock:
+            self._tries.pop(key, None)
+        token, now = secrets.token_urlsafe(32), time.time()
+        with self._storage.writing() as session:
+            session.execute(delete(SignInRecord).where(SignInRecord.expires_at < now))
+            session.add(
+                SignInRecord(
+                    token_hash=_digest(token),
+                    account_id=record.id,
+                    created_at=now,
+                    expires_at=now + SIGNED_IN_S,
+                )
+            )
+        return _account(record), token
+
+    def whose(self, token: str) -> Account:
+        """Return the account of a signed-in browser. Raises AuthenticationError."""
+        with self._storage.reading() as session:
+            entry = session.get(SignInRecord, _digest(token))
+            record = None if entry is None else session.get(AccountRecord, entry.account_id)
+            if entry is None or record is None or entry.expires_at < time.time() or record.disabled_at:
+                raise AuthenticationError("sign in first")
+            return _account(record)
+
+    def sign_out(self, token: str) -> None:
+        """Forget a signed-in browser."""
+        with self._storage.writing() as session:
+            session.execute(delete(SignInRecord).where(SignInRecord.token_hash == _digest(token)))
+
+    def listing(self) -> list[Account]:
+        """Return all accounts by name."""
+        with self._storage.reading() as session:
+            return [
+                _account(record)
+                for record in session.scalars(select(AccountRecord).order_by(AccountRecord.name))
+            ]
+
+    def change(
+        self,
+        account_id: str,
+        *,
+        role: str | None = None,
+        disabled: bool | None = None,
+        password: str | None = None,
+    ) -> Account:
+        """Change an account; a disabled one or a new password signs all its browsers out.
+
+        Raises ConflictError when no admin would be left.
+        """
+        with self._storage.writing() as session:
+            record = session.get(AccountRecord, account_id)
+            if record is None:
+                raise NotFoundError("there is no such account", field="account")
+            if role is not None:
+                record.role = _checked_role(role)
+            if password is not None:
+                record.password_hash = self._hasher.hash(_checked_password(password))
+            if disabled is not None:
+                record.disabled_at = time.time() if disabled else None
+            if disabled or password is not None:
+                session.execute(delete(SignInRecord).where(SignInRecord.account_id == account_id))
+            session.flush()
+            admins = select(func.count()).where(
+                AccountRecord.role == "admin", AccountRecord.disabled_at.is_(None)
+            )
+            if not session.scalar(admins):
+                raise ConflictError("one admin must be left")
+            return _account(record)
+
+    def _create(self, name: str, password: str, role: str, *, is_first: bool) -> Account:
+        key = name.strip().casefold()
+        if not 1 <= len(key) <= 100 or any(ord(char) < 32 for char in key):
+            raise RequestError("name must have 1 to 100 characters", field="name")
+        record = AccountRecord(
+            id=new_id(),
+            name=key,
+            role=_checked_role(role),
+            password_hash=self._hasher.hash(_checked_password(password)),
+            created_at=time.time(),
+            disabled_at=None,
+        )
+        with self._storage.writing() as session:
+            count = session.scalar(select(func.count()).select_from(AccountRecord))
+            if is_first and count:
+                raise ConflictError("there is an admin already; sign in")
+            if session.scalar(select(AccountRecord).where(AccountRecord.name == key)) is not None:
+                raise ConflictError("this name is taken")
+            session.add(record)
+        return _account(record)
+
+    def _matches(self, stored: str, password: str) -> bool:
+        try:
+            return len(password) <= MAX_PASSWORD and self._hasher.verify(stored, password)
+        except (VerificationError, InvalidHashError):
+            return False
+
+    def _wait(self, key: str) -> None:
+        with self._lock:
+            count, last = self._tries.get(key, (0, 0.0))
+        if count < FREE_TRIES:
+            return
+        left = last + min(2.0 ** (count - FREE_TRIES), MAX_WAIT_S) - time.monotonic()
+        if left > 0:
+            raise PermissionDeniedError(f"too many wrong passwords; try again in {left:.0f} seconds")
+
+
+def _checked_role(role: str) -> str:
+    if role not in ROLES:
+        raise RequestError(f"role must be admin or user, got '{role[:20]}'", field="role")
+    return role
+
+
+def _checked_password(password: str) -> str:
+    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
+        raise RequestError(
+            f"password must have {MIN_PASSWORD} to {MAX_PASSWORD} characters", field="password"
+        )
+    return password
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _account(record: AccountRecord) -> Account:
+    return Account(
+        id=record.id, name=record.name, role=record.role, is_disabled=record.disabled_at is not None
+    )

@@ -1,0 +1,105 @@
+"""Signing in and out, and the accounts of a household, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bise.assistant.accounts import SIGNED_IN_S, Accounts
+from bise.errors import PermissionDeniedError
+from bise.server.assistant_people import COOKIE, LOCAL_OWNER, People, Person, check_origin
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Credentials(_Body):
+    """A name and a password."""
+
+    name: str = Field(max_length=200)
+    password: str = Field(max_length=2000)
+
+
+class NewAccount(Credentials):
+    """An account to make."""
+
+    role: str = "user"
+
+
+class AccountChange(_Body):
+    """What to change in an account."""
+
+    role: str | None = None
+    disabled: bool | None = None
+    password: str | None = Field(default=None, max_length=2000)
+
+
+def accounts_router(accounts: Accounts, people: People) -> APIRouter:
+    """Return the routes; only an admin sees and changes accounts."""
+    router = APIRouter(prefix="/api/v1", include_in_schema=False, dependencies=[Depends(check_origin)])
+
+    async def admin(request: Request) -> Person:
+        person = await people.person(request)
+        if person.role != "admin":
+            raise PermissionDeniedError("only an admin may do this")
+        return person
+
+    boss: Any = Depends(admin)
+
+    @router.post("/first-account", status_code=201)
+    async def first(request: Request, body: Credentials) -> Response:
+        await asyncio.to_thread(lambda: accounts.create_first(body.name, body.password, adopts=LOCAL_OWNER))
+        return await _signed_in(accounts, request, body)
+
+    @router.post("/sign-in")
+    async def sign_in(request: Request, body: Credentials) -> Response:
+        return await _signed_in(accounts, request, body)
+
+    @router.post("/sign-out", status_code=204)
+    async def sign_out(request: Request) -> Response:
+        token = request.cookies.get(COOKIE)
+        if token is not None:
+            await asyncio.to_thread(accounts.sign_out, token)
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE, path="/")
+        return response
+
+    @router.get("/accounts")
+    async def listing(person: Person = boss) -> dict[str, Any]:
+        return {
+            "accounts": [dataclasses.asdict(found) for found in await asyncio.to_thread(accounts.listing)]
+        }
+
+    @router.post("/accounts", status_code=201)
+    async def create(body: NewAccount, person: Person = boss) -> dict[str, Any]:
+        made = await asyncio.to_thread(accounts.create, body.name, body.password, body.role)
+        return dataclasses.asdict(made)
+
+    @router.patch("/accounts/{account_id}")
+    async def change(account_id: str, body: AccountChange, person: Person = boss) -> dict[str, Any]:
+        changed = await asyncio.to_thread(lambda: accounts.change(account_id, **body.model_dump()))
+        return dataclasses.asdict(changed)
+
+    return router
+
+
+async def _signed_in(accounts: Accounts, request: Request, body: Credentials) -> Response:
+    account, token = await asyncio.to_thread(accounts.sign_in, body.name, body.password)
+    response = JSONResponse({"name": account.name, "role": account.role})
+    response.set_cookie(
+        COOKIE,
+        token,
+        max_age=int(SIGNED_IN_S),
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+        path="/",
+    )
+    return response
