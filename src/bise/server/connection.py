@@ -113,7 +113,7 @@ class BoundedConnection(HttpToolsProtocol):
         if len(self.pipeline) >= _MAX_PIPELINED:
             self._refuse(ApiError(400, "too many requests are pipelined", code="invalid_http"))
         super().on_message_begin()
-        self.scope["bise.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope["bise.transport"] = self.transport  # type: ignore[typeddict-unknown-key]
         self._in_head = True
         self._header_bytes = 0
 

@@ -68,14 +68,15 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
 def _plain_part(part: object) -> object:
     """Return a thinking part with its text as one string, as the chat formats take it; others as they are."""
     fields = cast(Message, part) if isinstance(part, dict) else {}
+    same = cast(object, part)
     thoughts = fields.get("thinking")
     if fields.get("type") != "thinking" or not isinstance(thoughts, list):
-        return part
+        return same
     entries = [
         cast(Message, entry) if isinstance(entry, dict) else {} for entry in cast(list[object], thoughts)
     ]
     if not all(isinstance(entry.get("text"), str) for entry in entries):
-        return part
+        return same
     closed = fields.get("closed")
     text = "".join(entry["text"] for entry in entries)
     return {"type": "thinking", "thinking": text, "closed": True if closed is None else closed}

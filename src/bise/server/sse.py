@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -61,7 +60,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
         limits = self._job.service.limits
-        sender = _Sender(send, limits.ping_s, limits.stalled_reader_s)
+        sender = _Sender(scope, send, limits.ping_s, limits.stalled_reader_s)
         tasks = [asyncio.create_task(watch_client(self._job)), asyncio.create_task(sender.ping())]
         failure: BaseException | None = None
         try:
@@ -101,15 +100,16 @@ async def aclose(events: AsyncIterator[bytes]) -> None:
 
 def _cut(scope: Scope) -> None:
     """Drop the connection of a client that does not read: closing it politely would wait for ever."""
-    abort: Any = scope.get("bise.abort")
-    if abort is not None:
-        abort()
+    transport: asyncio.Transport | None = scope.get("bise.transport")
+    if transport is not None:
+        transport.abort()
 
 
 class _Sender:
     """Sends parts of one body; a send that blocks too long raises TimeoutError."""
 
-    def __init__(self, send: Send, ping_s: float, stalled_s: float) -> None:
+    def __init__(self, scope: Scope, send: Send, ping_s: float, stalled_s: float) -> None:
+        self._transport: asyncio.Transport | None = scope.get("bise.transport")
         self._send = send
         self._ping_s = ping_s
         self._stalled_s = stalled_s
@@ -121,6 +121,8 @@ class _Sender:
         self._open = True
 
     async def send(self, data: bytes) -> None:
+        if self._transport is not None and self._transport.is_closing():
+            raise ClientGoneError
         self._last = asyncio.get_running_loop().time()
         async with asyncio.timeout(self._stalled_s):
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -135,5 +137,7 @@ class _Sender:
         while True:
             await asyncio.sleep(self._ping_s)
             if self._open and asyncio.get_running_loop().time() - self._last >= self._ping_s:
-                with contextlib.suppress(TimeoutError):  # the stream's own sends notice that, too
+                with contextlib.suppress(
+                    TimeoutError, ClientGoneError
+                ):  # the stream's own sends notice that, too
                     await self.send(_PING)
