@@ -252,7 +252,8 @@ def test_a_bad_job_is_a_400(site, path, body):
 @pytest.mark.parametrize(
     "path",
     ["/v1/files?limit=0", "/v1/files?limit=x", "/v1/files?page=-1", "/v1/files?order=up",
-     "/v1/files?purpose=ocr", "/v1/batch/jobs?status=DONE", "/v1/batch/jobs?created_after=soon", "/v1/usage?since=now"],
+     "/v1/files?purpose=ocr", "/v1/batch/jobs?status=DONE", "/v1/batch/jobs?created_after=soon",
+     "/v1/usage?since=now"],
 )  # fmt: skip
 def test_a_bad_query_is_a_400(site, path):
     assert site.get(path).status_code == 400

@@ -173,8 +173,9 @@ def _expiry(form: FormData) -> float | None:
     """Return after how many seconds the file is to go: Mistral's `expiry` in hours, OpenAI's
     `expires_after[seconds]`.
     """
-    if _text_field(form, "visibility") not in (None, "user"):
-        raise RequestError("visibility must be user: files belong to the key's owner", field="visibility")
+    # Mistral's client sends `workspace` unasked; here the workspace is the key's owner.
+    if _text_field(form, "visibility") not in (None, "user", "workspace"):
+        raise RequestError("visibility must be user or workspace", field="visibility")
     if _text_field(form, "expires_after[anchor]") not in (None, "created_at"):
         raise RequestError("expires_after[anchor] must be created_at", field="expires_after[anchor]")
     for name, unit in (("expiry", _HOUR_S), ("expires_after[seconds]", 1.0)):
