@@ -95,7 +95,7 @@ class Experts {
   nb::list owners;
 };
 
-// K and V pages of one layer over four numpy arrays (scales empty unless q8).
+// K and V pages of one layer over four numpy arrays (scales empty unless integers).
 struct Pages {
   PageView view;
   int64_t slots;
@@ -104,13 +104,13 @@ struct Pages {
 
 Pages make_pages(int kind, int kv_heads, int head_dim, Bytes k, Bytes v, Array<float, 1> k_scale,
                  Array<float, 1> v_scale) {
-  require(kind >= 0 && kind <= 3, "unknown KV format");
+  require(kind >= 0 && kind <= 4, "unknown KV format");
   require(kv_heads > 0 && head_dim > 0 && head_dim % 2 == 0, "bad head shape");
   const int64_t width = kind == 0 ? 4 : kind == 3 ? 1 : 2;
   const int64_t slots = int64_t(k.shape(0)) / (width * kv_heads * head_dim);
   require(slots % kKvBlock == 0 && k.shape(0) == v.shape(0), "pages must hold whole blocks");
   require(int64_t(k.shape(0)) == slots * width * kv_heads * head_dim, "pages must hold whole blocks");
-  const int64_t scales = kind == 3 ? slots * kv_heads : 0;
+  const int64_t scales = kind >= 3 ? slots * kv_heads : 0;
   require(int64_t(k_scale.shape(0)) == scales && int64_t(v_scale.shape(0)) == scales, "wrong number of scales");
   Pages p;
   p.view = {k.data(), v.data(), k_scale.data(), v_scale.data(), kv_heads, head_dim, kind};

@@ -223,8 +223,7 @@ void Context::attend(float* q, float* k, const float* v, const float* cos, const
       ops_.store_kv(pages, a.slots[r], k + r * kv_width, v + r * kv_width);
     }
   });
-  // Items: (sequence, kv head, run of rows); runs are short so that long prompts spread over the threads.
-  constexpr int64_t kRun = 16;
+  // Items: (sequence, kv head, run of rows); runs are short so that prompts spread over the threads.
   struct Item {
     int64_t sequence, begin, end;
   };
@@ -232,7 +231,9 @@ void Context::attend(float* q, float* k, const float* v, const float* cos, const
   int64_t work = 0;
   for (int64_t s = 0; s < a.sequences; ++s) {
     const int64_t count = a.q_start[s + 1] - a.q_start[s];
-    for (int64_t r = 0; r < count; r += kRun) runs.push_back({s, r, std::min(count, r + kRun)});
+    const int64_t share = a.heads / pages.kv_heads, spread = count * pages.kv_heads / (4 * threads());
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(kBatchRows / share, std::max<int64_t>(spread, 4)));
+    for (int64_t r = 0; r < count; r += step) runs.push_back({s, r, std::min(count, r + step)});
     work += count * std::min<int64_t>(a.window, a.q_pos[s] + count) * q_width;
   }
   const int64_t items = int64_t(runs.size()) * pages.kv_heads;

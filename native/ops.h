@@ -8,16 +8,22 @@
 
 namespace bise {
 
-// K and V of one layer. K block: [G][2][D][16] (16 keys side by side), V block: [G][32][D].
+// K and V of one layer. K block: [G][2][D][16] (16 keys side by side), V block: [G][32][D]; integer kinds:
+// kernels/attention_integer.inl.
 struct PageView {
   void* k;
   void* v;
-  float* k_scale;  // q8 only: [block][G][32]
+  float* k_scale;  // integer kinds only: [block][G][32]
   float* v_scale;
   int kv_heads;
   int head_dim;
-  int kind;  // 0 f32, 1 f16, 2 bf16, 3 q8
+  int kind;  // 0 f32, 1 f16, 2 bf16, 3 q8, 4 q16
 };
+
+constexpr int kKvBlock = 32;
+
+// Tokens in the pages before the part of head g in a block.
+inline int64_t head_start(const PageView& p, int64_t block, int64_t g) { return (block * p.kv_heads + g) * kKvBlock; }
 
 struct AttendTask {
   const float* q;  // rotated and scaled queries [T][H * D]
@@ -63,12 +69,21 @@ struct Ops {
 
   // Attention of the task's rows and the query heads of its kv head. `scratch` holds attend_scratch floats.
   void (*attend)(const PageView& pages, const AttendTask& task, float* scratch);
+
+  // Reads whole lines of 256 bytes; the result only keeps the reads alive.
+  int64_t (*read_all)(const uint8_t* data, int64_t bytes);
+
+  // A few microseconds of 8-bit dot products or float multiply-adds; return the operations done, two per multiply-add.
+  int64_t (*dot_steps)();
+  int64_t (*float_steps)();
 };
 
-constexpr int kKvBlock = 32;
 constexpr int kSplit = 512;
-constexpr int kAttendRows = 8;  // (query, head) rows computed together
-inline int64_t attend_scratch(int head_dim) { return kAttendRows * (kSplit + 2 * int64_t(head_dim) + 16) + 64; }
+constexpr int kAttendRows = 8;  // (query, head) rows computed together over float pages
+constexpr int kBatchRows = 96;  // rows that visit a split of integer pages one after the other
+inline int64_t attend_scratch(int head_dim) {
+  return 12 * (kSplit + kSplit / 2 + 64) + 2 * kSplit + (12 + 2 * kBatchRows) * int64_t(head_dim + 16);
+}
 
 extern const Ops ops_scalar;
 #if defined(__x86_64__)

@@ -32,7 +32,7 @@ def test_weights_of_a_7b_in_4_bits_are_its_matrices_at_4_5_bits_and_two_8_bit_ta
 
 def test_kv_counts_every_sequence_and_every_layer():
     one = plan_of("mistral-7b").need.kv
-    assert one == 4096 * 32 * 2 * 1024 * 2
+    assert one == 4096 * 32 * 2 * (1024 * 2 + 8 * 4)
     assert plan_of("mistral-7b", sequences=3).need.kv == 3 * one
     assert plan_of("mistral-7b", kv="q8").need.kv == 4096 * 32 * 2 * (1024 + 8 * 4)
 

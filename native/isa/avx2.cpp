@@ -16,7 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 8, kRegisters = 16;
-  static constexpr bool kShortSums = true;
+  static constexpr bool kShortSums = true, kCentred = true;
   using F = __m256;
   using I = __m256i;
 
@@ -32,6 +32,11 @@ struct R {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static float sum(F x) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
   static float top(F x) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -64,6 +69,16 @@ struct R {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
   }
+  static void store_s16(int16_t* p, F x) {
+    const I whole = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
+  static I load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I load_pairs(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I dot_pairs(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
   static I loadi(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
   static I set1b(uint8_t x) { return _mm256_set1_epi8(char(x)); }
@@ -100,14 +115,16 @@ struct R {
     const I pairs = _mm256_maddubs_epi16(codes, x);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  // Codes up to 255 would saturate: split into nibbles, both halves exact.
+  // Codes up to 255 would saturate: the sign of code - 128 moves to x, and 2 x 128 x 127 < 2^15.
   static I dot_wide(I acc, I codes, I x) {
-    const I mask = _mm256_set1_epi8(15);
-    const I low = _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x);
-    const I high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    const I centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+    return dot(acc, _mm256_abs_epi8(centred), _mm256_sign_epi8(x, centred));
   }
+  template <class V>
+  static void opaque(V& x) {
+    __asm__ volatile("" : "+x"(x));
+  }
+  static void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 
@@ -119,9 +136,14 @@ struct R {
 
 #include "../kernels/attention.inl"
 
+#include "../kernels/attention_integer.inl"
+
+#include "../kernels/probe.inl"
+
 }  // namespace
 
 extern const Ops ops_avx2;
-const Ops ops_avx2 = {"avx2", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend};
+const Ops ops_avx2 = {"avx2", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
+                      read_all, dot_steps, float_steps};
 
 }  // namespace bise

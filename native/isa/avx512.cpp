@@ -16,7 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 16, kRegisters = 32;
-  static constexpr bool kShortSums = false;
+  static constexpr bool kShortSums = false, kCentred = false;
   using F = __m512;
   using I = __m512i;
 
@@ -32,16 +32,19 @@ struct R {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static float sum(F x) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
   static float top(F x) { return _mm512_reduce_max_ps(x); }
   static bool has_nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
   static F zero_below(F x, float bound, F y) {
-    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_LT_OQ), _mm512_setzero_ps());
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), y);
   }
   // x * 2^n for whole n in [-126, 127]
-  static F scale2(F x, F n) {
-    const I bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return _mm512_mul_ps(x, _mm512_castsi512_ps(bits));
-  }
+  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
   static F loadh(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -59,6 +62,19 @@ struct R {
   }
   static void store_s8(int8_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+  static void store_s16(int16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+  }
+  // 2 L values of 16 bits, and the sums of their pairwise products with b
+  static I load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+  static I load_pairs(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // The intrinsic makes gcc 12 copy every sum twice and spill what then no longer fits the registers.
+  static I dot_pairs(I acc, I a, I b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
   }
   static I loadi(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I set1i(int32_t x) { return _mm512_set1_epi32(x); }
@@ -93,6 +109,11 @@ struct R {
   static I dot16(I acc, I codes, I x) { return dot(acc, codes, x); }
   static I widen16(I x) { return x; }
   static I dot_wide(I acc, I codes, I x) { return dot(acc, codes, x); }
+  template <class V>
+  static void opaque(V& x) {
+    __asm__ volatile("" : "+v"(x));
+  }
+  static void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 };
 
@@ -104,9 +125,14 @@ struct R {
 
 #include "../kernels/attention.inl"
 
+#include "../kernels/attention_integer.inl"
+
+#include "../kernels/probe.inl"
+
 }  // namespace
 
 extern const Ops ops_avx512;
-const Ops ops_avx512 = {"avx512", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend};
+const Ops ops_avx512 = {"avx512", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
+                        read_all, dot_steps, float_steps};
 
 }  // namespace bise

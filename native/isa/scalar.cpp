@@ -10,7 +10,7 @@ namespace {
 
 struct R {
   static constexpr int L = 16, kRegisters = 16;
-  static constexpr bool kShortSums = false;
+  static constexpr bool kShortSums = false, kCentred = false;
   struct F {
     float v[16];
   };
@@ -79,6 +79,12 @@ struct R {
     LANES r.v[i] = __builtin_rintf(x.v[i]);
     return r;
   }
+  static float sum(const F& x) {
+    F t = x;
+    for (int width = 8; width; width /= 2)
+      for (int j = 0; j < width; ++j) t.v[j] = t.v[j] + t.v[j + width];
+    return t.v[0];
+  }
   static float top(const F& x) {
     float m = x.v[0];
     LANES m = x.v[i] > m ? x.v[i] : m;
@@ -97,8 +103,8 @@ struct R {
   static F scale2(const F& x, const F& n) {
     F r;
     LANES {
-      // NaN reaches this with any n: the product stays NaN
-      const int whole = n.v[i] == n.v[i] ? int(n.v[i]) : 0;
+      // NaN reaches this with any n: the product stays NaN. Out of range the result is not used.
+      const int whole = n.v[i] >= -126.0f && n.v[i] <= 127.0f ? int(n.v[i]) : 0;
       const uint32_t bits = uint32_t(whole + 127) << 23;
       float power;
       __builtin_memcpy(&power, &bits, 4);
@@ -146,6 +152,23 @@ struct R {
       const float whole = __builtin_rintf(x.v[i]);
       p[i] = int8_t(whole > 127.0f ? 127.0f : whole < -128.0f ? -128.0f : whole);
     }
+  }
+  static void store_s16(int16_t* p, const F& x) {
+    LANES {
+      const float whole = __builtin_rintf(x.v[i]);
+      p[i] = int16_t(whole > 32767.0f ? 32767.0f : whole < -32768.0f ? -32768.0f : whole);
+    }
+  }
+  template <class T>
+  static I load_pairs(const T* p) {
+    I r;
+    for (int i = 0; i < 32; ++i) r.h[i] = uint16_t(p[i]);
+    return r;
+  }
+  static I dot_pairs(const I& acc, const I& a, const I& b) {
+    I r;
+    LANES r.w[i] = acc.w[i] + int16_t(a.h[2 * i]) * int16_t(b.h[2 * i]) + int16_t(a.h[2 * i + 1]) * int16_t(b.h[2 * i + 1]);
+    return r;
   }
   static I loadi(const uint8_t* p) {
     I r;
@@ -224,6 +247,11 @@ struct R {
   static I dot16(const I& acc, const I& codes, const I& x) { return dot(acc, codes, x); }
   static I widen16(const I& x) { return x; }
   static I dot_wide(const I& acc, const I& codes, const I& x) { return dot(acc, codes, x); }
+  template <class V>
+  static void opaque(V& x) {
+    __asm__ volatile("" : "+m"(x));
+  }
+  static void prefetch_far(const uint8_t*) {}
   static void prefetch(const uint8_t*) {}
 #undef LANES
 };
@@ -236,9 +264,14 @@ struct R {
 
 #include "../kernels/attention.inl"
 
+#include "../kernels/attention_integer.inl"
+
+#include "../kernels/probe.inl"
+
 }  // namespace
 
 extern const Ops ops_scalar;
-const Ops ops_scalar = {"scalar", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend};
+const Ops ops_scalar = {"scalar", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
+                        read_all, dot_steps, float_steps};
 
 }  // namespace bise

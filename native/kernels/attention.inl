@@ -1,4 +1,4 @@
-// Paged, windowed, grouped-query attention. Included after fused.inl.
+// Paged, windowed, grouped-query attention over float pages. Included after fused.inl.
 //
 // A row is one (query, query head). Scores: one lane per key, head width summed in ascending order with fused
 // multiply-add. Softmax and the sum over values run inside splits of 512 absolute positions, keys ascending; splits
@@ -13,16 +13,13 @@ struct Row {
 
 template <class Kv>
 inline const typename Kv::T* k_block(const PageView& p, const AttendTask& t, int64_t position) {
-  const int64_t head = (int64_t(t.table[position / kKvBlock]) * p.kv_heads + t.kv_head) * kKvBlock;
+  const int64_t head = head_start(p, t.table[position / kKvBlock], t.kv_head);
   return static_cast<const typename Kv::T*>(p.k) + head * p.head_dim + position % kKvBlock / 16 * 16 * p.head_dim;
 }
 template <class Kv>
 inline const typename Kv::T* v_row(const PageView& p, const AttendTask& t, int64_t position) {
-  const int64_t head = (int64_t(t.table[position / kKvBlock]) * p.kv_heads + t.kv_head) * kKvBlock;
+  const int64_t head = head_start(p, t.table[position / kKvBlock], t.kv_head);
   return static_cast<const typename Kv::T*>(p.v) + (head + position % kKvBlock) * p.head_dim;
-}
-inline int64_t scale_index(const PageView& p, const AttendTask& t, int64_t position) {
-  return (int64_t(t.table[position / kKvBlock]) * p.kv_heads + t.kv_head) * kKvBlock + position % kKvBlock;
 }
 
 // Scores of N rows against the 16 keys from `position` (a multiple of 16).
@@ -35,10 +32,6 @@ inline void score_group(const PageView& p, const AttendTask& t, const Row* rows,
     const F16 column = Kv::load(k + int64_t(i) * 16);
 BISE_UNROLL(8)
     for (int n = 0; n < N; ++n) acc[n] = fma16(column, set16(rows[n].q[i]), acc[n]);
-  }
-  if constexpr (sizeof(typename Kv::T) == 1) {
-    const F16 scale = load16(p.k_scale + scale_index(p, t, position));
-    for (int n = 0; n < N; ++n) acc[n] = mul16(acc[n], scale);
   }
   for (int n = 0; n < N; ++n) store16(scores + n * kSplit, acc[n]);
 }
@@ -53,15 +46,9 @@ inline void mix_values(const PageView& p, const AttendTask& t, const float* prob
   for (int64_t key = from; key < to;) {
     const int64_t end = (key / kKvBlock + 1) * kKvBlock < to ? (key / kKvBlock + 1) * kKvBlock : to;
     const typename Kv::T* v = v_row<Kv>(p, t, key) + d0;
-    const float* scale = nullptr;
-    if constexpr (sizeof(typename Kv::T) == 1) scale = p.v_scale + scale_index(p, t, key);
     for (; key < end; ++key, v += p.head_dim) {
       F16 value[C];
-      for (int c = 0; c < C; ++c) {
-        value[c] = Kv::load(v + 16 * c);
-        if constexpr (sizeof(typename Kv::T) == 1) value[c] = mul16(value[c], set16(*scale));
-      }
-      if constexpr (sizeof(typename Kv::T) == 1) ++scale;
+      for (int c = 0; c < C; ++c) value[c] = Kv::load(v + 16 * c);
 BISE_UNROLL(8)
       for (int n = 0; n < N; ++n) {
         const F16 weight = set16(probs[n * kSplit + (key - base)]);
@@ -85,9 +72,7 @@ inline void mix_tail(const PageView& p, const AttendTask& t, const float* probs,
         float padded[16] = {};
         typename Kv::T one[16] = {};
         one[0] = v_row<Kv>(p, t, key)[d];
-        F16 value = Kv::load(one);
-        if constexpr (sizeof(typename Kv::T) == 1) value = mul16(value, set16(p.v_scale[scale_index(p, t, key)]));
-        store16(padded, value);
+        store16(padded, Kv::load(one));
         total = __builtin_fmaf(probs[n * kSplit + (key - base)], padded[0], total);
       }
       out[n * p.head_dim + d] = total;
@@ -190,13 +175,4 @@ void attend_kind(const PageView& p, const AttendTask& t, float* scratch) {
     }
   }
   flush();
-}
-
-void attend(const PageView& pages, const AttendTask& task, float* scratch) {
-  switch (pages.kind) {
-    case 0: return attend_kind<KvF32>(pages, task, scratch);
-    case 1: return attend_kind<KvF16>(pages, task, scratch);
-    case 2: return attend_kind<KvBF16>(pages, task, scratch);
-    default: return attend_kind<KvQ8>(pages, task, scratch);
-  }
 }

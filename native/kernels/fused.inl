@@ -109,56 +109,65 @@ struct KvBF16 {
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 };
-struct KvQ8 {
-  using T = int8_t;
-  static F16 load(const T* p) {
-    F16 r;
-    EACH_PART r.v[i] = R::from_s8(reinterpret_cast<const uint8_t*>(p + i * R::L));
-    return r;
-  }
-};
-
 template <class Kv>
 inline void store_head(const PageView& pages, int64_t slot, int g, const float* k, const float* v) {
   const int64_t block = slot / kKvBlock, offset = slot % kKvBlock;
   const int d = pages.head_dim;
-  const int64_t head = (block * pages.kv_heads + g) * kKvBlock;  // tokens before this head's part
+  const int64_t head = head_start(pages, block, g);
   typename Kv::T* kp = static_cast<typename Kv::T*>(pages.k) + head * d + offset / 16 * 16 * d + offset % 16;
   typename Kv::T* vp = static_cast<typename Kv::T*>(pages.v) + (head + offset) * d;
-  if constexpr (sizeof(typename Kv::T) == 1) {
-    const float* source[2] = {k, v};
-    float inverse[2];
-    float* scales[2] = {pages.k_scale + head + offset, pages.v_scale + head + offset};
-    for (int which = 0; which < 2; ++which) {
-      float top = 0.0f;
-      bool finite = true;
-      for (int i = 0; i < d; ++i) {
-        const float a = __builtin_fabsf(source[which][i]);
-        finite = finite && a <= 3.4e38f;
-        top = a > top ? a : top;
-      }
-      *scales[which] = finite ? top / 127.0f : __builtin_nanf("");
-      inverse[which] = finite && top > 1e-36f ? 127.0f / top : 0.0f;
-    }
-    float rounded[16];
-    for (int i = 0; i < d; i += 16) {
-      const int left = d - i < 16 ? d - i : 16;
-      int8_t codes[16];
-      for (int j = 0; j < 16; ++j) rounded[j] = j < left ? k[i + j] * inverse[0] : 0.0f;
-      if (inverse[0] == 0.0f)
-        for (int j = 0; j < 16; ++j) rounded[j] = 0.0f;
-      const F16 a = load16(rounded);
-      for (int part = 0; part < kParts; ++part) R::store_s8(codes + part * R::L, a.v[part]);
-      for (int j = 0; j < left; ++j) kp[int64_t(i + j) * 16] = codes[j];
-      for (int j = 0; j < 16; ++j) rounded[j] = j < left && inverse[1] != 0.0f ? v[i + j] * inverse[1] : 0.0f;
-      const F16 b = load16(rounded);
-      for (int part = 0; part < kParts; ++part) R::store_s8(codes + part * R::L, b.v[part]);
-      for (int j = 0; j < left; ++j) vp[i + j] = codes[j];
-    }
-  } else {
-    for (int i = 0; i < d; ++i) kp[int64_t(i) * 16] = Kv::narrow(k[i]);
-    for (int i = 0; i < d; ++i) vp[i] = Kv::narrow(v[i]);
+  for (int i = 0; i < d; ++i) kp[int64_t(i) * 16] = Kv::narrow(k[i]);
+  for (int i = 0; i < d; ++i) vp[i] = Kv::narrow(v[i]);
+}
+
+inline void store_codes(int8_t* p, const F16& x) { EACH_PART R::store_s8(p + i * R::L, x.v[i]); }
+inline void store_codes(int16_t* p, const F16& x) { EACH_PART R::store_s16(p + i * R::L, x.v[i]); }
+
+// Codes of d values of which `size` (their largest, or their length) becomes `limit`, code i to
+// out[i / 2 * step + i % 2 * inner]; returns the value of one code, NaN when a value is not finite.
+template <class T>
+inline float store_coded(const float* x, int d, float size, float limit, T* out, int step, int inner) {
+  const bool usable = size > 1e-36f && size <= 3.4e38f;
+  const F16 inverse = set16(usable ? limit / size : 0.0f);
+  for (int i = 0; i < d; i += 16) {
+    T codes[16] = {};
+    const int left = d - i < 16 ? d - i : 16;
+    if (usable) store_codes(codes, mul16(left == 16 ? load16(x + i) : load_part(x + i, left), inverse));
+    for (int j = 0; j < left; ++j) out[(i + j) / 2 * step + j % 2 * inner] = codes[j];
   }
+  return usable ? size / limit : size <= 1e-36f ? 0.0f : __builtin_nanf("");
+}
+
+// Largest magnitude (infinite when a value is not finite) and length of d values.
+inline void sizes_of(const float* x, int d, float& largest, float& length) {
+  F16 squares = zero16();
+  largest = 0.0f;
+  for (int i = 0; i < d; ++i) {
+    const float size = __builtin_fabsf(x[i]);
+    largest = size <= 3.4e38f ? (size > largest ? size : largest) : __builtin_inff();
+    if (largest > 3.4e38f) break;
+  }
+  for (int i = 0; i < d; i += 16) {
+    const F16 part = d - i >= 16 ? load16(x + i) : load_part(x + i, d - i);
+    squares = fma16(part, part, squares);
+  }
+  length = __builtin_sqrtf(sum_lanes(squares));
+}
+
+// Layout and bounds: attention_integer.inl.
+template <class T>
+inline void store_integers(const PageView& pages, int64_t slot, int g, const float* k, const float* v) {
+  const int64_t offset = slot % kKvBlock, head = head_start(pages, slot / kKvBlock, g);
+  const int d = pages.head_dim;
+  T* kp = static_cast<T*>(pages.k) + head * d + offset / 16 * 16 * d + offset % 16 * 2;
+  T* vp = static_cast<T*>(pages.v) + head * d + offset / 2 * 2 * d + offset % 2;
+  constexpr bool kByte = sizeof(T) == 1;
+  constexpr float kLimit = kByte ? 127.0f : 32767.0f;
+  float largest, length;
+  sizes_of(k, d, largest, length);
+  pages.k_scale[head + offset] = store_coded(k, d, kByte ? largest : length, kLimit, kp, 32, 1);
+  sizes_of(v, d, largest, length);
+  pages.v_scale[head + offset] = store_coded(v, d, largest, kLimit, vp, 4, 2);
 }
 
 void store_kv(const PageView& pages, int64_t slot, const float* k, const float* v) {
@@ -169,7 +178,8 @@ void store_kv(const PageView& pages, int64_t slot, const float* k, const float* 
       case 0: store_head<KvF32>(pages, slot, g, kg, vg); break;
       case 1: store_head<KvF16>(pages, slot, g, kg, vg); break;
       case 2: store_head<KvBF16>(pages, slot, g, kg, vg); break;
-      default: store_head<KvQ8>(pages, slot, g, kg, vg); break;
+      case 3: store_integers<int8_t>(pages, slot, g, kg, vg); break;
+      default: store_integers<int16_t>(pages, slot, g, kg, vg); break;
     }
   }
 }

@@ -126,7 +126,8 @@ struct TwoNibbleScalesAndMins : ByteScaleAndMin {
 };
 
 // A format: its codes, its scales, its zero point and its largest code. Instruction sets without a four-way dot
-// product add codes up to 15 in 16 bits over a block (8 x 2 x 15 x 127 < 2^15) and split codes above 127.
+// product add codes up to 15 in 16 bits over a block (8 x 2 x 15 x 127 < 2^15) and take 128 from codes above 127 before
+// they multiply (kCentred).
 template <class CodesT, class ScalesT, int kZeroT, int kMaxT>
 struct Layout {
   using Codes = CodesT;
@@ -213,7 +214,8 @@ struct Block {
     const int32_t* n8lo = reinterpret_cast<const int32_t*>(a + MT * 40);
     const float* ssum = reinterpret_cast<const float*>(a + MT * 44);
     const auto start = [&](int m, int chain) {
-      if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
+      if constexpr (Form::kWide && R::kCentred) return R::set1i(0);
+      else if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
       else return chain ? R::set1i(0) : offset_start<Form::kZero>(n8[m]);
     };
     R::I sum[kPanels][kChains][MT];

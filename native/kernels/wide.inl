@@ -1,6 +1,28 @@
 // Sixteen floats at once, over whatever registers R offers (R::L lanes each): the unit of every order of summation.
 // Included inside an anonymous namespace after the register trait R.
 
+// Calls fn(0) to fn(N - 1) with constants, so that arrays indexed by them live in registers: the compiler keeps dead
+// stores to the stack of arrays that it unrolls later, and a stored vector costs as much as two dot products.
+#define BISE_INLINE __attribute__((always_inline))
+#ifdef BISE_SANITIZED  // unrolled kernels take minutes to instrument
+template <int N, class Fn>
+inline void each(const Fn& fn) {
+  for (int i = 0; i < N; ++i) fn(i);
+}
+#else
+template <int I>
+struct Constant {
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class Fn>
+BISE_INLINE inline void each(const Fn& fn) {
+  if constexpr (I < N) {
+    fn(Constant<I>{});
+    each<N, I + 1>(fn);
+  }
+}
+#endif
+
 struct F16 {
   R::F v[16 / R::L];
 };
@@ -58,11 +80,8 @@ inline F16 max16(const F16& a, const F16& b) {
 
 // Sum of 16 lanes in one fixed tree: lane j with j + 8, then 4, 2, 1.
 inline float sum_lanes(const F16& a) {
-  float t[16];
-  store16(t, a);
-  for (int width = 8; width; width /= 2)
-    for (int j = 0; j < width; ++j) t[j] = t[j] + t[j + width];
-  return t[0];
+  if constexpr (kParts == 2) return R::sum(R::add(a.v[0], a.v[1]));
+  else return R::sum(a.v[0]);
 }
 inline float max_lanes(const F16& a) {
   R::F m = a.v[0];

@@ -131,13 +131,13 @@ void feed_forward_cases(Context& c, Results& out) {
 void attention_cases(Context& c, Results& out) {
   const int shapes[][3] = {{4, 2, 16}, {3, 1, 2}, {6, 3, 20}, {8, 8, 34}};  // heads, kv heads, width
   for (const auto& s : shapes)
-    for (int kind = 0; kind < 4; ++kind)
+    for (int kind = 0; kind < 5; ++kind)
       for (int64_t window : {int64_t(1) << 40, int64_t(1), int64_t(50)}) {
         const int64_t rows = 600, d = s[2], width = kind == 0 ? 4 : kind == 3 ? 1 : 2;
         Random r{uint64_t(kind * 7 + s[0])};
         const int64_t count = rows / 32 + 1, slots = count * 32;
         std::vector<uint8_t> k_pages(size_t(slots * s[1] * d * width)), v_pages(k_pages.size());
-        std::vector<float> k_scale(size_t(kind == 3 ? slots * s[1] : 0)), v_scale(k_scale.size());
+        std::vector<float> k_scale(size_t(kind >= 3 ? slots * s[1] : 0)), v_scale(k_scale.size());
         const PageView pages = {k_pages.data(), v_pages.data(), k_scale.data(), v_scale.data(), s[1], int(d), kind};
         std::vector<int32_t> table(static_cast<size_t>(count)), slot(static_cast<size_t>(rows));
         for (int64_t b = 0; b < count; ++b) table[size_t(b)] = int32_t(count - 1 - b);

@@ -88,7 +88,13 @@ class KvFormat:
 KV_FORMATS: Mapping[str, KvFormat] = MappingProxyType(
     {
         entry.name: entry
-        for entry in (KvFormat("f32", 4), KvFormat("f16", 2), KvFormat("bf16", 2), KvFormat("q8", 1, 4))
+        for entry in (
+            KvFormat("f32", 4),
+            KvFormat("f16", 2),
+            KvFormat("bf16", 2),
+            KvFormat("q16", 2, 4),
+            KvFormat("q8", 1, 4),
+        )
     }
 )
 """KV cache formats by name."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,15 @@ def test_prefill_is_held_against_the_arithmetic_rate():
     assert entry["tokens_per_s"] == 100.0
     assert entry["gops"] == pytest.approx(400.0)
     assert entry["share_of_limit"] == pytest.approx(0.5)
+
+
+def test_prefill_is_held_against_the_arithmetic_rate_of_its_own_round():
+    series = series_of(PREFILL, [1.0])
+    series.turns[0] = dataclasses.replace(series.turns[0], arithmetic=(500e9, None))
+    work = Work(tokens=100, bytes_read=1e6, operations=400e9, is_float=False)
+    entry = result_of(series, work, LIMITS)
+    assert entry["share_of_limit"] == pytest.approx(0.8)  # of the round's 500, not of the run's 800
+    assert entry["int8_gops"] == 500.0
 
 
 def test_each_peer_stands_beside_how_much_faster_bise_is():

@@ -14,6 +14,7 @@ def bench(cli, monkeypatch):
     """Run `bise bench` with the machine's limits put in place of measured ones."""
     monkeypatch.setattr("bise.bench.suite.measure_limits", lambda threads, probe: LIMITS)
     monkeypatch.setattr("bise.bench.suite.ReadProbe", lambda threads: lambda: 34e9)
+    monkeypatch.setattr("bise.bench.suite.ArithmeticProbe", lambda threads: lambda: (930e9, 220e9))
     monkeypatch.setattr("bise.bench.suite.wait_until_idle", lambda limit_s: None)
     return lambda *args: cli("bench", "--threads", "1", "--rounds", "2", *args)
 
@@ -54,7 +55,8 @@ def test_a_peer_that_is_absent_is_told_in_the_table_and_the_document(bench, monk
         (["--vs", "vllm"], "'vllm' is not a known peer; known: llama.cpp, transformers, ctranslate2"),
         (["--batch", "1,x"], "is not a list of positive numbers such as 1,4,16"),
         (["--shape", "nope"], "'nope' is not a known shape; known: tinyllama"),
-        (["--window", "64"], "--window needs --shape"),
+        (["--window", "64"], "--window and --layers need --shape"),
+        (["--layers", "2"], "--window and --layers need --shape"),
         (["somewhere", "--shape", "s06"], "give either MODEL or --shape"),
     ],
 )

@@ -8,7 +8,7 @@ from bise.kernels.cpu import CpuOps, detected_isas
 
 ISAS = detected_isas()
 # Rounding of K and V when stored: relative to values of about 3 at most.
-KV_ERROR = {"f32": 5e-6, "f16": 4e-3, "bf16": 3e-2, "q8": 6e-2}
+KV_ERROR = {"f32": 5e-6, "f16": 4e-3, "bf16": 3e-2, "q16": 1e-3, "q8": 6e-2}
 SHAPES = [(8, 2, 32), (6, 2, 20), (4, 4, 128), (5, 1, 64), (3, 3, 2)]
 
 
@@ -78,7 +78,7 @@ class Run:
         return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("kv_format", ["f32", "f16", "bf16", "q8"])
+@pytest.mark.parametrize("kv_format", ["f32", "f16", "bf16", "q16", "q8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
 def test_attention_matches_float64(kv_format, heads, kv_heads, width, window):
@@ -94,7 +94,7 @@ def test_attention_over_several_splits_matches_float64():
         assert np.abs(run.whole() - want).max() < KV_ERROR["f32"]
 
 
-@pytest.mark.parametrize("kv_format", ["f32", "f16", "bf16", "q8"])
+@pytest.mark.parametrize("kv_format", ["f32", "f16", "bf16", "q16", "q8"])
 @pytest.mark.parametrize("window", [None, 45, 520])
 def test_chunks_threads_isa_and_freed_blocks_do_not_change_a_bit(kv_format, window, monkeypatch):
     rows = 600  # two splits
@@ -137,12 +137,39 @@ def test_stale_values_of_a_former_owner_never_reach_a_result():
     assert dirty.chunked([13]).tobytes() == clean.tobytes()
 
 
-def test_nan_in_a_key_reaches_the_result_of_queries_that_see_it():
-    run = Run(CpuOps(1), 4, 2, 16, None, "f32", 40)
-    run.k[30] = np.nan
+@pytest.mark.parametrize(
+    ("kv_format", "where"), [("f32", "k"), *((kv, where) for kv in ("q16", "q8") for where in "qkv")]
+)
+def test_nan_reaches_the_result_of_queries_that_see_it_and_no_other(kv_format, where):
+    run = Run(CpuOps(1), 4, 2, 16, None, kv_format, 40)
+    getattr(run, where)[30] = np.nan
     got = run.whole()
-    assert np.isfinite(got[:30]).all()
-    assert np.isnan(got[30:]).all()
+    sees = np.arange(40) == 30 if where == "q" else np.arange(40) >= 30
+    assert np.isfinite(got[~sees]).all()
+    assert np.isnan(got[sees]).all()
+
+
+@pytest.mark.parametrize("scores", [0.1, 1, 3])
+def test_sixteen_bit_integers_cost_no_more_than_half_precision(scores):
+    errors = {}
+    for kv_format in ("f16", "q16"):
+        run = Run(CpuOps(2), 4, 1, 64, None, kv_format, 700)
+        run.q *= scores
+        run.k[:, 5] *= 10  # channels that stand out, as trained models have
+        want = attention_float64(run.q, run.k, run.v, 4, 1, 64, None)
+        errors[kv_format] = np.sqrt(((run.whole() - want) ** 2).mean() / (want**2).mean())
+    assert errors["q16"] < 2 * errors["f16"] < 2e-3
+
+
+@pytest.mark.parametrize("kv_format", ["q16", "q8"])
+def test_values_of_any_size_keep_their_relative_error(kv_format):
+    for size in (1e-12, 1e12):
+        run = Run(CpuOps(1), 4, 2, 32, None, kv_format, 80)
+        want = attention_float64(run.q, run.k, run.v, 4, 2, 32, None)
+        run.v *= np.float32(size)
+        run.q *= np.float32(1 / size)
+        run.k *= np.float32(size)
+        assert np.abs(run.whole() / size - want).max() < KV_ERROR[kv_format]
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 100, 257])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from bise.engine.memory import available_memory
 from bise.errors import EngineError
 from bise.kernels.cpu import arena, arithmetic_rate, read_rate
@@ -31,11 +33,22 @@ class ReadProbe:
         return max(read_rate(self._memory, self._threads) for _ in range(reads))
 
 
+@dataclass(frozen=True, slots=True)
+class ArithmeticProbe:
+    """Loops of nothing but dot products, and of multiply-adds."""
+
+    threads: int
+
+    def __call__(self, seconds: float = 0.04) -> tuple[float | None, float | None]:
+        """Return 8-bit and float operations per second, each loop running for `seconds`."""
+        return (
+            arithmetic_rate(floats=False, threads=self.threads, seconds=seconds),
+            arithmetic_rate(floats=True, threads=self.threads, seconds=seconds),
+        )
+
+
 def measure_limits(threads: int, probe: ReadProbe | None = None) -> MachineLimits:
     """Return the machine's limits with `threads` threads; takes about a second."""
     reader = ReadProbe(threads, BUFFER_BYTES // 4) if probe is None else probe
-    return MachineLimits(
-        read_bytes_s=reader(),
-        int8_ops_s=arithmetic_rate(floats=False, threads=threads, seconds=ARITHMETIC_SECONDS),
-        float_ops_s=arithmetic_rate(floats=True, threads=threads, seconds=ARITHMETIC_SECONDS),
-    )
+    whole, floats = ArithmeticProbe(threads)(ARITHMETIC_SECONDS)
+    return MachineLimits(read_bytes_s=reader(), int8_ops_s=whole, float_ops_s=floats)

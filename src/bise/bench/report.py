@@ -31,10 +31,13 @@ def result_of(series: Series, work: Work, limits: MachineLimits) -> dict[str, An
     rates: list[float] = []
     for turn in series.kept:
         then = MachineLimits(
-            read_bytes_s=turn.read_bytes_s, int8_ops_s=limits.int8_ops_s, float_ops_s=limits.float_ops_s
+            read_bytes_s=turn.read_bytes_s,
+            int8_ops_s=turn.arithmetic[0] or limits.int8_ops_s,
+            float_ops_s=turn.arithmetic[1] or limits.float_ops_s,
         )
         shares.append(steps * work.seconds(then) / turn.seconds)
         rates.append(steps * work.bytes_read / turn.seconds / 1e9)
+    arithmetic = [turn.arithmetic[0] / 1e9 for turn in series.kept if turn.arithmetic[0]]
     joules = [turn.joules for turn in series.kept if turn.joules is not None]
     return {
         "op": case.op,
@@ -49,6 +52,7 @@ def result_of(series: Series, work: Work, limits: MachineLimits) -> dict[str, An
         "gops": steps * work.operations / series.seconds / 1e9,
         "share_of_limit": median(shares),
         "read_gb_per_s": median(turn.read_bytes_s for turn in series.kept) / 1e9,
+        "int8_gops": median(arithmetic) if arithmetic else None,
         "joules_per_token": median(joules) / case.tokens if joules else None,
         "rounds": len(series.turns),
         "rounds_kept": 0 if series.is_noisy else len(series.kept),

@@ -66,14 +66,24 @@ def op_work(
 
 
 def op_rows(
-    seconds: Mapping[str, float], work: Mapping[str, tuple[float, float]], limits: MachineLimits, phase: str
+    seconds: Mapping[str, float],
+    work: Mapping[str, tuple[float, float]],
+    limits: MachineLimits,
+    phase: str,
+    kv_format: str = "f16",
 ) -> list[dict[str, Any]]:
-    """Return one entry per op, slowest first; `seconds` are those of one step."""
+    """Return one entry per op, slowest first; `seconds` are those of one step.
+
+    Integer keys and values multiply in 16 bits, at half the rate of 8.
+    """
+    attend_ops_s = limits.float_ops_s
+    if KV_FORMATS[kv_format].scale_bytes and limits.int8_ops_s:
+        attend_ops_s = limits.int8_ops_s / 2
     total = sum(seconds.values())
     found: list[dict[str, Any]] = []
     for op, taken in sorted(seconds.items(), key=lambda item: -item[1]):
         size, count = work.get(op, (0.0, 0.0))
-        peak = limits.float_ops_s if op == "attend" else limits.int8_ops_s
+        peak = attend_ops_s if op == "attend" else limits.int8_ops_s
         least = max(size / limits.read_bytes_s, count / peak if peak else 0.0)
         found.append({
             "phase": phase,

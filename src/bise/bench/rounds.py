@@ -79,6 +79,8 @@ class Turn:
     foreign_cores: float
     """Cores that other processes kept busy meanwhile."""
     joules: float | None
+    arithmetic: tuple[float | None, float | None] = (None, None)
+    """8-bit and float operations per second of the machine right before; None where unknown."""
 
     @property
     def read_bytes_s(self) -> float:
@@ -125,6 +127,7 @@ class Meters:
     busy_seconds: Callable[[], float | None]
     """Processor seconds that all processes used since boot; None where unknown."""
     joules: Callable[[], float | None]
+    arithmetic: Callable[[], tuple[float | None, float | None]] = lambda: (None, None)
     clock: Callable[[], float] = time.perf_counter
     own_seconds: Callable[[], float] = time.process_time
 
@@ -175,6 +178,7 @@ class PeerError(Exception):
 
 
 def _turn(contestant: Contestant, meters: Meters) -> Turn:
+    arithmetic = meters.arithmetic()
     before = meters.read_rate()
     busy, own, joules = meters.busy_seconds(), _own(contestant, meters), meters.joules()
     started = meters.clock()
@@ -191,6 +195,7 @@ def _turn(contestant: Contestant, meters: Meters) -> Turn:
         read_after=meters.read_rate(),
         foreign_cores=foreign,
         joules=None if joules is None or joules_after is None else max(joules_after - joules, 0.0),
+        arithmetic=arithmetic,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bise.bench.engine_bench import BiseContestant, engine_step_seconds
-from bise.bench.limits import ReadProbe, measure_limits
+from bise.bench.limits import ArithmeticProbe, ReadProbe, measure_limits
 from bise.bench.peers import PeerContestant, PeerSpec, start_peer
 from bise.bench.report import limits_fields, limits_text, result_of, with_ratios
 from bise.bench.roofline import op_rows, op_work
@@ -25,7 +25,7 @@ from bise.config import ModelConfig
 from bise.engine.memory import STEP_TOKENS
 from bise.errors import ConfigError
 from bise.model.source import ModelSource
-from bise.plan import MachineLimits, Work, decode_work, prefill_work
+from bise.plan import MachineLimits, Work, decode_work, prefill_work, shape_source
 
 Tell = Callable[[str], None]
 
@@ -69,12 +69,16 @@ class BenchOptions:
         return found
 
 
-def with_window(source: ModelSource, window: int | None) -> ModelSource:
-    """Return a shape whose every layer has a sliding window."""
-    if window is None:
-        return source
-    config = replace(source.config, windows=(window,) * source.config.num_layers)
-    return replace(source, config=config, name=f"{source.name}-w{window}")
+def altered_shape(source: ModelSource, window: int | None, layers: int | None) -> ModelSource:
+    """Return a shape with a sliding window in every layer, or with so many of its layers; the name tells."""
+    config, name = source.config, source.name
+    if layers is not None:
+        config = replace(config, num_layers=layers, windows=(config.windows * layers)[:layers])
+        name += f"-{layers}-layers"
+    if window is not None:
+        config = replace(config, windows=(window,) * config.num_layers)
+        name += f"-w{window}"
+    return source if config is source.config else shape_source(name, config)
 
 
 def run_bench(
@@ -82,8 +86,6 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure everything; returns the document without its provenance. `tell` gets lines for people."""
     probe = ReadProbe(options.threads)
-    limits = measure_limits(options.threads, probe)
-    tell(f"this machine, {options.threads} threads: {limits_text(limits)}")
     skipped: list[str] = []
     contestants: list[BiseContestant | PeerContestant] = [
         BiseContestant(source, quant=options.quant, kv=options.kv, threads=options.threads)
@@ -99,6 +101,9 @@ def run_bench(
                 continue
             contestants.append(peer)
             tell(f"{peer.name} {peer.version} is ready")
+        wait_until_idle(options.wait_s)  # a peer that just loaded may still be at work
+        limits = measure_limits(options.threads, probe)
+        tell(f"this machine, {options.threads} threads: {limits_text(limits)}")
         results = _results(contestants, source.config, options, limits, probe, skipped, tell)
         own = contestants[0]
         assert isinstance(own, BiseContestant)
@@ -131,7 +136,11 @@ def _ops(own: BiseContestant, options: BenchOptions, limits: MachineLimits) -> l
         entry
         for phase, seconds, rows, depth in (("prefill", prefill, prompt, 0), ("decode", decode, 1, prompt))
         for entry in op_rows(
-            seconds, op_work(own.config, own.formats, own.kv_format, rows=rows, depth=depth), limits, phase
+            seconds,
+            op_work(own.config, own.formats, own.kv_format, rows=rows, depth=depth),
+            limits,
+            phase,
+            own.kv_format,
         )
     ]
 
@@ -145,7 +154,12 @@ def _results(
     skipped: list[str],
     tell: Tell,
 ) -> list[dict[str, Any]]:
-    meters = Meters(read_rate=probe, busy_seconds=busy_seconds, joules=energy_joules)
+    meters = Meters(
+        read_rate=probe,
+        busy_seconds=busy_seconds,
+        joules=energy_joules,
+        arithmetic=ArithmeticProbe(options.threads),
+    )
     by_name = {contestant.name: contestant for contestant in contestants}
     results: list[dict[str, Any]] = []
     for number, case in enumerate(options.cases()):

@@ -40,6 +40,11 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
 )
 @click.option("--window", type=click.IntRange(min=1), help="With --shape: a sliding window in every layer.")
 @click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    help="With --shape: so many of its layers, each with the same work.",
+)
+@click.option(
     "--prompt",
     "prompts",
     type=Numbers(),
@@ -113,8 +118,8 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
     help="Draw each op under the machine's roofs into this SVG file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document only.")
-def command(model: str | None, shape: str | None, window: int | None, peers: str, threads: int | None,
-            roofline: Path | None, as_json: bool, **values: Any) -> None:  # fmt: skip
+def command(model: str | None, shape: str | None, window: int | None, layers: int | None, peers: str,
+            threads: int | None, roofline: Path | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Measure prefill and decode speed on this machine.
 
     Every number stands beside the machine's own limit, measured in the same run. The last line of standard
@@ -127,10 +132,10 @@ def command(model: str | None, shape: str | None, window: int | None, peers: str
     from bise.config import default_threads
     from bise.kernels.cpu import CpuOps
 
-    if window is not None and shape is None:
-        raise click.UsageError("--window needs --shape")
+    if shape is None and (window is not None or layers is not None):
+        raise click.UsageError("--window and --layers need --shape")
     options = BenchOptions(threads=threads or default_threads(), **values)
-    document = run_bench(_source(model, shape, window), parse_peers(peers), options, aside)
+    document = run_bench(_source(model, shape, window, layers), parse_peers(peers), options, aside)
     origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
     if roofline is not None:
         title = f"{document['model']} as {document['quant']}, {origin['cpu']}, {options.threads} threads"
@@ -149,8 +154,8 @@ def command(model: str | None, shape: str | None, window: int | None, peers: str
     write_json(origin | document)
 
 
-def _source(model: str | None, shape: str | None, window: int | None) -> ModelSource:
-    from bise.bench.suite import with_window
+def _source(model: str | None, shape: str | None, window: int | None, layers: int | None) -> ModelSource:
+    from bise.bench.suite import altered_shape
     from bise.hub.registry import resolve
     from bise.model.checkpoint import open_model
     from bise.plan import known_shape
@@ -159,4 +164,4 @@ def _source(model: str | None, shape: str | None, window: int | None) -> ModelSo
         return open_model(resolve(model))
     if model is not None:
         raise click.UsageError("give either MODEL or --shape")
-    return with_window(known_shape(shape), window)
+    return altered_shape(known_shape(shape), window, layers)

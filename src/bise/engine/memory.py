@@ -264,9 +264,9 @@ def largest_context(
 
 
 def checked_kv_format(kv: str, quant: str) -> str:
-    """Return the KV format that `kv` means: itself, or for auto f32 beside float32 weights and f16 else."""
+    """Return the KV format that `kv` means: itself, or for auto f32 beside float32 weights and q16 else."""
     if kv == "auto":
-        return "f32" if quant == "none" else "f16"
+        return "f32" if quant == "none" else "q16"
     if kv not in KV_FORMATS:
         raise ConfigError(f"kv must be auto, {', '.join(KV_FORMATS)}, got '{kv}'", field="kv")
     return kv
