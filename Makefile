@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help chat test test-slow identities soak check fmt lint types layers budget docs docs-check session bench sanitize wheel clean
+.PHONY: help chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -22,6 +22,15 @@ test-slow: .venv/.dev ## Run the tests that take long, too
 
 identities: .venv/.dev ## Assert that requests return the same bits however they are computed (all ways; 20 minutes)
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 3600 tests/equivalence/test_matrix.py tests/equivalence/test_identities.py
+
+fuzz: .venv/.dev ## Send 1,800 bad requests and 10,000 random ones to a server, and see that it stays the same
+	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 tests/contract/test_http_fuzz.py
+
+storm: .venv/.dev ## Let hundreds of clients leave in 14 ways, and see that every slot comes back
+	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 tests/contract/test_lifetime.py
+
+clients: .venv/.dev ## Drive older clients, litellm and LangChain, each in an environment of its own (needs PyPI)
+	@$(BIN)/python tests/contract/old_clients.py
 
 soak: .venv/.dev ## Run 20,000 small requests, 40 % of them aborted: no block lost, memory flat (5 minutes)
 	@$(BIN)/python tests/robustness/soak.py $(ARGS)

@@ -1,8 +1,8 @@
 """Older and other clients against a live server, each in a virtual environment of its own.
 
-    python tests/contract/old_clients.py --port 8000 --model brise
+    python tests/contract/old_clients.py [--port 8000] [--model brise]
 
-Needs the package index. Exit code 1 when any of them fails.
+Starts a server of its own without --port. Needs the package index. Exit code 1 when any of them fails.
 """
 
 from __future__ import annotations
@@ -82,18 +82,30 @@ def check(requirement: str, script: str, url: str, model: str, folder: Path) -> 
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--port", type=int)
     parser.add_argument("--model", default="brise")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
+    if options.port:
+        return check_all(f"http://127.0.0.1:{options.port}", options.model, options.only)
+    command = [sys.executable, "-m", "bise", "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().split(" at ")[1].strip().removesuffix("/v1")
+            return check_all(url, options.model, options.only)
+        finally:
+            server.terminate()
+
+
+def check_all(url: str, model: str, only: str) -> int:
+    """Run every client whose requirement holds `only`; return how it went as an exit code."""
     bad = 0
     for requirement, script in CLIENTS.items():
-        if options.only not in requirement:
+        if only not in requirement:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            wrong = check(
-                requirement, script, f"http://127.0.0.1:{options.port}", options.model, Path(folder)
-            )
+            wrong = check(requirement, script, url, model, Path(folder))
         print(f"{requirement}: {wrong or 'ok'}", flush=True)
         bad += wrong is not None
     return 1 if bad else 0
