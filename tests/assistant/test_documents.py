@@ -42,9 +42,8 @@ def pdf_file(text):
         out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
     table = b"".join(b"%010d 00000 n \n" % place for place in places)
     start = len(out)
-    return out + b"xref\n0 6\n0000000000 65535 f \n%strailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % (
-        table, start,
-    )  # fmt: skip
+    trailer = b"trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % start
+    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + trailer
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from bise.server.problem import error_response
 from bise.store.database import Database
 
 SHOWCASE = """The **bise** is a cold, dry wind from the north-east. It forms when high pressure over \
-northern Europe meets low pressure in the Mediterranean, and the Jura and the Alps squeeze the air between them.
+northern Europe meets low pressure in the Mediterranean; the Jura and the Alps squeeze the air between them.
 
 ### How strong does it get?
 

@@ -1,4 +1,4 @@
-"""Accounts: names, roles, passwords as argon2id hashes, signed-in browsers. The first account is the admin."""
+"""Accounts: names, roles, argon2id hashes, and browsers that are signed in. The first one is the admin's."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class _TextOfHtml(HTMLParser):
 
 
 def read_text(kind: str, content: bytes) -> str:
-    """Return the text of a document of `kind`: text, html, csv, pdf or docx. Raises ValueError saying why not."""
+    """Return the text of a document; `kind` is text, html, csv, pdf or docx. Raises ValueError."""
     readers = {"text": _decoded, "html": _html, "csv": _csv, "pdf": _pdf, "docx": _docx}
     text = readers[kind](content)
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
