@@ -8,6 +8,7 @@ import pytest
 from bise.engine.engine import Engine
 from bise.engine.request import FinishReason, Request, SamplingParams
 from bise.engine.speculation import Speculation
+from bise.engine.swap import SwapSpace
 
 PREFIXES = [
     tuple(random.Random(seed).randrange(256) for _ in range(length)) for seed, length in [(1, 70), (2, 40)]
@@ -50,13 +51,13 @@ def bits(done):
     return (done.token_ids, done.text, done.logprobs, done.prompt_logprobs, done.finish_reason)
 
 
-def check(transformer, ops, tokenizer, count: int) -> None:
+def check(transformer, ops, tokenizer, count: int, **options) -> None:
     requests = make_requests(count)
     quiet = make_engine(transformer, ops, tokenizer, prefix_cache=False)
     alone = [bits(quiet.submit(request).result()) for request in requests]
     busy = make_engine(
         transformer, ops, tokenizer, num_blocks=13, max_step_tokens=48, max_sequences=9,
-        speculation=Speculation(),
+        speculation=Speculation(), **options,
     )  # fmt: skip
     rng = random.Random(12)
     handles, doomed = [], []
@@ -85,11 +86,20 @@ def check(transformer, ops, tokenizer, count: int) -> None:
     assert most >= 4
     assert stats.num_preemptions > count // 20
     assert stats.cached_tokens > 0
+    if options:
+        swap = busy._memory.swap
+        assert swap.num_saved > 0
+        assert (swap._free_bytes, swap._stored) == (options["swap_bytes"], {})
 
 
 @pytest.mark.parametrize("model", ["interleaved", "8 experts"])
 def test_seeded_prompts_under_random_load_return_what_they_return_alone(cpu_model, byte_tokenizer, model):
     check(*cpu_model(model, "q4", 1), byte_tokenizer, 60)
+
+
+def test_with_preempted_sequences_swapped_to_the_host_they_do_too(cpu_model, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(SwapSpace, "observe", lambda *_: None)  # whatever fits is stored, fast machine or not
+    check(*cpu_model("interleaved", "q4", 1), byte_tokenizer, 60, swap_bytes=1 << 17)
 
 
 @pytest.mark.slow

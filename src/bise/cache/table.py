@@ -51,6 +51,11 @@ class BlockTable:
         """Physical block of each logical block, or -1; int32, so that the runner can view it as an array."""
 
     @property
+    def first(self) -> int:
+        """The first logical block that is held, if any is."""
+        return self._first
+
+    @property
     def num_held(self) -> int:
         """Blocks held now."""
         return len(self.blocks) - self._first
@@ -88,6 +93,14 @@ class BlockTable:
         self.blocks = array("i", [ABSENT] * first)
         self.blocks.extend(blocks)
         self._first = first
+
+    def resume(self, first: int, count: int) -> None:
+        """Allocate `count` blocks for the logical blocks from `first` on; the table is empty."""
+        assert not self.blocks, "only an empty table resumes"
+        self.blocks = array("i", [ABSENT] * first)
+        self._first = first
+        for _ in range(count):
+            self.blocks.append(self._pool.allocate())
 
     def slot(self, position: int) -> int:
         """Return the physical slot (block * 32 + offset) of a position that is stored."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 from bise.cache.pool import BlockPool
 from bise.cache.prefix import NO_MATCH, Match, PrefixCache
@@ -14,6 +15,26 @@ from bise.cache.table import BlockTable, blocks_needed
 from bise.engine.sequence import Sequence
 from bise.errors import MemoryPlanError
 from bise.kernels import BLOCK_SIZE
+
+
+class Swap(Protocol):
+    """Where preempted sequences may leave what they hold; see `swap.SwapSpace`."""
+
+    def save(self, sequence: Sequence) -> bool:
+        """Copy what a running sequence holds; False when that is not worth it."""
+        ...
+
+    def num_computed(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence are stored; 0 for none."""
+        ...
+
+    def restore(self, sequence: Sequence) -> None:
+        """Put what is stored into the new, empty tables of its sequence."""
+        ...
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget what is stored of a sequence, if anything."""
+        ...
 
 
 class BlockBook:
@@ -25,12 +46,16 @@ class BlockBook:
         windows: SequenceOf[int | None],
         max_step_tokens: int,
         prefix: PrefixCache | None = None,
+        swap: Swap | None = None,
     ) -> None:
-        """Without `prefix` nothing is remembered once nobody holds it."""
+        """Without `prefix` nothing is remembered once nobody holds it, without `swap` preempted sequences are
+        computed again.
+        """
         self.pools = tuple(pools)
         self._windows = tuple(windows)
         self._max_step_tokens = max_step_tokens
         self.prefix = prefix
+        self._swap = swap
 
     def check_fits(self, num_tokens: int) -> None:
         """Raise MemoryPlanError when a sequence of `num_tokens` could never run, even alone."""
@@ -60,6 +85,8 @@ class BlockBook:
         """
         if self.prefix is None or sequence.salt is None:
             return NO_MATCH
+        if self._swap is not None and self._swap.num_computed(sequence):
+            return NO_MATCH  # all of it is there
         limit = len(sequence.token_ids) - 1
         request = sequence.request
         if request.prompt_logprobs and sequence.num_scored < sequence.num_prompt - 1:
@@ -98,10 +125,12 @@ class BlockBook:
         sequence.tables = tuple(
             BlockTable(pool, window) for pool, window in zip(self.pools, self._windows, strict=True)
         )
+        if self._swap is not None and self._swap.num_computed(sequence):
+            self._swap.restore(sequence)
         if self.prefix is None or sequence.salt is None:
             return
         sequence.tail = self.prefix.adopt(match, sequence.salt, sequence.tables)
-        sequence.num_computed = match.num_tokens
+        sequence.num_computed = max(sequence.num_computed, match.num_tokens)
         sequence.num_kept = match.num_tokens // BLOCK_SIZE
         sequence.num_charged = max(sequence.num_charged, match.num_tokens)
         if sequence.num_cached is None:
@@ -132,6 +161,21 @@ class BlockBook:
             if table.window is not None:
                 table.release_before(end)
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Take all blocks back from a sequence that will run again, from where it was or from the start."""
+        if self._swap is None or not self._swap.save(sequence):
+            sequence.num_computed = 0
+        self.release(sequence)
+
+    def finish(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Take all blocks back from a sequence that is over; unless `is_sound` nobody else is served them."""
+        if not is_sound and sequence.tail is not None:
+            assert self.prefix is not None
+            self.prefix.disown(sequence.tail, sequence.num_kept, sequence.tables)
+        self.release(sequence)
+        if self._swap is not None:
+            self._swap.drop(sequence)
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back; full ones stay cached."""
         for table in sequence.tables:
@@ -141,12 +185,6 @@ class BlockBook:
             assert self.prefix is not None
             self.prefix.release(sequence.tail)
             sequence.tail = None
-
-    def disown(self, sequence: Sequence) -> None:
-        """Serve nobody else the blocks of a running sequence, because their content is in doubt."""
-        if sequence.tail is not None:
-            assert self.prefix is not None
-            self.prefix.disown(sequence.tail, sequence.num_kept, sequence.tables)
 
     def check_integrity(self, running: Collection[Sequence]) -> None:
         """Assert that every block is blank, cached, or held by exactly the sequences that run."""

@@ -85,6 +85,7 @@ class Engine:
         max_tenant_queue: int = 1024,
         prefix_cache: bool = True,
         prefix_file: PrefixFile | None = None,
+        swap_bytes: int = 0,
         model_id: str = "",
         speculation: Speculation | None = None,
         pace: Pace | None = None,
@@ -96,17 +97,19 @@ class Engine:
         Give either `num_blocks` (per window group, or one number for all) or `kv_memory_bytes`. Without a
         tokenizer deltas carry no text; without `speculation` every step decodes one token; without `pace`
         steps are as large as `max_step_tokens`. `prefix_file` keeps the prefix cache over restarts;
-        `model_id` tells models apart there. Without a thread, iterating a handle or calling `step` does the
+        `model_id` tells models apart there. Preempted sequences may leave `swap_bytes` outside of the KV
+        memory, the others are computed again. Without a thread, iterating a handle or calling `step` does the
         work. Raises ConfigError, and MemoryPlanError when the memory holds no block.
         """
         context = checked_context(max_context, config)
         limits = {"max_step_tokens": max_step_tokens, "max_sequences": max_sequences}
         blocks = blocks_per_group(config, kv_format, num_blocks, kv_memory_bytes, context=context, **limits)
-        self._memory = KVMemory(
-            config, ops, kv_format, blocks, prefix_cache=prefix_cache, prefix_file=prefix_file
-        )
+        self._memory = memory = KVMemory(
+            config, ops, kv_format, blocks, prefix_cache=prefix_cache, prefix_file=prefix_file,
+            swap_bytes=swap_bytes,
+        )  # fmt: skip
         self._scheduler = Scheduler(
-            self._memory.pools, config.window_groups, prefix=self._memory.prefix, **limits
+            memory.pools, config.window_groups, prefix=memory.prefix, swap=memory.swap, **limits
         )
         self.max_context = self._scheduler.longest(context)
         """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
@@ -273,8 +276,9 @@ class Engine:
             for row in step.rows:
                 self._end(row.sequence, FinishReason.ERROR, error=_as_engine_error(error))
             return True
-        if pace is not None:
-            pace.observe(step.num_tokens, self._clock() - began)
+        for observer in (pace, self._memory.swap):
+            if observer is not None:
+                observer.observe(step.num_tokens, self._clock() - began)
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
         if self.speculation is not None:

@@ -9,6 +9,7 @@ from bise.cache.pool import BlockPool
 from bise.cache.prefix import PrefixCache
 from bise.cache.prefix_file import PrefixFile
 from bise.config import ModelConfig
+from bise.engine.swap import SwapSpace
 from bise.errors import ConfigError
 from bise.kernels import Ops
 
@@ -71,11 +72,17 @@ class KVMemory:
         *,
         prefix_cache: bool,
         prefix_file: PrefixFile | None,
+        swap_bytes: int,
     ) -> None:
-        """Allocate `num_blocks[g]` blocks for window group g."""
+        """Allocate `num_blocks[g]` blocks for window group g, and let preempted sequences leave `swap_bytes`
+        beside them.
+        """
+        if swap_bytes < 0:
+            raise ConfigError(f"swap_bytes must not be negative, got {swap_bytes}", field="swap_bytes")
         self.pools = [BlockPool(count) for count in num_blocks]
         self.pages = KVCache(config, ops, num_blocks, kv_format)
         self.prefix = PrefixCache(self.pools, config.window_groups) if prefix_cache else None
+        self.swap = SwapSpace(self.pages, swap_bytes) if swap_bytes else None
         self._file = prefix_file
         if self.prefix is not None and prefix_file is not None:
             prefix_file.restore(self.prefix, self.pools, self.pages)

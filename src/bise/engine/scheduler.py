@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bise.cache.pool import BlockPool
 from bise.cache.prefix import Match, PrefixCache
-from bise.engine.blocks import BlockBook
+from bise.engine.blocks import BlockBook, Swap
 from bise.engine.fairness import FairQueue
 from bise.engine.sequence import Sequence, Status
 from bise.errors import ConfigError
@@ -84,6 +84,7 @@ class Scheduler:
         max_step_tokens: int,
         max_sequences: int,
         prefix: PrefixCache | None = None,
+        swap: Swap | None = None,
     ) -> None:
         """Serve from `pools`, one per window group; at most `max_sequences` run at once.
 
@@ -97,7 +98,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._book = BlockBook(pools, windows, max_step_tokens, prefix)
+        self._book = BlockBook(pools, windows, max_step_tokens, prefix, swap)
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
 
@@ -130,11 +131,9 @@ class Scheduler:
         """
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-            if not is_sound:
-                self._book.disown(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.pop(sequence)
-        self._book.release(sequence)
+        self._book.finish(sequence, is_sound=is_sound)
         self.waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
@@ -312,8 +311,7 @@ class Scheduler:
             plan.num_decoding -= 1
         plan.is_open = False
         self.running.remove(victim)
-        self._book.release(victim)
-        victim.num_computed = 0
+        self._book.preempt(victim)
         self.num_preemptions += 1
         self._queue(victim)
 
