@@ -91,6 +91,7 @@ def test_every_request_has_one_row_however_it_ends(serve):
     with Wire(server.port) as wire:
         wire.send(post(PATH, STREAM))
         wire.socket.recv(2000)
+    wait_for(lambda: len(gate.rows) == 6)
     with Wire(server.port) as wire:
         wire.send(post(PATH, CHAT))
         wait_for(lambda: server.engine.running == 1)

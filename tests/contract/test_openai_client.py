@@ -120,6 +120,15 @@ def test_completions_stream_with_echo(live, client):
     assert sum(chunk.usage is not None for chunk in chunks) == 1
 
 
+def test_a_stream_with_echo_scores_the_whole_prompt(live, client):
+    live.engine.text = " the sea"
+    asked = {"model": "stub", "prompt": "I see", "max_tokens": 4, "echo": True, "logprobs": 1}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    chunks = [c.choices[0].logprobs for c in client.completions.create(**asked, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in chunks if part for value in getattr(part, name)] == getattr(whole, name)
+
+
 def test_best_of_keeps_the_likeliest(live, client):
     answer = client.completions.create(model="stub", prompt="abc", best_of=3, n=1, max_tokens=3)
     assert len(answer.choices) == 1

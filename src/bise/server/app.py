@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
@@ -55,6 +55,7 @@ def create_app(
     app.add_exception_handler(ApiError, _refuse)
     app.add_exception_handler(Exception, _refuse)
     app.add_exception_handler(ClientGoneError, _nobody)
+    app.add_exception_handler(ClientDisconnect, _nobody)
     app.add_exception_handler(RequestValidationError, _refuse_arguments)
     app.add_exception_handler(HTTPException, _refuse_route)
     if prepare is not None:

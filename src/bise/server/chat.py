@@ -92,21 +92,23 @@ class ChatAnswer:
     async def whole(self) -> Response:
         """Wait for the end and return the completion."""
         answers = await self._job.collect()
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        response = await self._job.render(lambda: self._completion(answers))
+        await self._job.finish(self.finish_reason())
+        return response
+
+    def _completion(self, answers: Sequence[Delta]) -> dict[str, object]:
         generation = self._job.generation
         assert generation is not None
-        body = {
+        return {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self._job.model,
-            "choices": choices,
+            "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
             "usage": usage_body(generation.usage()),
             "system_fingerprint": None,
             "seed": generation.seeds[0],
         }
-        await self._job.finish(self.finish_reason())
-        return self._job.answer(body)
 
     def _choice(self, index: int, answer: Delta) -> dict[str, object]:
         reader = self._readers[index]

@@ -104,6 +104,11 @@ class CompletionAnswer:
     async def whole(self) -> Response:
         """Wait for the end and return the completion."""
         answers = await self._job.collect()
+        response = await self._job.render(lambda: self._completion(answers))
+        await self._job.finish(self._reason)
+        return response
+
+    def _completion(self, answers: Sequence[Delta]) -> dict[str, object]:
         choices: list[dict[str, object]] = []
         for number, prompt in enumerate(self._prompts):
             own = answers[number * self._candidates : (number + 1) * self._candidates]
@@ -113,14 +118,12 @@ class CompletionAnswer:
                 choices.append(self._choice(len(choices), prompt, answer))
         generation = self._job.generation
         assert generation is not None
-        body = {
+        return {
             **self._head(),
             "choices": choices,
             "usage": usage_body(generation.usage()),
             "seed": generation.seeds[0],
         }
-        await self._job.finish(self._reason)
-        return self._job.answer(body)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield the chunks, usage once, [DONE]."""
@@ -135,9 +138,9 @@ class CompletionAnswer:
             if not begun[index] and self._body.echo:
                 text = prompt.text + text
             if self._body.logprobs is not None:
-                logprobs = self._logprobs(prompt, delta, offsets[index], echo=not begun[index])
+                logprobs = self._logprobs(prompt, delta, offsets[index])
+                offsets[index] += self._width(delta)
             begun[index] = True
-            offsets[index] += len(text)
             reason = None if delta.finish_reason is None else _reason(delta)
             left -= reason is not None
             self._reason = reason or self._reason
@@ -171,14 +174,17 @@ class CompletionAnswer:
         self._reason = self._reason or reason
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._logprobs(prompt, answer, 0, echo=True)
+            logprobs = self._logprobs(prompt, answer, 0)
         text = prompt.text + answer.text if self._body.echo else answer.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, prompt: Prompt, delta: Delta, offset: int, *, echo: bool) -> dict[str, object]:
-        entries: list[TokenLogprob | None] = list(delta.logprobs)
-        if self._body.echo and echo:
-            entries = [*delta.prompt_logprobs, *entries]
+    def _width(self, delta: Delta) -> int:
+        """Return how many characters the scored tokens of a delta have."""
+        entries = (*delta.prompt_logprobs, *delta.logprobs)
+        return sum(_chars(self._tokenizer, entry.token_id) for entry in entries if entry is not None)
+
+    def _logprobs(self, prompt: Prompt, delta: Delta, offset: int) -> dict[str, object]:
+        entries: list[TokenLogprob | None] = [*delta.prompt_logprobs, *delta.logprobs]
         return legacy_logprobs(
             self._tokenizer,
             entries,
@@ -210,7 +216,7 @@ def legacy_logprobs(
     """
     ids = [first if entry is None else entry.token_id for entry in entries]
     names = [plain_name(tokenizer, token_id) for token_id in ids]
-    widths = [len(tokenizer.token_bytes(token_id).decode("utf-8", "ignore")) for token_id in ids]
+    widths = [_chars(tokenizer, token_id) for token_id in ids]
     starts = list(accumulate(widths, initial=offset))[:-1]
     tops = [
         None
@@ -225,6 +231,10 @@ def legacy_logprobs(
         "text_offset": starts,
         "token_ids": ids,
     }
+
+
+def _chars(tokenizer: Tokenizer, token_id: int) -> int:
+    return len(tokenizer.token_bytes(token_id).decode("utf-8", "ignore"))
 
 
 def _reason(delta: Delta) -> str:

@@ -37,21 +37,27 @@ async def create_embeddings(request: Request) -> Response:
         requests = await service.offload(_plan, job, body)
         await job.start(requests, prompts=range(len(requests)))
         answers = await job.collect()
-        rows = await service.offload(_encoded, [answer.embedding for answer in answers], body)
         generation = job.generation
         assert generation is not None
         usage = generation.usage()
         tokens = usage.prompt_tokens if usage else 0
-        data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
-        answer = {
-            "id": f"embd-{secrets.token_hex(12)}",
-            "object": "list",
-            "model": job.model,
-            "data": data,
-            "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-        }
+
+        def made() -> dict[str, object]:
+            rows = _encoded([answer.embedding for answer in answers], body)
+            return {
+                "id": f"embd-{secrets.token_hex(12)}",
+                "object": "list",
+                "model": job.model,
+                "data": [
+                    {"object": "embedding", "index": index, "embedding": row}
+                    for index, row in enumerate(rows)
+                ],
+                "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+            }
+
+        response = await job.render(made)
         await job.finish("stop")
-        return job.answer(answer)
+        return response
     except BaseException as error:
         await job.finish(None, error)
         raise

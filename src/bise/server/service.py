@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -10,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from bise.engine.handle import RequestHandle
+from bise.engine.model_spec import ADAPTER_SEPARATOR
 from bise.engine.request import Delta, FinishReason
 from bise.engine.request import Request as EngineRequest
 from bise.errors import BiseError, EngineError, ModelNotFoundError
@@ -98,9 +100,14 @@ class Service:
     async def open(self, request: Request, *, model: str, scope: str = "inference") -> Job:
         """Admit a request and pin its model. Raises what the gate and the fleet raise, recorded."""
         ticket = await self.gate.admit(request, scope=scope, model=model)
+        lease = None
         try:
             lease = await self._acquire(model)
+            name = self.models.card(model).spec.name
+            traits = await self._loaded_traits(name, lease.loaded)
         except BaseException as error:
+            if lease is not None:
+                lease.release()
             await ticket.finish(
                 model=None,
                 usage=None,
@@ -109,9 +116,8 @@ class Service:
                 error_code=as_api_error(error).code,
             )
             raise
-        name = self.models.card(model).spec.name
-        job = Job(self, request, ticket, name, lease, await self._loaded_traits(name, lease.loaded))
         self._engines[name] = lease.loaded
+        job = Job(self, request, ticket, name, lease, traits)
         self.jobs.add(job)
         return job
 
@@ -189,7 +195,9 @@ class Job:
         self.service = service
         self.request = request
         self.ticket = ticket
-        self.model = model
+        self.model = f"{model}{ADAPTER_SEPARATOR}{lease.adapter}" if lease.adapter else model
+        """The name in answers, with the adapter's."""
+        self._base = model
         self.loaded = lease.loaded
         self.traits = traits
         self.generation: Generation | None = None
@@ -197,6 +205,7 @@ class Job:
         self._lease = lease
         self._finished = False
         self._stopped = False
+        self._watch = asyncio.create_task(self._watch_client())
 
     async def start(
         self, requests: Iterable[EngineRequest], *, prompts: Sequence[int] | None = None
@@ -211,10 +220,12 @@ class Job:
             )
             for request in requests
         ]
+        if self.client_gone:
+            raise ClientGoneError
         await self._reserve(wanted, prompts)
         handles = await self.service.offload(self._submit, wanted)
         self.generation = Generation(handles, prompts=prompts)
-        if self._stopped:
+        if self._stopped or self.client_gone:
             self.generation.cancel()
         return self.generation
 
@@ -226,7 +237,7 @@ class Job:
             length = lengths[prompt] = len(request.token_ids)
             wanted = request.params.max_tokens
             most += max(0, self.loaded.engine.max_context - length) if wanted is None else wanted
-        await self.ticket.reserve(model=self.model, prompt_tokens=sum(lengths.values()), max_tokens=most)
+        await self.ticket.reserve(model=self._base, prompt_tokens=sum(lengths.values()), max_tokens=most)
 
     def _submit(self, requests: Sequence[EngineRequest]) -> list[RequestHandle]:
         engine = self.loaded.engine
@@ -243,6 +254,12 @@ class Job:
     def check_size(self, num_bytes: int) -> None:
         """Raise ContextOverflowError for texts that cannot fit, before time goes into encoding them."""
         self.traits.check_size(num_bytes, self.loaded.engine.max_context)
+
+    async def _watch_client(self) -> None:
+        """Abort when the client closes the connection; its whole body has been read."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.leave()
 
     def leave(self) -> None:
         """The client has gone: abort."""
@@ -295,13 +312,9 @@ class Job:
                 await self.service.offload(self.ticket.check_output, answer.text)
 
     async def collect(self) -> list[Delta]:
-        """Wait for all sequences while watching the client; raises what `check` raises."""
+        """Wait for all sequences; raises what `check` raises."""
         assert self.generation is not None
-        watch = asyncio.create_task(watch_client(self))
-        try:
-            answers = await self.generation.collect()
-        finally:
-            watch.cancel()
+        answers = await self.generation.collect()
         await self._pass_all(answers)
         return answers
 
@@ -309,11 +322,21 @@ class Job:
         """Return a whole answer with the headers of the request's key."""
         return JSONResponse(body, headers=dict(self.ticket.headers))
 
+    async def render(self, make: Callable[[], Mapping[str, object]]) -> Response:
+        """Return a whole answer that may be large: made and written as JSON in a thread."""
+
+        def written() -> bytes:
+            return json.dumps(make(), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+        data = await self.service.offload(written)
+        return Response(data, media_type="application/json", headers=dict(self.ticket.headers))
+
     async def finish(self, finish_reason: str | None, error: BaseException | None = None) -> None:
         """Let engine and model go and settle with the gate; only the first call counts."""
         if self._finished:
             return
         self._finished = True
+        self._watch.cancel()
         usage = timings = None
         try:
             if self.generation is not None:
@@ -324,7 +347,8 @@ class Job:
             self._lease.release()
             gone = self.client_gone or isinstance(error, ClientGoneError)
             await self.ticket.finish(
-                model=self.model,
+                model=self._base,
+                adapter=self._lease.adapter,
                 usage=usage,
                 timings=timings,
                 finish_reason="abort" if gone else "error" if error is not None else finish_reason,
@@ -337,12 +361,3 @@ def _traits_on_disk(path: Path) -> Traits:
     from bise.model.checkpoint import open_model
 
     return Traits.of(*load_text(open_model(path)))
-
-
-async def watch_client(job: Job) -> None:
-    """Abort a job when its client closes the connection."""
-    while True:
-        message = await job.request.receive()
-        if message["type"] == "http.disconnect":
-            job.leave()
-            return

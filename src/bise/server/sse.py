@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from bise.server.problem import as_api_error, error_body
-from bise.server.service import ClientGoneError, Job, watch_client
+from bise.server.service import ClientGoneError, Job
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class EventStream(Response):
         """Send the stream."""
         limits = self._job.service.limits
         sender = _Sender(scope, send, limits.ping_s, limits.stalled_reader_s)
-        tasks = [asyncio.create_task(watch_client(self._job)), asyncio.create_task(sender.ping())]
+        pings = asyncio.create_task(sender.ping())
         failure: BaseException | None = None
         try:
             await sender.start(self.status_code, self.raw_headers)
@@ -84,8 +84,7 @@ class EventStream(Response):
             failure = failure or error
             raise
         finally:
-            for task in tasks:
-                task.cancel()
+            pings.cancel()
             await self._job.finish(self._finish_reason(), failure)
             with contextlib.suppress(Exception):
                 await aclose(self._events)

@@ -58,6 +58,7 @@ class Ticket(Protocol):
         timings: Timings | None,
         finish_reason: str | None,
         error_code: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Settle and record; called exactly once, also for a request that failed or was abandoned.
 
@@ -115,6 +116,7 @@ class OpenTicket:
         timings: Timings | None,
         finish_reason: str | None,
         error_code: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Record nothing."""
 
