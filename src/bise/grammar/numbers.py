@@ -70,13 +70,13 @@ def _fixed(first: Digits, last: Digits) -> Regex:
     if first[0] == last[0]:
         return seq(char(first[0]), _fixed(first[1:], last[1:]))
     rest = len(first) - 1
+    if first[1:] == "0" * rest and last[1:] == "9" * rest:
+        return seq(char(first[0], last[0]), digits(rest, rest))
     options = [
         seq(char(first[0]), _fixed(first[1:], "9" * rest)),
         seq(char(last[0]), _fixed("0" * rest, last[1:])),
     ]
     options += [seq(middle, digits(rest, rest)) for middle in _digit(_next(first[0]), _previous(last[0]))]
-    if first[1:] == "0" * rest and last[1:] == "9" * rest:
-        return seq(char(first[0], last[0]), digits(rest, rest))
     return Alt(tuple(options))
 
 

@@ -28,6 +28,7 @@ class Judge:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._patterns: dict[str, tuple[Regex, Machine]] = {}
+        self._keys: dict[str, frozenset[object]] = {}
 
     def pattern(self, source: str, place: str) -> tuple[Regex, Machine]:
         """Return the expression of a pattern, anchored, and its automaton."""
@@ -81,9 +82,7 @@ class Judge:
         schema = document.schema(pointer)
         if isinstance(schema, bool):
             return schema
-        if "const" in schema and not same(schema["const"], value):
-            return False
-        if "enum" in schema and not any(same(one, value) for one in cast(list[object], schema["enum"])):
+        if ("const" in schema or "enum" in schema) and key_of(value) not in self._constants(schema, pointer):
             return False
         if not _has_type(schema, value):
             return False
@@ -97,6 +96,17 @@ class Judge:
         else:
             good = isinstance(value, bool) or value is None or self._admits_number(schema, value)
         return good and self._admits_parts(schema, pointer, cast(object, value))
+
+    def _constants(self, schema: Mapping[str, object], pointer: str) -> frozenset[object]:
+        """Return the keys of the values that `const` and `enum` of one place both allow."""
+        found = self._keys.get(pointer)
+        if found is None:
+            lists = [cast(list[object], schema["enum"])] if "enum" in schema else []
+            lists += [[schema["const"]]] if "const" in schema else []
+            self._document.budget.spend(sum(map(len, lists)))
+            found = frozenset.intersection(*(frozenset(map(key_of, values)) for values in lists))
+            self._keys[pointer] = found
+        return found
 
     def _admits_parts(self, schema: Mapping[str, object], pointer: str, value: object) -> bool:
         """Judge by `$ref`, `allOf`, `anyOf` and `oneOf`."""
@@ -146,9 +156,7 @@ class Judge:
             <= cast(int, schema.get("maxItems", len(value)))
         ):
             return False
-        if schema.get("uniqueItems") and any(
-            same(one, other) for index, one in enumerate(value) for other in value[:index]
-        ):
+        if schema.get("uniqueItems") and len(set(map(key_of, value))) < len(value):
             return False
         for index, item in enumerate(value):
             place = self.item(schema, pointer, index)
@@ -274,17 +282,14 @@ def bounds(schema: Mapping[str, object]) -> Bounds:
     return low, high, above, below
 
 
-def same(left: object, right: object) -> bool:
-    """Say whether two JSON values are equal: 1 and 1.0 are, 1 and true are not."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, list) and isinstance(right, list):
-        lefts, rights = cast(list[object], left), cast(list[object], right)
-        return len(lefts) == len(rights) and all(map(same, lefts, rights))
-    if isinstance(left, dict) and isinstance(right, dict):
-        ours, theirs = cast(dict[str, object], left), cast(dict[str, object], right)
-        return ours.keys() == theirs.keys() and all(same(item, theirs[name]) for name, item in ours.items())
-    return left == right
+def key_of(value: object) -> object:
+    """Return what two JSON values share exactly when they are equal: 1 and 1.0 are, 1 and true are not."""
+    if isinstance(value, list):
+        return ("array", *map(key_of, cast(list[object], value)))
+    if isinstance(value, dict):
+        members = cast(dict[str, object], value).items()
+        return ("object", frozenset((name, key_of(item)) for name, item in members))
+    return (isinstance(value, bool), value)
 
 
 def _has_type(schema: Mapping[str, object], value: object) -> bool:
