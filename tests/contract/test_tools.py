@@ -168,6 +168,16 @@ def test_formats_become_grammars(live, client):
     assert json.loads(live.engine.requests[1].grammar.source) == {"type": "object"}
 
 
+def test_strict_means_to_mistrals_client_what_it_means_there(live):
+    schema = {"name": "answer", "strict": True, "schema_definition": {"type": "object", "properties": {}}}
+    with Mistral(api_key="none", server_url=live.url) as client:
+        client.chat.complete(
+            model="stub", messages=ASK, response_format={"type": "json_schema", "json_schema": schema}
+        )
+    grammar = live.engine.requests[0].grammar
+    assert (json.loads(grammar.source)["type"], grammar.strict) == ("object", False)
+
+
 def test_calls_cut_off_by_the_limit_are_no_calls(live, client):
     answer = client.chat.completions.create(model="stub", messages=ASK, tools=TOOLS, max_tokens=40)
     assert answer.choices[0].finish_reason == "length"

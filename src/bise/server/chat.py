@@ -40,7 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
             choices=body.n or 1,
             rivals=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_rivals=(body.top_prompt_logprobs or 0) if body.prompt_logprobs else None,
-            thinking_parts=request.headers.get("user-agent", "").startswith("mistral-client"),
+            thinking_parts=job.is_mistral_client,
             usage_chunk=body.wants_usage_chunk,
         )
         plan = await service.offload(plan_chat, job, body, options)

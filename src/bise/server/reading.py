@@ -56,7 +56,8 @@ class Reading:
                 raise RequestError(f"{name}: this model does not think before it answers", field=name)
         if body.reasoning_effort == "none" and thinks:
             raise RequestError("reasoning_effort: this model always thinks", field="reasoning_effort")
-        grammar = format_grammar(body.response_format)
+        # Mistral's strict keeps the schema; OpenAI's also demands that every property is required.
+        grammar = format_grammar(body.response_format, openai_strict=not job.is_mistral_client)
         if not body.tools or job.loaded.template is None:
             return cls(grammar=grammar, thinks=thinks)
         choice, name, allowed = _choice(body.tool_choice)
@@ -91,8 +92,11 @@ class Reading:
         return Reader(calls=calls, thoughts=_Thoughts(tokenizer) if self.thinks else None)
 
 
-def format_grammar(form: ResponseFormat | None) -> GrammarSpec | None:
-    """Return the grammar of a response_format; None for free text."""
+def format_grammar(form: ResponseFormat | None, *, openai_strict: bool) -> GrammarSpec | None:
+    """Return the grammar of a response_format; None for free text.
+
+    `openai_strict`: a schema marked strict must keep OpenAI's rules for such schemas, or it is refused.
+    """
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
@@ -100,7 +104,7 @@ def format_grammar(form: ResponseFormat | None) -> GrammarSpec | None:
     assert form.json_schema is not None
     return GrammarSpec.json_schema(
         form.json_schema.document,
-        strict=bool(form.json_schema.strict),
+        strict=bool(form.json_schema.strict) and openai_strict,
         field="response_format.json_schema.schema",
     )
 

@@ -207,6 +207,11 @@ class Job:
         self._stopped = False
         self._watch = asyncio.create_task(self._watch_client())
 
+    @property
+    def is_mistral_client(self) -> bool:
+        """True when Mistral's own client asks: it reads thoughts and means `strict` in its own way."""
+        return self.request.headers.get("user-agent", "").startswith("mistral-client")
+
     async def start(
         self, requests: Iterable[EngineRequest], *, prompts: Sequence[int] | None = None
     ) -> Generation:
