@@ -1,0 +1,119 @@
+"""`bise serve` as a process of its own with the embedded model, driven by the real clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from mistralai.client import Mistral
+from openai import OpenAI
+
+ASK = [{"role": "user", "content": "Name a river."}]
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    environment = os.environ | {"BISE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "bise", "serve", "--port", "0", "--grace", "5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        line = process.stdout.readline()
+        process.url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def client(process):
+    with OpenAI(api_key="none", base_url=f"{process.url}/v1", max_retries=0) as client:
+        yield client
+
+
+def say(client, **fields) -> str:
+    answer = client.chat.completions.create(**{"model": "brise", "messages": ASK, "max_tokens": 16, **fields})
+    return answer.choices[0].message.content
+
+
+def test_a_seed_gives_the_same_text_alone_and_among_others(client):
+    alone = [say(client, seed=seed, temperature=1.0) for seed in range(4)]
+    assert len(set(alone)) > 1
+    with ThreadPoolExecutor(8) as pool:
+        crowd = list(pool.map(lambda seed: say(client, seed=seed % 4, temperature=1.0), range(16)))
+    assert crowd == alone * 4
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    chunks = client.chat.completions.create(
+        model="brise", messages=ASK, max_tokens=16, seed=3, temperature=1.0, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == say(
+        client, seed=3, temperature=1.0
+    )
+
+
+def test_a_schema_is_kept(client):
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "long": {"type": "boolean"}},
+        "required": ["name", "long"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "river", "schema": schema, "strict": True}}
+    value = json.loads(say(client, response_format=form, max_tokens=80, seed=1))
+    assert set(value) == {"name", "long"}
+    assert isinstance(value["long"], bool)
+
+
+def test_a_demanded_call_comes(client):
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    answer = client.chat.completions.create(
+        model="brise",
+        messages=ASK,
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=80,
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)
+
+
+def test_embeddings_are_unit_vectors(client):
+    row = client.embeddings.create(model="brise", input="a river").data[0].embedding
+    assert np.linalg.norm(row) == pytest.approx(1, abs=1e-5)
+
+
+def test_mistrals_client_fills_a_gap_and_continues_a_prefix(process):
+    with Mistral(api_key="none", server_url=process.url) as client:
+        assert client.fim.complete(model="brise", prompt="def f(", suffix="return x", max_tokens=4).choices
+        messages = [*ASK, {"role": "assistant", "content": "The river", "prefix": True}]
+        answer = client.chat.complete(model="brise", messages=messages, max_tokens=6, temperature=0)
+        assert answer.choices[0].message.content.startswith("The river")
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(client):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=r"\d+ tokens.*1024") as caught:
+        say(client, messages=[{"role": "user", "content": "word " * 1500}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_signal_stops_the_process_with_exit_code_0(process, client):
+    assert say(client)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
