@@ -27,13 +27,13 @@ def test_matching_takes_time_linear_in_the_text_whatever_the_pattern():
         return best
 
     seconds(1000)
-    assert seconds(400_000) < 8 * seconds(100_000)  # 4 if linear, 16 if quadratic
+    assert seconds(4_000_000) < 8 * seconds(1_000_000)  # 4 if linear, 16 if quadratic
 
 
 @pytest.mark.parametrize(
     ("pattern", "reason"),
-    [("(", "missing"), (r"(?=x)", "invalid"), (r"(a)\1", "invalid"), (r"((a{100}){100}){100}", "too"), ("", "1 to"),
-     ("x" * 1001, "1 to")],
+    [("(", "missing"), (r"(?=x)", "invalid"), (r"(a)\1", "invalid"), (r"((a{100}){100}){100}", "too"),
+     ("", "1 to"), ("x" * 1001, "1 to")],
 )  # fmt: skip
 def test_a_pattern_that_cannot_be_matched_in_linear_time_and_memory_is_refused(pattern, reason):
     with pytest.raises(ConfigError, match=reason) as caught:

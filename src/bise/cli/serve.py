@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import socket
 
     from bise.engine.fleet import Fleet
-    from bise.engine.model_spec import ModelSpec
+    from bise.engine.model_spec import AdapterSpec, ModelSpec
     from bise.server.access import Access
     from bise.store.opening import Store
 
@@ -34,6 +34,10 @@ DEFAULT_SEQUENCES = 8
     help="0 takes a free one.",
 )
 @click.option("--alias", "aliases", multiple=True, type=text, help="ALIAS=MODEL: a further name of a model.")
+@click.option(
+    "--adapter", "adapters", multiple=True, type=text,
+    help="[MODEL:]NAME=DIR: a LoRA adapter, asked for as MODEL:NAME; without MODEL: of the first one.",
+)  # fmt: skip
 @click.option("--allow-host", "hosts", multiple=True, type=text, help="A host name this server answers to.")
 @click.option("--allow-origin", "origins", multiple=True, type=text, help="A site whose pages may call it.")
 @quant_option()
@@ -94,6 +98,9 @@ def command(models: tuple[str, ...], **values: Any) -> None:
         for card in fleet.cards():
             if card.fault is not None:
                 aside(f"note: {card.spec.name} cannot be served: {card.fault}")
+            for adapter in card.adapters:
+                if adapter.fault is not None:
+                    aside(f"note: {card.spec.name}:{adapter.spec.name} cannot be served: {adapter.fault}")
         _serve(fleet, store, listener, access, values)
 
 
@@ -112,6 +119,8 @@ def _serve(
     """Serve until told to stop."""
     import asyncio
 
+    from bise.assistant.accounts import Accounts
+    from bise.assistant.models import FleetModels
     from bise.server.access import is_loopback
     from bise.server.app import create_app
     from bise.server.assistant_app import assistant_routers
@@ -120,6 +129,7 @@ def _serve(
     from bise.server.entry import StorePeople
     from bise.server.gate import StoreGate
     from bise.server.limits import HttpLimits
+    from bise.server.metered_models import MeteredModels
     from bise.server.serving import Serving, url_of
     from bise.server.stored import routers
 
@@ -134,7 +144,9 @@ def _serve(
         is_local_only=is_loopback(values["host"]),
         canonical=lambda name: fleet.card(name).spec.name,
     )
-    pages = assistant_routers(fleet, store.database, StorePeople(gate))
+    people = StorePeople(gate, Accounts(store.database))
+    models = MeteredModels(FleetModels(fleet), gate)
+    pages = assistant_routers(fleet, store.database, people, models)
     app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages])
     page = f"{url_of(listener)}/"
     if store.keys.any_exist() and is_loopback(values["host"]):
@@ -165,6 +177,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
         if not sign or not alias or not model:
             raise click.UsageError(f"--alias needs ALIAS=MODEL, got '{entry}'")
         aliases.setdefault(model, []).append(alias)
+    adapters = _adapters(values["adapters"])
     specs: list[ModelSpec] = []
     for model in models:
         path = resolve(model)
@@ -180,8 +193,31 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
                 sequences=values["sequences"],
                 threads=values["threads"],
                 aliases=tuple(alias for key in sorted(known) for alias in aliases.pop(key, ())),
+                adapters=tuple(
+                    adapter
+                    for key in sorted(known if specs else known | {""})
+                    for adapter in adapters.pop(key, ())
+                ),
             )
         )
     if aliases:
         raise click.UsageError(f"--alias names a model that is not served: {', '.join(sorted(aliases))}")
+    if adapters:
+        raise click.UsageError(f"--adapter names a model that is not served: {', '.join(sorted(adapters))}")
     return specs
+
+
+def _adapters(entries: tuple[str, ...]) -> dict[str, list[AdapterSpec]]:
+    """Return adapters by the model they are for; "" for the first one."""
+    from pathlib import Path
+
+    from bise.engine.model_spec import AdapterSpec
+
+    found: dict[str, list[AdapterSpec]] = {}
+    for entry in entries:
+        names, sign, directory = entry.partition("=")
+        model, _, name = names.rpartition(":")
+        if not sign or not name or not directory:
+            raise click.UsageError(f"--adapter needs [MODEL:]NAME=DIR, got '{entry}'")
+        found.setdefault(model, []).append(AdapterSpec(name=name, path=Path(directory).expanduser()))
+    return found

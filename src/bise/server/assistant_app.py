@@ -15,17 +15,20 @@ from bise.server.assistant_routes import assistant_router, page_router
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
+    from bise.assistant.models import ChatModels
     from bise.assistant.storage import Storage
     from bise.engine.fleet import Fleet
 
 
-def assistant_routers(fleet: Fleet, storage: Storage, people: People | None = None) -> list[APIRouter]:
-    """Return the assistant's routes over `fleet`, its conversations in `storage`.
+def assistant_routers(
+    fleet: Fleet, storage: Storage, people: People | None = None, models: ChatModels | None = None
+) -> list[APIRouter]:
+    """Return the assistant's routes over `fleet` (or `models`), its conversations in `storage`.
 
     Answers that a dead process left half written are marked as interrupted here, so one process at a time may
     serve the assistant of one database.
     """
-    assistant = Assistant(storage, FleetModels(fleet))
+    assistant = Assistant(storage, models or FleetModels(fleet))
     accounts = Accounts(storage)
     return [
         assistant_router(lambda: assistant, people or Household(accounts)),

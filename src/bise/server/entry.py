@@ -9,11 +9,12 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from bise.errors import AuthenticationError
-from bise.server.assistant_people import Person
+from bise.server.assistant_people import COOKIE, Household, Person
 from bise.server.gate import PASS_COOKIE
 from bise.server.openapi import documented
 
 if TYPE_CHECKING:
+    from bise.assistant.accounts import Accounts
     from bise.server.gate import StoreGate
 
 router = APIRouter()
@@ -32,13 +33,28 @@ async def enter(request: Request) -> Response:
 
 
 class StorePeople:
-    """The people of the assistant are those that the gate lets in."""
+    """The people of the assistant: those with an account, and those that the gate lets in."""
 
-    def __init__(self, gate: StoreGate) -> None:
+    def __init__(self, gate: StoreGate, accounts: Accounts) -> None:
         self._gate = gate
+        self._household = Household(accounts)
+        self._accounts = accounts
 
     async def person(self, request: Request) -> Person:
-        """Return who asks, by key or by this machine's pass."""
-        caller = await self._gate.caller(request, "inference")
+        """Return who is signed in, else whose key (or this machine's pass) was sent.
+
+        Raises AuthenticationError; NoAccountError where the first account can be made.
+        """
+        has_key = "authorization" in request.headers or "x-api-key" in request.headers
+        if not has_key and (
+            COOKIE in request.cookies or not await self._gate.offload(self._accounts.is_empty)
+        ):
+            return await self._household.person(request)
+        try:
+            caller = await self._gate.caller(request, "inference")
+        except AuthenticationError:
+            if has_key or self._gate.is_from_here(request):
+                raise
+            return await self._household.person(request)
         name = "" if caller.key is None else caller.key.name
         return Person(caller.owner, name, "admin" if caller.is_admin else "user")

@@ -166,11 +166,9 @@ class StoreGate:
                 raise
             self._open[reservation.id] = reservation
         request_id = str(request.scope["state"].get("request_id", ""))
-        share = secrets.token_hex(8)
-        self._shares.enter(share)
         return StoreTicket(
             gate=self,
-            share=share,
+            share=self.begin_share(),
             caller=caller,
             reservation=reservation,
             guard=Guard(key.rules) if key is not None and key.rules else None,
@@ -183,6 +181,12 @@ class StoreGate:
                 idempotency_key=idempotency_key,
             ),
         )
+
+    def begin_share(self) -> str:
+        """Begin to count a request's part of the machine's time and energy; `record` ends it."""
+        share = secrets.token_hex(8)
+        self._shares.enter(share)
+        return share
 
     def cost(self, model: str, prompt: int, cached: int, completion: int) -> Decimal | None:
         """Return what tokens cost by the price book; None for a model without a price."""
@@ -278,16 +282,17 @@ class StoreGate:
     def is_pass(self, request: Request, given: str) -> bool:
         """Return True for this machine's pass, sent from this machine to a server that only it can reach."""
         is_equal = hmac.compare_digest(given.encode(), self.local_pass.encode())
-        return is_equal and self._access is Access.AUTO and self._is_from_here(request)
+        return is_equal and self._access is Access.AUTO and self.is_from_here(request)
 
-    def _is_from_here(self, request: Request) -> bool:
+    def is_from_here(self, request: Request) -> bool:
+        """Return True for a request from this machine to a server that only this machine can reach."""
         client = request.client
         return self._is_local_only and client is not None and is_loopback(client.host)
 
     async def _needs_no_key(self, request: Request) -> bool:
         if self._access is not Access.AUTO:
             return self._access is Access.OPEN
-        if not self._is_from_here(request):
+        if not self.is_from_here(request):
             return False
         if not self._has_keys:
             self._has_keys = await self.offload(self.store.keys.any_exist)
