@@ -24,6 +24,8 @@ from mixture import SMALLTALK, STAGES, Mixture, Row, read_rows, renamed, row_tex
 COMMON_WORDS = ("text/storybooks.jsonl.zst", "cdla/tinystories_text.jsonl.zst", "text/fairytales.jsonl.zst")
 """Texts for children: how often a word stands there decides which meanings are drilled."""
 
+WORDNET = "chat/wordnet.jsonl.zst"
+
 OPEN_BINS = 96
 """Rows kept open while packing; more fills them better and costs time."""
 
@@ -75,16 +77,26 @@ def drill_rows(mixture: Mixture, data: Path) -> list[Row]:
     chance = random.Random(f"{mixture.seed}:drills")
     held = read_rows(data / "valid" / "chat.jsonl.zst")
     left_out = frozenset(text.lower() for row in held for text in row_texts(row))
-    entries = list(read_rows(data / "chat" / "wordnet.jsonl.zst"))
-    words = vocabulary(entries)
+    words = vocabulary(read_rows(data / WORDNET))
     found = list(echoes(words, mixture.drills["echoes"], chance))
     found += sums(mixture.drills["sums"], chance, left_out)
+    counts = word_counts(data)
+    known = drilled_meanings(mixture, data, counts)
+    return found + list(definitions(known, counts, mixture.drills["definitions"], chance))
+
+
+def word_counts(data: Path) -> Counter[str]:
+    """Return how often each lower-case word stands in the texts for children."""
     counts = Counter[str]()
     for path in COMMON_WORDS:
         for row in read_rows(data / path):
             counts.update(re.findall(r"[a-z]+", row["text"]) if "text" in row else ())
-    known = meanings(entries, counts, mixture.drills["words"])
-    return found + list(definitions(known, counts, mixture.drills["definitions"], chance))
+    return counts
+
+
+def drilled_meanings(mixture: Mixture, data: Path, counts: Counter[str]) -> dict[str, tuple[str, str]]:
+    """Return (part of speech, meaning) of the words whose meaning is drilled, commonest first."""
+    return meanings(read_rows(data / WORDNET), counts, mixture.drills["words"])
 
 
 def concatenate(

@@ -122,10 +122,12 @@ def definitions(
             prompt = chance.choice(MEANINGS).format(w=word)
         if chance.random() < 0.3:  # as people type
             prompt = prompt.lower().rstrip("?.")
-        yield _row(
-            prompt,
-            f"{word.capitalize()} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} that means: {meaning}.",
-        )
+        yield _row(prompt, definition(word, kind, meaning))
+
+
+def definition(word: str, kind: str, meaning: str) -> str:
+    """Return the answer to a question for a meaning, worded as in chat/wordnet."""
+    return f"{word.capitalize()} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} that means: {meaning}."
 
 
 def _row(prompt: str, answer: str) -> Row:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from chat import BOS, EOS, PAD, ChatEncoder
+from data import drilled_meanings, word_counts
+from drills import definition
 from export import read_export
 from mixture import SMALLTALK, Message, Mixture, read_rows, renamed
 from network import Weights
@@ -32,6 +34,8 @@ from bise.model.transformer import Transformer
 ANSWER_TOKENS = 128
 """Longest greedy answer."""
 SCORE_BATCH = 32
+COMMONEST = 500
+"""Of the drilled words, those counted apart."""
 PROMPTS_AT_ONCE = 64
 SAMPLES = 10
 
@@ -168,6 +172,25 @@ def exact_match(
     return dict(sorted(matches.items())), samples
 
 
+def recall(
+    answer: Callable[[list[list[int]]], list[list[int]]], encoder: ChatEncoder, mixture: Mixture, data: Path
+) -> dict[str, int]:
+    """Return how many of the drilled meanings come back word for word: what was learnt by heart, no more."""
+    known = drilled_meanings(mixture, data, word_counts(data))
+    prompts = [encoder.chat([{"role": "user", "content": f"Define {word}."}]).ids for word in known]
+    said = [normal(encoder.decode(ids)) for ids in answer(prompts)]
+    right = [
+        text == normal(definition(word, kind, meaning))
+        for text, (word, (kind, meaning)) in zip(said, known.items(), strict=True)
+    ]
+    return {
+        "words": len(known),
+        "right": sum(right),
+        "common_words": COMMONEST,
+        "common_right": sum(right[:COMMONEST]),
+    }
+
+
 def main() -> None:
     """Evaluate an export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -199,6 +222,7 @@ def main() -> None:
     result = {
         "loss": losses,
         "exact_match": {source: asdict(match) for source, match in matches.items()},
+        "definitions": recall(answer, encoder, mixture, args.data),
         "samples": samples,
     }
     (args.run / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
