@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize wheel clean
+.PHONY: help chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -69,6 +69,9 @@ bench: .venv/.dev ## Measure speed beside installed peers, all of docs/bench.md 
 
 sanitize: .venv/.dev ## Build the native tests with ASan and UBSan and run them
 	@sh native/sanitize.sh
+
+kill: .venv/.dev ## Kill the writer of the database 200 times and every migration at every statement
+	@$(BIN)/python -m pytest -q -m slow tests/store
 
 wheel: .venv/.dev ## Build a wheel and an sdist into dist/
 	@$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .

@@ -203,3 +203,26 @@ def _kill_migrations(tmp_path, monkeypatch, statements):
                 assert session.execute(text("SELECT count(*) FROM batch_lines")).scalar() == 0
             database.close()
     assert num_killed >= 4
+
+
+def test_a_postgresql_that_stops_is_reported_and_used_again_when_it_is_back(postgres):
+    database = Database.open(postgres.new_url())
+    with database.writing() as session:
+        session.add(SettingRecord(name="before", value="1"))
+
+    def write(name):
+        with database.writing() as session:
+            session.add(SettingRecord(name=name, value="1"))
+
+    postgres.stop()
+    try:
+        with pytest.raises(StoreError, match="cannot be used now"):
+            write("lost")
+    finally:
+        postgres.start()
+    write("after")
+    with database.reading() as session:
+        names = set(session.execute(text("SELECT name FROM settings")).scalars())
+    assert {"before", "after"} <= names
+    assert "lost" not in names
+    database.close()
