@@ -26,7 +26,7 @@ from bise.grammar.regex import (
     without,
 )
 
-MAX_STEPS = 400_000
+MAX_STEPS = 250_000
 """What one grammar may spend: about a second and some ten MiB of this module's work."""
 
 UNREACHABLE = 1 << 60
@@ -36,11 +36,16 @@ UNREACHABLE = 1 << 60
 class Budget:
     """Counts the work and the memory that a grammar takes."""
 
-    __slots__ = ("_left", "_place")
+    __slots__ = ("_left", "_place", "_steps")
 
     def __init__(self, place: str, steps: int = MAX_STEPS) -> None:
-        self._left = steps
+        self._left = self._steps = steps
         self._place = place
+
+    @property
+    def spent(self) -> int:
+        """What was taken so far."""
+        return self._steps - self._left
 
     def spend(self, count: int) -> None:
         """Take `count` units; RequestError when nothing is left."""

@@ -107,7 +107,7 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead
             f"{spec.field} is too large to be enforced; use fewer alternatives", field=spec.field
         )
     matcher = _matcher(text, vocabulary, spec)
-    return Compiled(table, matcher, size_bytes=(1 << 16) + 40 * len(text) + 200 * len(table.symbols))
+    return Compiled(table, matcher, size_bytes=(1 << 16) + 40 * len(text) + 200 * budget.spent)
 
 
 def _root(spec: GrammarSpec, builder: Builder, vocabulary: Vocabulary) -> Symbol:
@@ -163,7 +163,10 @@ def _matcher(text: str, vocabulary: Vocabulary, spec: GrammarSpec) -> LLMatcher:
     import llguidance
 
     limits = llguidance.LLParserLimits(
-        max_lexer_states=20_000, max_grammar_size=200_000, verbose_errors=False
+        max_items_in_row=50_000,
+        max_lexer_states=20_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
     )
     matcher = llguidance.LLMatcher(
         vocabulary.engine, llguidance.LLMatcher.grammar_from_lark(text), log_level=0, limits=limits

@@ -219,16 +219,23 @@ _ESCAPED: Ranges = ranges([(0, 0x1F), (0x22, 0x22), (0x5C, 0x5C)])
 """Characters that a JSON string cannot hold as they are."""
 
 
+_WIDE = 100
+"""Characters from which a set leaves out control characters without a short escape."""
+
+
 def json_escaped(members: Ranges) -> tuple[Ranges, tuple[str, ...]]:
     """Return how one character of a set is written inside a JSON string: the raw ones, and escapes.
 
-    Each character has one spelling: as it is, a short escape, or four lower-case hexadecimal digits.
+    Each character has one spelling: as it is, a short escape, or four lower-case hexadecimal digits. Sets of
+    many characters leave out those of the last kind, which nobody misses there.
     """
     escapes: list[str] = []
+    is_wide = sum(high - low + 1 for low, high in members) > _WIDE
     for low, high in common(members, _ESCAPED):
         for point in range(low, high + 1):
             named = _NAMED_ESCAPES.get(chr(point))
-            escapes.append(f"\\{named}" if named else f"\\u{point:04x}")
+            if named or not is_wide:
+                escapes.append(f"\\{named}" if named else f"\\u{point:04x}")
     return without(members, _ESCAPED), tuple(escapes)
 
 
