@@ -10,10 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bise.engine.draft_model import DraftModel, check_same_vocabulary
 from bise.engine.payoff import MAX_DRAFT, Payoff
 from bise.engine.request import Completion, FinishReason, Request, SamplingParams
 from bise.engine.speculation import Guess, Speculation
-from bise.errors import NonFiniteError, RequestError
+from bise.errors import ConfigError, NonFiniteError, RequestError
+from bise.kernels import BLOCK_SIZE
 
 LOOP = {byte: byte + 1 for byte in range(ord("a"), ord("f"))} | {ord("f"): ord("a")}
 """A script by which the model writes abcdef over and over."""
@@ -22,11 +24,11 @@ LOOP = {byte: byte + 1 for byte in range(ord("a"), ord("f"))} | {ord("f"): ord("
 class Always(Payoff):
     """Takes every guess, whatever it costs."""
 
-    def wants(self, num_sequences: int) -> bool:
+    def wants(self, num_sequences: int, lanes=()) -> bool:
         return True
 
-    def choose(self, chances) -> list[int]:
-        return [len(row) for row in chances]
+    def choose(self, chances, lane=None) -> tuple[list[int], float]:
+        return [len(row) for row in chances], 1.0 if lane is None else 2.0
 
 
 def always(guesser=None) -> Speculation:
@@ -287,3 +289,87 @@ def test_the_gate_learns_from_the_engine_s_own_steps(hash_engine):
     assert 0 < stats.num_guessing_steps < stats.num_steps == len(model.batches) - 1
     assert stats.num_accepted <= stats.num_drafted
     assert np.isclose(stats.lost_s, 0)
+
+
+class TokenPages:
+    """All that a hash model asks of a backend."""
+
+    def pages(self, num_blocks, num_kv_heads, head_dim, kv_format):
+        return np.full(num_blocks * BLOCK_SIZE, -1, np.int64)
+
+
+@pytest.fixture
+def draft_of(hash_engine):
+    """Return a function that makes a draft model of a hash model, and gives both: (script, **options)."""
+
+    def make(script, *, windows=(None,), num_blocks=64, broken=()):
+        _, model = hash_engine(*windows, script=script, broken=broken)
+        return DraftModel(model, TokenPages(), num_blocks=(num_blocks,)), model
+
+    return make
+
+
+def with_draft(draft: DraftModel) -> Speculation:
+    """Return speculation with nothing found in texts, so that the draft model is asked at every step."""
+    return Speculation(payoff=Always(), guesser=lambda sequence, count: Guess([], [], []), draft_model=draft)
+
+
+@pytest.mark.parametrize("draft_windows", [(None,), (40,)])
+@pytest.mark.parametrize("draft_script", [LOOP, None, {**LOOP, ord("d"): ord("a")}])
+def test_a_draft_model_right_or_wrong_changes_nothing(hash_engine, draft_of, draft_windows, draft_script):
+    """The second one writes noise, the third errs at every fourth token."""
+    expected = [told(hash_engine(script=LOOP)[0].submit(request).result()) for request in REQUESTS]
+    for num_blocks in (64, 3):
+        draft, _ = draft_of(draft_script, windows=draft_windows, num_blocks=num_blocks)
+        engine, _ = hash_engine(script=LOOP, speculation=with_draft(draft), max_sequences=8)
+        handles = [engine.submit(request) for request in REQUESTS]
+        assert [told(handle.result()) for handle in handles] == expected
+        assert_nothing_is_held(engine)
+
+
+def test_a_draft_model_that_agrees_saves_steps_and_computes_every_token_once(hash_engine, draft_of):
+    draft, small = draft_of(LOOP)
+    engine, model = hash_engine(script=LOOP, speculation=with_draft(draft))
+    done = engine.submit(ask("a", temperature=0, max_tokens=53)).result()
+    assert len(done.token_ids) == 53
+    assert len(model.batches) == 1 + 52 // (1 + MAX_DRAFT)
+    positions = np.concatenate([batch.positions for batch in small.batches])
+    # Where all guesses came true, the last one's keys and values are missing and computed with the next.
+    assert len(positions) == len(set(positions.tolist()))
+
+
+def test_a_draft_model_draws_with_the_number_of_the_large_one(hash_engine, draft_of):
+    """The same weights agree at any temperature, though no token is the likeliest."""
+    draft, _ = draft_of(None)
+    engine, _ = hash_engine(speculation=with_draft(draft))
+    engine.submit(ask("abc", temperature=1.5, max_tokens=60, ignore_eos=True)).result()
+    stats = engine.speculation.stats
+    assert stats.num_accepted == stats.num_drafted > 40
+
+
+def test_broken_numbers_of_a_draft_model_hurt_nobody(hash_engine, draft_of):
+    draft, _ = draft_of(LOOP, broken=tuple(b"cf"))
+    engine, _ = hash_engine(script=LOOP, speculation=with_draft(draft))
+    assert engine.submit(ask("a", temperature=0, max_tokens=12)).result().text == "bcdefabcdefa"
+
+
+def test_a_draft_model_gives_the_blocks_of_ended_sequences_back(hash_engine, draft_of):
+    draft, _ = draft_of(LOOP, num_blocks=2)
+    engine, _ = hash_engine(script=LOOP, speculation=with_draft(draft))
+    for _ in range(3):
+        before = engine.speculation.stats.num_drafted
+        engine.submit(ask("abc", temperature=0, max_tokens=40)).result()
+        assert engine.speculation.stats.num_drafted > before
+
+
+def test_a_vocabulary_that_differs_is_refused_with_the_first_difference(byte_tokenizer):
+    class Other(type(byte_tokenizer)):
+        def token_bytes(self, token_id: int) -> bytes:
+            return b"?" if token_id == 65 else super().token_bytes(token_id)
+
+    check_same_vocabulary(byte_tokenizer, byte_tokenizer, "small")
+    with pytest.raises(ConfigError, match=r"small cannot guess .*: token 65 is b'\?' there and b'A' here"):
+        check_same_vocabulary(Other(), byte_tokenizer, "small")
+    Other.vocab_size = 300
+    with pytest.raises(ConfigError, match="its size is 300 there and 258 here"):
+        check_same_vocabulary(Other(), byte_tokenizer, "small")

@@ -100,11 +100,11 @@ REQUESTS = requests()
 class Always(Payoff):
     """Takes every guess, so that the machine's speed has no say in what is tested."""
 
-    def wants(self, num_sequences: int) -> bool:
+    def wants(self, num_sequences: int, lanes=()) -> bool:
         return True
 
-    def choose(self, chances) -> list[int]:
-        return [min(len(row), 5) for row in chances]
+    def choose(self, chances, lane=None) -> tuple[list[int], float]:
+        return [min(len(row), 5) for row in chances], 1.0
 
 
 def speculation(way: Way, known: list[Completion]) -> Speculation | None:

@@ -39,6 +39,8 @@ class LoadOptions:
     context: int | None
     adapter: str | None = None
     """Directory of a LoRA adapter that every request uses."""
+    draft: str | None = None
+    """A model that guesses tokens ahead."""
 
     @property
     def adapter_name(self) -> str | None:
@@ -138,6 +140,12 @@ def load_options(function: F) -> F:
             metavar="DIR",
             help="Use the LoRA adapter in this directory (PEFT's format).",
         ),
+        click.option(
+            "--draft",
+            type=text,
+            metavar="MODEL",
+            help="A small model of the same vocabulary that guesses ahead; the output is the same, sooner.",
+        ),
     ]
     return _apply(decorators, function)
 
@@ -201,7 +209,7 @@ def _apply(decorators: list[Callable[[F], F]], function: F) -> F:
 def pop_load_options(values: dict[str, Any]) -> LoadOptions:
     """Take the load options out of a command's keyword arguments."""
     return LoadOptions(
-        **{name: values.pop(name) for name in ("quant", "kv", "threads", "context", "adapter")}
+        **{name: values.pop(name) for name in ("quant", "kv", "threads", "context", "adapter", "draft")}
     )
 
 

@@ -32,6 +32,7 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
             kv=options.kv,
             threads=options.threads,
             context=options.context,
+            draft=None if options.draft is None else resolve(options.draft),
             progress=bar,
         )
     try:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from bise import __version__
+from bise.cache.pages import plan_num_blocks
 from bise.cache.prefix_file import PrefixFile
 from bise.config import default_threads
 from bise.diskfile import require_inside
+from bise.engine.draft_model import DraftModel, check_same_vocabulary
 from bise.engine.engine import Engine
 from bise.engine.memory import (
     STEP_TOKENS,
@@ -103,6 +106,7 @@ def load_model(
     max_sequences: int = 1,
     threaded: bool = True,
     prefix_cache_dir: Path | None = None,
+    draft: Path | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model at `path` and start its engine.
@@ -110,13 +114,17 @@ def load_model(
     `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
     together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
     holds. `max_sequences` full contexts can run at once. With `prefix_cache_dir` cached prefixes are written
-    there when the engine closes, up to 1 GiB, and found again by the next one. Raises UserError for
-    everything the caller can mend.
+    there when the engine closes, up to 1 GiB, and found again by the next one. The model at `draft`, of the
+    same vocabulary, guesses ahead; the output is the same. Raises UserError for everything the caller can
+    mend.
     """
     source = open_model(path)
     kv_format = checked_kv_format(kv, quant)
     ops = CpuOps(default_threads() if threads is None else _checked_threads(threads))
     free = available_memory()
+    guessing = None if draft is None else DraftSource.open(draft)
+    if free is not None and guessing is not None:
+        free -= guessing.weight_bytes
     require_weights(source, quant, free)
     tokens, shortened = planned_context(
         source,
@@ -127,6 +135,8 @@ def load_model(
         available=None if free is None else free - weight_bytes(source, quant),
     )
     tokenizer, template = load_text(source)
+    if guessing is not None:
+        check_same_vocabulary(load_text(guessing.source)[0], tokenizer, str(draft))
     temperature = suggested_temperature(source.path)
     packed, notes = load_packed(source, quant, ops, progress)
     transformer = Transformer(source.config, packed.weights(ops), ops)
@@ -143,13 +153,50 @@ def load_model(
         max_sequences=max(max_sequences, 8),
         prefix_file=prefix_file,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
-        speculation=Speculation(),
+        speculation=Speculation(
+            draft_model=None if guessing is None else guessing.load(ops, tokens, max_sequences, progress)
+        ),
         pace=Pace(STEP_SECONDS),
         threaded=threaded,
     )
     return LoadedModel(
         source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature, ops
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSource:
+    """A model on disk that is going to guess for another one."""
+
+    source: ModelSource
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a model as it lies; its weights keep their width."""
+        return cls(open_model(path))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of its weights."""
+        return weight_bytes(self.source, "auto")
+
+    def load(self, ops: CpuOps, context: int, sequences: int, progress: Progress | None) -> DraftModel:
+        """Load the weights, and take KV memory for `sequences` texts of `context` tokens, or as many as the
+        model can take.
+        """
+        config = self.source.config
+        kv_format, context = checked_kv_format("auto", "auto"), min(context, config.max_context)
+        blocks = plan_num_blocks(
+            config,
+            kv_bytes(config, context, kv_format, sequences),
+            kv_format,
+            max_context=context,
+            max_step_tokens=STEP_TOKENS,
+            max_sequences=max(sequences, 8),
+        )
+        packed, _ = load_packed(self.source, "auto", ops, progress)
+        model = Transformer(config, packed.weights(ops), ops)
+        return DraftModel(model, ops, num_blocks=blocks, kv_format=kv_format)
 
 
 def _prefix_file(

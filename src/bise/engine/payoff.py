@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 MAX_DRAFT = 12
 """Guessed tokens behind one sequence at most."""
@@ -60,13 +61,25 @@ class _Samples:
             self.mean = sum(self._last) / self.count
 
 
+class Lane(Enum):
+    """Where the guesses of a step come from, since that is part of their price."""
+
+    FOUND = "found"
+    """In a text."""
+    MODEL = "model"
+    """From a draft model, at least one of them."""
+
+
+_Group = tuple[int, Lane]
+
+
 class StepCosts:
     """Seconds of a step by sequences and guessed rows, each learned from steps like it."""
 
     def __init__(self) -> None:
         self._plain: dict[int, _Samples] = {}
-        self._ratios: dict[int, dict[int, _Samples]] = {}
-        self._prices: dict[int, list[float]] = {}
+        self._ratios: dict[_Group, dict[int, _Samples]] = {}
+        self._prices: dict[_Group, list[float]] = {}
         self._until_forgetting = _FORGET_EVERY
 
     def plain(self, num_sequences: int) -> float | None:
@@ -74,16 +87,17 @@ class StepCosts:
         samples = self._plain.get(num_sequences)
         return samples.mean if samples is not None and samples.count >= _MIN_PLAIN_STEPS else None
 
-    def prices(self, num_sequences: int) -> list[float]:
+    def prices(self, num_sequences: int, lane: Lane = Lane.FOUND) -> list[float]:
         """Return the price of 0, 1, 2 ... guessed rows in plain steps, up to twice what was ever tried.
 
         Between two measured numbers the price is interpolated, beyond the last it goes on as it rose so far.
         """
-        if num_sequences not in self._prices:
-            self._prices[num_sequences] = _curve(self._ratios.get(num_sequences, {}))
-        return self._prices[num_sequences]
+        group = (num_sequences, lane)
+        if group not in self._prices:
+            self._prices[group] = _curve(self._ratios.get(group, {}))
+        return self._prices[group]
 
-    def record(self, num_sequences: int, num_drafted: int, seconds: float) -> None:
+    def record(self, num_sequences: int, num_drafted: int, seconds: float, lane: Lane = Lane.FOUND) -> None:
         """Learn from a step."""
         if not num_drafted:
             self._plain.setdefault(num_sequences, _Samples()).add(seconds)
@@ -92,19 +106,19 @@ class StepCosts:
                 self._forget()
             return
         if self.plain(num_sequences) is not None:
-            known = self._ratios.setdefault(num_sequences, {})
+            known = self._ratios.setdefault((num_sequences, lane), {})
             known.setdefault(num_drafted, _Samples()).add(seconds / self._plain[num_sequences].value)
-            self._prices.pop(num_sequences, None)
+            self._prices.pop((num_sequences, lane), None)
 
     def _forget(self) -> None:
         """Forget the oldest figures: what was measured under a passing load is tried again some day."""
         self._until_forgetting = _FORGET_EVERY
-        for num_sequences, known in self._ratios.items():
+        for group, known in self._ratios.items():
             for rows in list(known):
                 known[rows].forget_one()
                 if not known[rows].count:
                     del known[rows]
-            self._prices.pop(num_sequences, None)
+            self._prices.pop(group, None)
 
 
 def _curve(known: dict[int, _Samples]) -> list[float]:
@@ -188,24 +202,27 @@ class Payoff:
         self._total_s = 0.0
         self._since_probe = 0
 
-    def wants(self, num_sequences: int) -> bool:
+    def wants(self, num_sequences: int, lanes: Sequence[Lane] = (Lane.FOUND,)) -> bool:
         """True when any number of certain guesses could pay, and the ledger allows to lose."""
         if self.costs.plain(num_sequences) is None or self.stats.lost_s > LOSS_SHARE * self._total_s:
             return False
         if self._since_probe >= PROBE_EVERY:
             return False
-        prices = self.costs.prices(num_sequences)
-        return any((num_sequences + rows) / price > num_sequences for rows, price in enumerate(prices))
+        return any(
+            (num_sequences + rows) / price > num_sequences
+            for lane in lanes
+            for rows, price in enumerate(self.costs.prices(num_sequences, lane))
+        )
 
-    def choose(self, chances: Sequence[Sequence[float]]) -> list[int]:
-        """Return how many guesses each sequence gets, given the probability that its 1st, 2nd, ... guess and
-        all before it come true.
+    def choose(self, chances: Sequence[Sequence[float]], lane: Lane = Lane.FOUND) -> tuple[list[int], float]:
+        """Return how many guesses each sequence gets, and how much faster that is expected to be, given the
+        probability that each sequence's 1st, 2nd, ... guess and all before it come true.
 
         Guesses are taken by probability over all sequences; the number with the most tokens per second wins.
         """
         num_sequences = len(chances)
         counts = [0] * num_sequences
-        prices = self.costs.prices(num_sequences)
+        prices = self.costs.prices(num_sequences, lane)
         ranked = sorted(
             (-chance, depth, index)
             for index, row in enumerate(chances)
@@ -213,20 +230,27 @@ class Payoff:
             if chance > _MIN_CHANCE
         )
         tokens = float(num_sequences)
-        best, best_rate = 0, tokens * _MIN_GAIN
+        best, best_rate = 0, tokens
         for rows, (chance, _, _) in enumerate(ranked[: len(prices) - 1], start=1):
             tokens -= chance
-            if tokens / prices[rows] > best_rate:
+            if tokens / prices[rows] > best_rate * (1 if best else _MIN_GAIN):
                 best, best_rate = rows, tokens / prices[rows]
         for _, _, index in ranked[:best]:
             counts[index] += 1
-        return counts
+        return counts, best_rate / num_sequences
 
-    def record(self, num_sequences: int, num_drafted: int, num_tokens: int, seconds: float) -> None:
+    def record(
+        self,
+        num_sequences: int,
+        num_drafted: int,
+        num_tokens: int,
+        seconds: float,
+        lane: Lane = Lane.FOUND,
+    ) -> None:
         """Learn from a step of `num_sequences` that computed `num_drafted` guesses and gave `num_tokens`."""
         stats = self.stats
         plain = self.costs.plain(num_sequences)
-        self.costs.record(num_sequences, num_drafted, seconds)
+        self.costs.record(num_sequences, num_drafted, seconds, lane)
         stats.num_steps += 1
         self._total_s += seconds - self._total_s / _MEMORY
         stats.lost_s -= stats.lost_s / _MEMORY

@@ -57,7 +57,7 @@ def build_batch(step: Step, num_groups: int) -> Batch:
         q_start[index] = start
         q_pos[index] = row.first
         stop = start + row.num_tokens
-        if row.num_tokens == 1:
+        if row.num_tokens == 1 and not row.draft:
             token_ids[start] = row.sequence.token_ids[row.first]
             positions[start] = row.first
         else:

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bise.engine.draft_model import DraftModel
 from bise.engine.lookup import Repeats
-from bise.engine.payoff import MAX_DRAFT, MAX_SEQUENCES, Chances, Payoff, SpeculationStats
+from bise.engine.payoff import MAX_DRAFT, MAX_SEQUENCES, Chances, Lane, Payoff, SpeculationStats
 from bise.engine.scheduler import Scheduler, Step
 from bise.engine.sequence import Sequence
 
@@ -25,7 +26,9 @@ _NUM_LENGTHS = len(_LENGTHS) + 1
 _KIND_OF_LENGTH = tuple(sum(length > bound for bound in _LENGTHS) for length in range(64))
 _PREDICTION = _NUM_LENGTHS
 """First kind of guesses that rest on a prediction; below are those of lookups."""
-_PRIORS = (0.2, 0.35, 0.5, 0.65, 0.75, 0.85, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_MODEL = 2 * _NUM_LENGTHS
+"""Kind of guesses that a draft model made."""
+_PRIORS = (0.2, 0.35, 0.5, 0.65, 0.75, 0.85, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.6)
 
 
 @dataclass(slots=True)
@@ -61,11 +64,17 @@ class Speculation:
         *,
         payoff: Payoff | None = None,
         guesser: Guesser | None = None,
+        draft_model: DraftModel | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Guess from predictions and repeats, or as `guesser` says; `clock` returns seconds."""
+        """Guess from predictions and repeats, or as `guesser` says, and with `draft_model` where that pays
+        more; `clock` returns seconds.
+        """
         self._payoff = Payoff() if payoff is None else payoff
         self._guesser = self._look_up if guesser is None else guesser
+        self._draft_model = draft_model
+        self._lanes = (Lane.FOUND,) if draft_model is None else (Lane.FOUND, Lane.MODEL)
+        self._lane = Lane.FOUND
         self._clock = clock
         self._chances = Chances(_PRIORS, 8)
         self._guesses: list[Guess] = []
@@ -92,11 +101,14 @@ class Speculation:
             row.num_tokens != 1 or not row.num_samples for row in step.rows
         ):
             return step
-        wanted = self._payoff.wants(len(step.rows))
+        self._lane = Lane.FOUND
+        wanted = self._payoff.wants(len(step.rows), self._lanes)
         self._guesses = [self._guess(row.sequence, MAX_DRAFT if wanted else 1) for row in step.rows]
         if not wanted:
             return step
-        counts = self._payoff.choose([guess.chances for guess in self._guesses])
+        counts, gain = self._payoff.choose([guess.chances for guess in self._guesses])
+        if self._draft_model is not None:
+            counts = self._ask_model(self._draft_model, step, counts, gain)
         if not any(counts):
             return step
         drafts = [tuple(guess.tokens[:n]) for guess, n in zip(self._guesses, counts, strict=True)]
@@ -117,19 +129,37 @@ class Speculation:
                     if token_id != guessed:
                         break
         num_drafted = step.num_tokens - len(step.rows)
-        self._payoff.record(len(step.rows), num_drafted, num_tokens, self._clock() - self._began)
+        seconds = self._clock() - self._began
+        self._payoff.record(len(step.rows), num_drafted, num_tokens, seconds, self._lane)
         self._guesses = []
 
     def _guess(self, sequence: Sequence, count: int) -> Guess:
-        # The last token that may be produced needs no row of its own: nothing follows it.
-        count = min(count, sequence.max_tokens - sequence.num_output - 1)
-        if count < 1 or not sequence.request.speculate:
-            return Guess([], [], [])
-        guess = self._guesser(sequence, count)
-        if sequence.grammar is not None:
-            count = sequence.grammar.validate(guess.tokens)
-            return Guess(guess.tokens[:count], guess.kinds[:count], guess.chances[:count])
-        return guess
+        count = min(count, _room(sequence))
+        return _allowed(sequence, self._guesser(sequence, count)) if count else Guess([], [], [])
+
+    def _ask_model(self, model: DraftModel, step: Step, counts: list[int], gain: float) -> list[int]:
+        """Replace found guesses by the model's where its are likelier, if the step gains by it; return how
+        many guesses each sequence gets.
+        """
+        chances = [guess.chances for guess in self._guesses]
+        asked: list[int] = []
+        for index, row in enumerate(step.rows):
+            foresight = row.sequence.foresight
+            chance = self._chances.of(_MODEL) if foresight is None else foresight.chances.of(_MODEL)
+            room = _room(row.sequence)
+            if room and (not chances[index] or chances[index][0] < chance):
+                chances[index] = [chance**depth for depth in range(1, room + 1)]
+                asked.append(index)
+        wanted, hoped = self._payoff.choose(chances, Lane.MODEL)
+        depth = max((wanted[index] for index in asked), default=0)
+        if not depth or hoped <= gain:
+            return counts
+        self._lane = Lane.MODEL
+        drafts = model.draft([step.rows[index].sequence for index in asked], depth)
+        for index, tokens in zip(asked, drafts, strict=True):
+            drafted = Guess(tokens, [_MODEL] * len(tokens), chances[index][: len(tokens)])
+            self._guesses[index] = _allowed(step.rows[index].sequence, drafted)
+        return wanted
 
     def _look_up(self, sequence: Sequence, count: int) -> Guess:
         """Guess from the prediction, else from what followed the same words before in the text."""
@@ -150,3 +180,19 @@ class Speculation:
             chance *= foresight.chances.of(entry)
             chances.append(chance)
         return Guess(tokens, kinds, chances)
+
+
+def _room(sequence: Sequence) -> int:
+    """Return how many guesses a sequence may get at most."""
+    if not sequence.request.speculate:
+        return 0
+    # The last token that may be produced needs no row of its own: nothing follows it.
+    return max(0, min(MAX_DRAFT, sequence.max_tokens - sequence.num_output - 1))
+
+
+def _allowed(sequence: Sequence, guess: Guess) -> Guess:
+    """Return the guesses up to the first one that the sequence's grammar rules out."""
+    if sequence.grammar is None:
+        return guess
+    count = sequence.grammar.validate(guess.tokens)
+    return Guess(guess.tokens[:count], guess.kinds[:count], guess.chances[:count])
