@@ -224,6 +224,7 @@ class ScriptedFleet:
     def __init__(self, model: ScriptedModel | None = None) -> None:
         self.model = model or ScriptedModel()
         self.leases = 0
+        self.reloads = 0
         self.fails_with: BiseError | None = None
 
     @property
@@ -251,6 +252,11 @@ class ScriptedFleet:
         if self.fails_with is not None:
             raise self.fails_with
         return ScriptedLease(self, self.model)
+
+    def sleep(self, name: str, *, wait_s: float | None = 0.0) -> None:
+        assert self.leases == 0
+        self.engine.failure = None
+        self.reloads += 1
 
     def close(self, *, drain: bool = False) -> None:
         pass

@@ -172,12 +172,23 @@ def test_after_the_grace_time_streams_end_with_an_error_event(serve):
     assert server.join(10)
 
 
-def test_a_dead_engine_is_visible_in_health(live):
+def test_a_dead_engine_is_visible_in_health_and_replaced(live):
     live.post(PATH, json.loads(CHAT))
+    before = live.fleet.reloads
     live.engine.failure = EngineError("the engine stopped for good")
     reply = live.get("/health")
     assert (reply.status_code, reply.json()["status"]) == (503, "engine_failed")
     assert reply.json()["failed_models"] == ["stub"]
+    wait_for(lambda: live.get("/health").status_code == 200)
+    assert live.fleet.reloads == before + 1
+
+
+def test_a_request_to_a_dead_engine_waits_for_the_new_one(live):
+    live.post(PATH, json.loads(CHAT))
+    live.engine.failure = EngineError("the engine stopped for good")
+    assert live.post(PATH, json.loads(CHAT)).status_code == 200
+    assert live.engine.failure is None
+    assert settled(live)
 
 
 def test_a_model_that_cannot_be_loaded_is_503_and_tells_no_path(live):

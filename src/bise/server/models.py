@@ -8,12 +8,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bise.engine.model_spec import ADAPTER_SEPARATOR
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
 from bise.server.service import Service
 
 if TYPE_CHECKING:
-    from bise.engine.model_spec import ModelCard
+    from bise.engine.model_spec import AdapterCard, ModelCard
 
 router = APIRouter()
 
@@ -23,7 +24,10 @@ async def list_models(request: Request) -> Response:
     """List the models."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
-    data = [await card_body(service, card) for card in service.models.cards()]
+    data: list[dict[str, object]] = []
+    for card in service.models.cards():
+        data.append(body := await card_body(service, card))
+        data += [adapter_body(body, adapter) for adapter in card.adapters]
     return JSONResponse({"object": "list", "data": data})
 
 
@@ -32,7 +36,13 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     """Describe a model."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
-    return JSONResponse(await card_body(service, service.models.card(model_id)))
+    card = service.models.card(model_id)
+    body = await card_body(service, card)
+    _, _, name = model_id.partition(ADAPTER_SEPARATOR)
+    for adapter in card.adapters:
+        if adapter.spec.name == name:
+            body = adapter_body(body, adapter)
+    return JSONResponse(body)
 
 
 @router.delete("/v1/models/{model_id:path}", **documented(None, "Delete a tuned model.", tag="models"))
@@ -51,7 +61,7 @@ async def delete_model(request: Request, model_id: str) -> Response:
 
 @router.get("/health", **documented(None, "Tell whether requests are taken.", tag="operation"))
 async def health(request: Request) -> Response:
-    """Tell whether requests are taken, how many run and wait; 503 while stopping or with a dead engine."""
+    """Tell whether requests are taken, and how many run and wait; a dead engine is replaced."""
     service: Service = request.app.state.service
     running = waiting = 0
     dead: list[str] = []
@@ -61,6 +71,7 @@ async def health(request: Request) -> Response:
         waiting += stats.num_waiting
         if loaded.engine.failure is not None:
             dead.append(name)
+            service.start_recovery(name)
     status = "stopping" if service.is_draining else "engine_failed" if dead else "ok"
     body: dict[str, object] = {
         "status": status,
@@ -72,6 +83,21 @@ async def health(request: Request) -> Response:
         body["failed_models"] = dead
     headers = {} if status == "ok" else {"retry-after": "5"}
     return JSONResponse(body, 200 if status == "ok" else 503, headers=headers)
+
+
+def adapter_body(base: dict[str, object], adapter: AdapterCard) -> dict[str, object]:
+    """Return an adapter as both clients read it; `base` is its model's body."""
+    body: dict[str, object] = {
+        **base,
+        "id": f"{base['id']}{ADAPTER_SEPARATOR}{adapter.spec.name}",
+        "type": "fine-tuned",
+        "name": adapter.spec.name,
+        "aliases": [],
+        "state": base["state"] if adapter.is_loaded else "cold",
+    }
+    if adapter.fault is not None:
+        body["unavailable"] = True
+    return body
 
 
 async def card_body(service: Service, card: ModelCard) -> dict[str, object]:

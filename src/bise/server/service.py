@@ -41,6 +41,8 @@ R = TypeVar("R")
 
 _TEXT_THREADS = 4
 _MAX_NOTED = 256
+_RECOVERY_S = 10.0
+"""How long the requests of a dead engine may take to end before it is replaced."""
 
 
 class Models(Protocol):
@@ -56,6 +58,10 @@ class Models(Protocol):
 
     def acquire(self, name: str, *, wait_s: float | None = None) -> Lease:
         """Return a lease on a model, loaded first if need be."""
+        ...
+
+    def sleep(self, name: str, *, wait_s: float | None = 0.0) -> None:
+        """Unload a model, once it has no users or after `wait_s` seconds not at all (ModelBusyError)."""
         ...
 
     def close(self, *, drain: bool = False) -> None:
@@ -83,6 +89,7 @@ class Service:
         self._noted: set[tuple[str, str]] = set()
         self._engines: dict[str, LoadedModel] = {}
         self._traits: dict[str, Traits] = {}
+        self._recoveries: dict[str, asyncio.Task[None]] = {}
 
     async def offload(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a function in a thread of the text pool and return what it returns."""
@@ -104,6 +111,10 @@ class Service:
         try:
             lease = await self._acquire(model)
             name = self.models.card(model).spec.name
+            if lease.loaded.engine.failure is not None:
+                lease.release()
+                await self.recover(name)
+                lease = await self._acquire(model)
             traits = await self._loaded_traits(name, lease.loaded)
         except BaseException as error:
             if lease is not None:
@@ -120,6 +131,34 @@ class Service:
         job = Job(self, request, ticket, name, lease, traits)
         self.jobs.add(job)
         return job
+
+    def start_recovery(self, name: str) -> asyncio.Task[None]:
+        """Load a model anew whose engine has died, unless that goes on already; return the task."""
+        task = self._recoveries.get(name)
+        if task is None:
+            task = self._recoveries[name] = asyncio.create_task(self._reload(name))
+            task.add_done_callback(lambda done: self._recovered(name, done))
+        return task
+
+    async def recover(self, name: str) -> None:
+        """Wait until a model whose engine has died is loaded anew. Raises what loading raises."""
+        await asyncio.shield(self.start_recovery(name))
+
+    async def _reload(self, name: str) -> None:
+        def reload() -> None:
+            self.models.sleep(name, wait_s=_RECOVERY_S)
+            self.models.acquire(name).release()
+
+        logger.error("event=engine_restart model=%s", ascii(name))
+        await asyncio.get_running_loop().run_in_executor(self._loads, reload)
+        self._engines.pop(name, None)
+
+    def _recovered(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._recoveries[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error(
+                "event=engine_restart_failed model=%s code=%s", ascii(name), as_api_error(error).code
+            )
 
     async def traits(self, card: ModelCard) -> Traits | None:
         """Return what a model can do, from its files when it is not loaded; None when they are bad."""
