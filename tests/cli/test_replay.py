@@ -62,6 +62,7 @@ def test_a_receipt_that_could_not_be_written_is_refused_before_any_work(cli, hom
         (("--receipt", str(path)), "exists"),
         (("--receipt", str(tmp_path / "none" / "r.json")), "no such folder"),
         (("--receipt-without-prompt",), "needs --receipt"),
+        (("--receipt", str(tmp_path / "r.json"), "--adapter", "a"), "cannot vouch for an --adapter"),
     ):
         result = cli(*ASK, *options)
         assert (result.code, result.out) == (2, "")
