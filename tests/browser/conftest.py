@@ -1,0 +1,133 @@
+"""A server with scripted models as a process of its own, and Debian's Chromium driven by Playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import bise
+
+SITE = Path(__file__).with_name("scripted_site.py")
+STATIC = Path(bise.__file__).parent / "server" / "static"
+CHROMIUM = shutil.which("chromium")
+
+
+class Server:
+    """The scripted site; it can be killed and started again over the same database."""
+
+    def __init__(self, folder: Path, pace_s: float = 0.004, piece: int = 4) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.database = folder / "site.db"
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._arguments = [str(self.port), str(self.database), str(pace_s), str(piece)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        environment = os.environ | {"PYTHONPATH": str(Path(bise.__file__).parent.parent)}
+        self.process = subprocess.Popen([sys.executable, str(SITE), *self._arguments], env=environment)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.url}/api/v1/bootstrap", timeout=5).close()
+            except OSError:
+                assert self.process.poll() is None, "the site did not start"
+                time.sleep(0.05)
+            else:
+                return self
+        raise AssertionError("the site did not start in time")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium; apt-get install chromium")
+    if not (STATIC / "index.html").is_file():
+        pytest.skip("the page is not built; make web")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(chromium, tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("site")).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_site(chromium, tmp_path):
+    """Make a server that a test may kill: `own_site(pace_s=..., piece=...)`."""
+    made = []
+
+    def make(**options):
+        made.append(Server(tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture
+def visit(chromium):
+    """Open a page; everything it complains about fails the test: `visit(url, **context options)`."""
+    contexts, complaints = [], []
+
+    def open_page(url, *, same_browser_as=None, expects=(), **options):
+        if same_browser_as is None:
+            options = {"viewport": {"width": 1280, "height": 800}, "locale": "en-GB"} | options
+            context = chromium.new_context(**options)
+            contexts.append(context)
+        else:
+            context = same_browser_as.context
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+
+        def complain(text):
+            if not any(part in text for part in expects):
+                complaints.append(text)
+
+        page.on("pageerror", lambda error: complain(f"error: {error}"))
+        page.on("console", lambda line: complain(line.text) if line.type in ("error", "warning") else None)
+        page.goto(url)
+        page.get_by_role("textbox", name="Message").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def ask():
+    """Send a question: `ask(page, text)`; with `wait` until the answer is there."""
+
+    def send(page, text, *, wait=True):
+        page.get_by_role("textbox", name="Message").fill(text)
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("article", name="You").last.wait_for()
+        if wait:
+            page.get_by_role("button", name="Regenerate").wait_for()
+
+    return send
