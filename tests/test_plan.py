@@ -132,3 +132,10 @@ def test_an_unknown_shape_lists_the_known_ones():
 def test_a_shape_has_no_values():
     with pytest.raises(ConfigError, match="no values"):
         known_shape("s06").tensors["output"].floats(0, 1)
+
+
+def test_adapters_take_their_memory_from_the_longest_context():
+    plain, tuned = plan_of("mistral-7b", memory=6 * GIB), plan_of("mistral-7b", memory=6 * GIB, adapters=GIB)
+    assert tuned.need.total == plain.need.total + GIB
+    assert 0 < tuned.largest_context < plain.largest_context
+    assert (plain.fits, plan_of("mistral-7b", memory=5 * GIB, adapters=GIB).fits) == (True, False)

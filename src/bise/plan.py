@@ -7,7 +7,7 @@ over the machine's measured read rate, operations over its measured arithmetic r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -146,9 +146,10 @@ def make_plan(
     context: int,
     sequences: int,
     memory: int,
+    adapters: int = 0,
     limits: MachineLimits | None = None,
 ) -> Plan:
-    """Plan `sequences` sequences of `context` tokens within `memory` bytes.
+    """Plan `sequences` sequences of `context` tokens, and `adapters` bytes of LoRA, within `memory` bytes.
 
     Raises ConfigError for a context beyond the model's own or a format that does not exist.
     """
@@ -167,16 +168,19 @@ def make_plan(
         step = prefill_work(config, formats, prompt=min(512, context))
         prefill = step.tokens / step.seconds(limits)
     return Plan(
-        need=memory_need(source, quant, context=context, kv_format=kv_format, sequences=sequences),
+        need=replace(
+            memory_need(source, quant, context=context, kv_format=kv_format, sequences=sequences),
+            adapters=adapters,
+        ),
         context=context,
         sequences=sequences,
         quant=quant,
         kv_format=kv_format,
         memory=memory,
         largest_context=largest_context(
-            source, quant, kv_format=kv_format, sequences=sequences, available=memory
+            source, quant, kv_format=kv_format, sequences=sequences, available=memory - adapters
         ),
-        best_quant=_best_quant(source, kv, context, sequences, memory),
+        best_quant=_best_quant(source, kv, context, sequences, memory - adapters),
         decode_tokens_s=decode,
         prefill_tokens_s=prefill,
     )

@@ -97,3 +97,13 @@ def test_a_chat_cannot_be_embedded_and_says_so(cli, model, tmp_path):
     assert result.code == 2
     assert "line 1 is a chat" in result.err
     assert cli("embed", *PLAIN).code == 2
+
+
+def test_a_plan_counts_an_adapter(cli, model, adapter, monkeypatch):
+    from bise.plan import MachineLimits
+
+    limits = MachineLimits(read_bytes_s=1e9, int8_ops_s=1e9, float_ops_s=1e9)
+    monkeypatch.setattr("bise.bench.limits.measure_limits", lambda threads: limits)
+    told = json.loads(cli("plan", model, "--adapter", adapter, "--json").out)
+    assert told["bytes"]["adapters"] == 2 * 4 * (16 * 64 + 64 * 4 + 16 * 96 + 64 * 4)
+    assert "of LoRA matrices" in cli("plan", model, "--adapter", adapter).out

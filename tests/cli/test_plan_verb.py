@@ -25,7 +25,7 @@ def test_a_plan_of_a_known_model_needs_none_of_its_files(plan):
     assert told["bytes"]["total"] == pytest.approx(4.55 * 2**30, rel=0.02)
     assert told["decode_tokens_per_s"] == pytest.approx(7.4, abs=0.1)
     assert told["best_quant"] == "bf16"
-    assert set(told["bytes"]) == {"weights", "kv", "scratch", "loading", "process", "total"}
+    assert set(told["bytes"]) == {"weights", "kv", "scratch", "loading", "process", "adapters", "total"}
 
 
 def test_a_plan_for_people_gives_a_verdict_and_a_way_out(plan):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,10 +58,14 @@ class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     type=click.IntRange(1, 1024),
     help="Threads the speed is predicted for.  [default: BISE_THREADS or all cores]",
 )
+@click.option(
+    "--adapter", "adapters", multiple=True, type=text, metavar="DIR",
+    help="A LoRA adapter loaded beside the model; may be repeated.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str, context: int | None, sequences: int, quant: str, kv: str, memory: int | None,
-    threads: int | None, as_json: bool,
+    threads: int | None, adapters: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Tell what fits in memory and how fast it can be.
 
@@ -71,6 +76,7 @@ def command(
     from bise.config import default_threads
     from bise.engine.memory import available_memory
     from bise.errors import ConfigError
+    from bise.model.lora import open_adapter
     from bise.plan import make_plan
 
     source = _source(model)
@@ -85,6 +91,7 @@ def command(
         context=context or source.config.max_context,
         sequences=sequences,
         memory=grant,
+        adapters=sum(open_adapter(Path(name).expanduser(), source.config).size_bytes for name in adapters),
         limits=limits,
     )
     if as_json:
@@ -152,6 +159,7 @@ def _pairs(source: ModelSource, plan: Plan, limits: MachineLimits) -> list[tuple
         ("model", f"{source.name or source.path}{absent}"),
         ("weights", f"{mebibytes(need.weights)} as {plan.quant}"),
         ("KV cache", f"{mebibytes(need.kv)} for {each}"),
+        *([("adapters", f"{mebibytes(need.adapters)} of LoRA matrices")] if need.adapters else []),
         ("scratch", f"{mebibytes(need.scratch)} while running, {mebibytes(need.loading)} while loading"),
         ("process", f"{mebibytes(need.process)} for interpreter, libraries and tokenizer"),
         ("total", f"{mebibytes(need.total)} at the peak"),

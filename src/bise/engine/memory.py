@@ -52,11 +52,13 @@ class MemoryNeed:
     """What converting weights takes beyond them; gone before KV and scratch appear."""
     process: int
     """Interpreter, libraries and tokenizer."""
+    adapters: int = 0
+    """LoRA adapters that are loaded beside the model."""
 
     @property
     def own(self) -> int:
         """Bytes at the peak beyond those of the process itself."""
-        return self.weights + max(self.kv + self.scratch, self.loading)
+        return self.weights + max(self.kv + self.scratch + self.adapters, self.loading)
 
     @property
     def total(self) -> int:

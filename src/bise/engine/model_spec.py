@@ -8,6 +8,7 @@ from pathlib import Path
 from bise.engine.load import LoadedModel, load_model
 from bise.engine.memory import (
     PROCESS_BYTES,
+    STEP_TOKENS,
     checked_kv_format,
     memory_need,
     planned_context,
@@ -147,11 +148,15 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
 
 
 def adapter_bytes(spec: ModelSpec, path: Path) -> int:
-    """Return the memory that an adapter of the model takes, from headers alone.
+    """Return the memory that an adapter of the model takes, from headers alone: its matrices, and what a step
+    needs more where it adapts feed-forward layers.
 
     Raises ModelFileError for an adapter that is damaged or made for another architecture.
     """
-    return open_adapter(path, open_model(spec.path).config).size_bytes
+    config = open_model(spec.path).config
+    file = open_adapter(path, config)
+    is_inner = any(name.endswith((".w1", ".w2", ".w3")) for name in file.parts)
+    return file.size_bytes + (2 * 4 * STEP_TOKENS * config.hidden_dim if is_inner else 0)
 
 
 def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:

@@ -168,7 +168,9 @@ class Ops(Protocol):
         ...
 
     def gated(self, gate: Array, up: Array) -> Array:
-        """Return silu(gate) * up, element by element, [T, F]; what `mlp` has between its products."""
+        """Return silu(gate) * up, element by element, [T, F]: what `mlp` has between its products. May reuse
+        the storage of gate.
+        """
         ...
 
     def logits(self, x: Array, head: Weight) -> npt.NDArray[np.float32] | Array:
