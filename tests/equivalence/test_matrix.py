@@ -21,7 +21,7 @@ from bise.engine.speculation import Guess, Speculation
 SETTINGS = {
     (model, kv_format): packed_format
     for model in ("interleaved", "8 experts")
-    for kv_format, packed_format in (("f16", "q8"), ("q8", "q4"))
+    for kv_format, packed_format in (("f16", "q8"), ("q16", "q8"), ("q8", "q4"))
 }
 """(model, KV format) to the format of its weights."""
 

@@ -85,9 +85,9 @@ class Speculation:
         """Counts of what was guessed and what came true."""
         return self._payoff.stats
 
-    def forget(self) -> None:
-        """Forget prices, chances and counts, as if the engine had just started."""
-        self._payoff = Payoff()
+    def forget(self, payoff: Payoff | None = None) -> None:
+        """Forget prices, chances and counts, as if the engine had just started (with `payoff`)."""
+        self._payoff = Payoff() if payoff is None else payoff
         self._chances = Chances(_PRIORS, 8)
         self._guesses = []
 
