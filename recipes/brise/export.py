@@ -26,8 +26,8 @@ from bise.model.tensor_names import hf_location
 from bise.model.transformer import weight_shapes
 
 TEMPERATURE = 0.5
-"""Suggested for sampling. Of 66 answers 65 were right at 0.3, 64 at 0.5, 63 at 0.7; of the 4-grams of 18 stories
-12 %, 6 % and 3 % were repeats."""
+"""Suggested for sampling. Of 66 answers 65 were right at 0.3, 64 at 0.5, 63 at 0.7; of the 4-grams of 18
+stories 12 %, 6 % and 3 % were repeats."""
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
