@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -165,3 +167,13 @@ def test_the_file_gives_other_verbs_their_defaults_too(home, capsys):
     (home / "config.toml").write_text('[usage]\nby = "day"\n')
     assert _json(capsys, "usage")["by"] == "day"
     assert _json(capsys, "usage", "--by", "model")["by"] == "model"
+
+
+@pytest.mark.parametrize("verb", ["keys", "usage", "prices", "config", "serve"])
+def test_help_imports_neither_the_database_nor_the_server(verb):
+    code = (
+        "import sys\nfrom bise.cli.app import run\n"
+        f"run([{verb!r}, '--help'])\nprint('MODULES ' + ' '.join(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"sqlalchemy", "alembic", "fastapi", "uvicorn"} & set(out.rpartition("MODULES ")[2].split())

@@ -10,6 +10,8 @@ import pytest
 from mistralai.client import Mistral
 from openai import OpenAI
 
+from bise.store.keys import KeyLimits
+
 CHAT = "/v1/chat/completions"
 
 
@@ -145,6 +147,23 @@ def test_lines_wait_while_the_queue_is_full_and_are_not_lost(openai, site):
     counts = openai.batches.retrieve(batch.id).request_counts
     assert (counts.completed, counts.failed) == (4, 0)
     assert time.monotonic() - started < 60
+
+
+def test_a_job_whose_key_is_at_its_limit_does_not_hold_up_another_keys(site):
+    poor, _ = site.key("poor", limits=KeyLimits(requests_per_minute=1))
+    rich, _ = site.key("rich")
+    jobs = {}
+    for key in (poor, rich):
+        file = site.store.files.create(
+            key.owner, "in", "batch", [b"\n".join([_line(n).encode() for n in range(6)])]
+        )
+        job = site.store.batches.create(key.owner, endpoint=CHAT, input_files=[file.id], key_id=key.id)
+        jobs[key.owner] = job.id
+        site.clock.now += 1
+    site.work(lambda: site.store.batches.get(rich.owner, jobs[rich.owner]).status == "succeeded")
+    assert site.store.batches.get(rich.owner, jobs[rich.owner]).succeeded == 6
+    behind = site.store.batches.get(poor.owner, jobs[poor.owner])
+    assert (behind.status, behind.succeeded, behind.failed) == ("running", 1, 0)
 
 
 def test_a_batch_of_a_revoked_key_fails_line_by_line(openai, site):

@@ -25,9 +25,11 @@ _TICK_S = 0.25
 """How soon a stop or a cancelled job is noticed."""
 _IDLE_S = 2.0
 """How often an idle worker looks for jobs of other processes."""
-_MAX_PAUSE_S = 30.0
+_MAX_PAUSE_S = 60.0
 _COME_BACK = (429, 503)
 """Answers that say `later`: the line is tried again."""
+_KEY_LIMIT = "rate_limit_exceeded"
+"""The answer that concerns one key alone: other jobs go on."""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class BatchWorker:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._pause_until = 0.0
+        self._paused_jobs: dict[str, float] = {}
+        """Until when jobs rest whose key has used up a limit."""
 
     def start(self) -> None:
         """Begin to work."""
@@ -103,7 +107,7 @@ class BatchWorker:
         self._wake.clear()
         room = self._slots - len(self._running)
         if room and asyncio.get_running_loop().time() >= self._pause_until:
-            for line in await self._gate.offload(batches.claim, room):
+            for line in await self._gate.offload(batches.claim, room, self._resting()):
                 task = asyncio.create_task(self._work(line))
                 self._running[task] = line
         if not self._running:
@@ -156,13 +160,10 @@ class BatchWorker:
             return await self._complete(line, refusal.status, "", error_body(refusal))
         answer = await self._call(line.batch.endpoint, line.body, caller)
         if answer.status in _COME_BACK and answer.headers.get(b"x-should-retry") != b"false":
-            self._pause(float(answer.headers.get(b"retry-after", b"1")))
+            self._rest(line, answer)
             return False
         request_id = answer.headers.get(b"x-request-id", b"").decode("latin-1")
-        try:
-            body = json.loads(bytes(answer.body))
-        except ValueError:
-            return False
+        body = json.loads(bytes(answer.body))
         return await self._complete(line, answer.status, request_id, body)
 
     async def _complete(self, line: ClaimedLine, status: int, request_id: str, body: object) -> bool:
@@ -185,6 +186,21 @@ class BatchWorker:
             idempotency_key=line.idempotency_key,
             is_background=True,
         )
+
+    def _rest(self, line: ClaimedLine, answer: _Answer) -> None:
+        """Let the line's job, or everything when the engine is full, rest as long as the answer asks for."""
+        seconds = float(answer.headers.get(b"retry-after", b"1"))
+        if _KEY_LIMIT in answer.body.decode(errors="replace"):
+            now = asyncio.get_running_loop().time()
+            self._paused_jobs[line.batch.id] = now + min(seconds, _MAX_PAUSE_S)
+        else:
+            self._pause(seconds)
+
+    def _resting(self) -> set[str]:
+        """Return the jobs that rest now."""
+        now = asyncio.get_running_loop().time()
+        self._paused_jobs = {job: until for job, until in self._paused_jobs.items() if until > now}
+        return set(self._paused_jobs)
 
     def _pause(self, seconds: float) -> None:
         now = asyncio.get_running_loop().time()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,8 +215,11 @@ class Batches:
 
     # What the process that works the jobs off asks for.
 
-    def claim(self, limit: int) -> list[ClaimedLine]:
-        """Take over up to `limit` requests, oldest job first; also those that a dead process had taken."""
+    def claim(self, limit: int, skip: Collection[str] = ()) -> list[ClaimedLine]:
+        """Take over up to `limit` requests, oldest job first; also those that a dead process had taken.
+
+        The jobs whose ids are in `skip` are left for later.
+        """
         now = self._clock()
         claimed: list[ClaimedLine] = []
         with self._database.writing() as session:
@@ -229,6 +232,8 @@ class Batches:
             for job in jobs:
                 if len(claimed) >= limit:
                     break
+                if job.id in skip:
+                    continue
                 self._release_lost(session, job.id, now)
                 rows = session.scalars(
                     select(BatchLineRecord)
