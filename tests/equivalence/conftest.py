@@ -95,7 +95,7 @@ BACKENDS = {
     "torch-f64": _torch_backend,
     "cpu-f32": lambda: _cpu_backend("f32", "f32"),
     "cpu-bf16": lambda: _cpu_backend("bf16", "bf16"),
-    "cpu-q8": lambda: _cpu_backend("q8", "f16"),
+    "cpu-q8": lambda: _cpu_backend("q8", "q16"),
     "cpu-q4": lambda: _cpu_backend("q4", "q8"),
 }
 
