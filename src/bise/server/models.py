@@ -91,6 +91,8 @@ def adapter_body(base: dict[str, object], adapter: AdapterCard) -> dict[str, obj
         **base,
         "id": f"{base['id']}{ADAPTER_SEPARATOR}{adapter.spec.name}",
         "type": "fine-tuned",
+        "job": adapter.spec.name,  # Mistral's client needs one; adapters here come from files
+        "archived": False,
         "name": adapter.spec.name,
         "aliases": [],
         "state": base["state"] if adapter.is_loaded else "cold",
