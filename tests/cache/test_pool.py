@@ -11,7 +11,7 @@ from bise.cache.pool import BlockPool
 class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(7)
+        self.pool = BlockPool(4)
         self.held: list[int] = []
         self.kept: set[int] = set()
         self.cached: list[int] = []
@@ -73,7 +73,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity(self.held)
         assert self.pool.num_used == len(set(self.held))
         assert self.pool.cached == self.cached
-        assert all(self.pool.num_owners(block) == self.held.count(block) for block in range(7))
+        assert all(self.pool.num_owners(block) == self.held.count(block) for block in range(4))
 
 
 TestPool = PoolMachine.TestCase
@@ -116,3 +116,17 @@ def test_the_block_freed_last_is_handed_out_first():
     pool.free(second)
     pool.free(first)
     assert pool.allocate() == first
+
+
+def test_of_the_cached_blocks_the_least_recently_used_is_given_up_first():
+    pool = BlockPool(3)
+    evicted = []
+    pool.on_evict(evicted.append)
+    first, second, third = (pool.allocate() for _ in range(3))
+    for block in (first, second, third):
+        pool.keep(block)
+    for block in (second, first, third):
+        pool.free(block)
+    pool.share(second)  # used again: now it is the last one
+    pool.free(second)
+    assert [pool.allocate() for _ in range(3)] == evicted == [first, third, second]

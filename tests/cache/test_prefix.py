@@ -219,17 +219,18 @@ def test_a_forced_collision_of_the_hash_is_not_served(monkeypatch, windows):
     cache.check_integrity()
 
 
-def test_a_collision_after_a_different_prefix_is_not_served(monkeypatch):
-    """The blocks at the end are equal, hash and tokens; only what came before tells the texts apart."""
+@pytest.mark.parametrize("windows", [(None,), (32,)])
+def test_a_collision_after_a_different_prefix_is_not_served(monkeypatch, windows):
+    """The last blocks are equal, hash and tokens; only what came before tells the texts apart."""
     monkeypatch.setattr(prefix_module, "block_hash", lambda previous, tokens: tokens[:4])
-    windows = (32,)
     cache, pools = make(windows)
-    tail = list(range(10, 10 + BLOCK_SIZE))
-    one = [1] * BLOCK_SIZE + tail
-    two = [1] * (BLOCK_SIZE - 1) + [2] + tail
-    remember(cache, pools, windows, [*one, 0])
-    assert cache.match(SALT, [*one, 0], 64).num_tokens == 64
-    assert cache.match(SALT, [*two, 0], 64).num_tokens == 0
+    end = list(range(10, 10 + BLOCK_SIZE))
+    one, two = [1] * BLOCK_SIZE + [*end, 0], [2] * BLOCK_SIZE + [*end, 0]
+    remember(cache, pools, windows, one)
+    remember(cache, pools, windows, two)
+    assert cache.match(SALT, one, 64).num_tokens == 64
+    assert cache.match(SALT, two, 64).num_tokens == 32
+    cache.check_integrity()
 
 
 def test_blocks_in_doubt_are_served_to_nobody():
