@@ -207,6 +207,7 @@ def test_the_keyboard_does_everything(site, visit):
     page.get_by_role("textbox", name="Message").fill("slow one")
     page.get_by_role("textbox", name="Message").press("Enter")
     page.get_by_role("button", name="Stop").wait_for()
+    page.get_by_text("word0003").wait_for()
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Continue").wait_for()
     page.keyboard.press("Control+Shift+O")
