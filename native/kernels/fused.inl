@@ -138,20 +138,17 @@ inline float store_coded(const float* x, int d, float size, float limit, T* out,
   return usable ? size / limit : size <= 1e-36f ? 0.0f : __builtin_nanf("");
 }
 
-// Largest magnitude (infinite when a value is not finite) and length of d values.
+// Largest magnitude and length of d values; infinite when a value or the length is not finite.
 inline void sizes_of(const float* x, int d, float& largest, float& length) {
-  F16 squares = zero16();
-  largest = 0.0f;
-  for (int i = 0; i < d; ++i) {
-    const float size = __builtin_fabsf(x[i]);
-    largest = size <= 3.4e38f ? (size > largest ? size : largest) : __builtin_inff();
-    if (largest > 3.4e38f) break;
-  }
+  F16 squares = zero16(), top = zero16();
   for (int i = 0; i < d; i += 16) {
     const F16 part = d - i >= 16 ? load16(x + i) : load_part(x + i, d - i);
     squares = fma16(part, part, squares);
+    top = max16(top, max16(part, sub16(zero16(), part)));
   }
   length = __builtin_sqrtf(sum_lanes(squares));
+  if (!(length <= 3.4e38f)) length = __builtin_inff();
+  largest = length <= 3.4e38f ? max_lanes(top) : length;
 }
 
 // Layout and bounds: attention_integer.inl.
