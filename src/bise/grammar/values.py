@@ -69,7 +69,8 @@ class Judge:
             if "const" in schema or "enum" in schema:
                 values = [schema["const"]] if "const" in schema else cast(list[object], schema["enum"])
                 self._document.budget.spend(len(values) * len(case))
-                return [value for value in values if self.admits(case, value)]
+                # What $ref, allOf, anyOf and oneOf lead to is in the case itself.
+                return [value for value in values if all(self._admits_alone(place, value) for place in case)]
         return None
 
     def admits(self, places: Sequence[str], value: object) -> bool:
@@ -77,6 +78,13 @@ class Judge:
         return all(self._admits(place, value) for place in places)
 
     def _admits(self, pointer: str, value: object) -> bool:
+        schema = self._document.schema(pointer)
+        if isinstance(schema, bool):
+            return schema
+        return self._admits_alone(pointer, value) and self._admits_parts(schema, pointer, value)
+
+    def _admits_alone(self, pointer: str, value: object) -> bool:
+        """Judge by the keywords of one place that hold no other places for the same value."""
         document = self._document
         document.budget.spend(1)
         schema = document.schema(pointer)
@@ -86,16 +94,13 @@ class Judge:
             return False
         if not _has_type(schema, value):
             return False
-        plain = (pointer,)
         if isinstance(value, str):
-            good = self._admits_string(schema, pointer, value)
-        elif isinstance(value, list):
-            good = self._admits_array(schema, pointer, cast(list[object], value))
-        elif isinstance(value, dict):
-            good = self._admits_object(plain, cast(dict[str, object], value))
-        else:
-            good = isinstance(value, bool) or value is None or self._admits_number(schema, value)
-        return good and self._admits_parts(schema, pointer, cast(object, value))
+            return self._admits_string(schema, pointer, value)
+        if isinstance(value, list):
+            return self._admits_array(schema, pointer, cast(list[object], value))
+        if isinstance(value, dict):
+            return self._admits_object((pointer,), cast(dict[str, object], value))
+        return isinstance(value, bool) or value is None or self._admits_number(schema, value)
 
     def _constants(self, schema: Mapping[str, object], pointer: str) -> frozenset[object]:
         """Return the keys of the values that `const` and `enum` of one place both allow."""

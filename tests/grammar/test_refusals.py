@@ -1,0 +1,203 @@
+"""What cannot be kept is refused with its place; what is hostile is refused or stays within its budget."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bise.errors import RequestError
+from bise.grammar.compiler import GrammarCache, compile_grammar
+from bise.grammar.keywords import KEYWORDS, Treatment
+from bise.grammar.spec import GrammarSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refusal(vocabulary, schema, **options) -> RequestError:
+    with pytest.raises(RequestError) as refused:
+        compile_grammar(GrammarSpec.json_schema(schema, field="s", **options), vocabulary)
+    assert "\n" not in str(refused.value)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    "keyword", [name for name, (what, _) in KEYWORDS.items() if what is Treatment.REFUSED]
+)
+def test_each_refused_keyword_is_refused_with_a_pointer_to_it(vocabulary, keyword):
+    schema = {"type": "object", "properties": {"a": {keyword: {}}}}
+    assert refusal(vocabulary, schema).field == f"s#/properties/a/{keyword}"
+
+
+@pytest.mark.parametrize(
+    "keyword", [name for name, (what, _) in KEYWORDS.items() if what is Treatment.ANNOTATION]
+)
+def test_each_annotation_is_read_over(vocabulary, keyword):
+    compile_grammar(GrammarSpec.json_schema({"type": "null", keyword: "x"}), vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer"),
+    [
+        ({"maxLenght": 3}, "/maxLenght"),
+        ({"$ref": "https://example.org/schema"}, "/$ref"),
+        ({"$ref": "#/$defs/absent"}, "/$ref"),
+        ({"$ref": "#nowhere"}, "/$ref"),
+        ({"$schema": "https://example.org/dialect"}, "/$schema"),
+        ({"properties": {"a": {"$id": "b"}}, "type": "object"}, "/properties/a/$id"),
+        ({"type": "number", "multipleOf": 0.01}, "/multipleOf"),
+        ({"type": "string", "format": "regex"}, "/format"),
+        ({"type": "number", "format": "decimal"}, "/format"),
+        ({"type": "string", "pattern": "(?=a)b"}, "/pattern"),
+        ({"type": "string", "pattern": r"(a)\1"}, "/pattern"),
+        ({"type": "string", "pattern": r"\bword\b"}, "/pattern"),
+        ({"type": "string", "pattern": "a$b"}, "/pattern"),
+        ({"type": "array", "uniqueItems": True}, "/uniqueItems"),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "minItems": 2}, "/uniqueItems"),
+        ({"type": "object", "additionalProperties": True, "minProperties": 2}, "/minProperties"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf"),
+        ({"oneOf": [{"type": "object"}, {"type": "object", "required": ["a"]}]}, "/oneOf"),
+        ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "/patternProperties/b$"),
+        ({"type": "banana"}, "/type"),
+        ({"minLength": -1}, "/minLength"),
+        ({"minimum": "3"}, "/minimum"),
+        ({"required": "a"}, "/required"),
+        ({"anyOf": []}, "/anyOf"),
+        ({"items": 3, "type": "array"}, "/items"),
+    ],
+)
+def test_the_place_is_named(vocabulary, schema, pointer):
+    assert refusal(vocabulary, schema).field == f"s#{pointer}"
+
+
+@pytest.mark.parametrize(
+    ("schema", "pointer"),
+    [
+        ({"type": "array", "items": {}}, "/type"),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a"]}, "/additionalProperties"),
+        (
+            {"type": "object", "properties": {"a": {}}, "required": [], "additionalProperties": False},
+            "/required",
+        ),
+    ],
+)
+def test_strict_schemas_are_closed_and_require_everything(vocabulary, schema, pointer):
+    assert refusal(vocabulary, schema, strict=True).field == f"s#{pointer}"
+    compile_grammar(GrammarSpec.json_schema(schema), vocabulary)
+
+
+def test_the_documentation_lists_every_keyword_as_it_is_treated():
+    rows = re.findall(
+        r"^\| `([^`]+)` \| (\w+) \|", (ROOT / "docs" / "structured.md").read_text(), re.MULTILINE
+    )
+    listed = {name: what for name, what in rows if what in list(Treatment)}
+    assert listed == {name: what.value for name, (what, _) in KEYWORDS.items()} | {"x-...": "annotation"}
+
+
+HOSTILE = {
+    "no_end": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    "ref_to_itself": {"$ref": "#"},
+    "refs_in_a_ring": {
+        "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+        "$ref": "#/$defs/a",
+    },
+    "long_enum": {"enum": [f"value {n}" for n in range(60_000)]},
+    "wide_one_of": {
+        "oneOf": [
+            {"type": "object", "properties": {"k": {"const": n}, "v": {}}, "required": ["k"]}
+            for n in range(500)
+        ]
+    },
+    "product_of_choices": {
+        "allOf": [{"anyOf": [{"minimum": i}, {"maximum": j}]} for i in range(5) for j in range(5)]
+    },
+    "many_repeats": {"type": "string", "pattern": "a{1000000000}"},
+    "nested_repeats": {"type": "string", "pattern": "((a{100}){100}){100}"},
+    "nested_counts": {"type": "string", "pattern": "^((a{0,20}){0,20}){0,40}$"},
+    "wide_repeats": {"type": "string", "pattern": "^[^a]{0,15000}$"},
+    "long_string": {"type": "string", "minLength": 1_000_000_000},
+    "long_array": {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000_000},
+    "many_required": {
+        "type": "object",
+        "properties": {f"p{n}": {"type": "string"} for n in range(5000)},
+        "required": [f"p{n}" for n in range(5000)],
+    },
+    "permutations": {"type": "array", "items": {"enum": list(range(300))}, "uniqueItems": True},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schemas_are_refused(vocabulary, name):
+    refusal(vocabulary, HOSTILE[name])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(a+)+$"},
+        {"type": "string", "pattern": "(x+x+)+y"},
+        {"type": "string", "maxLength": 1_000_000_000},
+        {"type": "array", "items": {"type": "integer"}, "maxItems": 1_000_000_000},
+        {"type": "integer", "minimum": -(10**30), "maximum": 10**39},
+        {"anyOf": [{"const": n} for n in range(500)]},
+    ],
+)
+def test_what_only_looks_hostile_is_kept(outputs, schema):
+    made = outputs(GrammarSpec.json_schema(schema))
+    for text in made.some(3, room=20):
+        json.loads(text)
+
+
+def test_depth_beyond_the_limit_is_refused(vocabulary):
+    spec = GrammarSpec.json_schema_text('{"items":' * 5000 + "true" + "}" * 5000)
+    with pytest.raises(RequestError, match="nested"):
+        compile_grammar(spec, vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("start: x", "not defined"),
+        ('start: "a', "cannot be read"),
+        ('a: "b"', "no rule named start"),
+        ('%import x\nstart: "a"', "%import"),
+        ("start: A\nA: B\nB: A", "contains itself"),
+        ("start: " + "(" * 100 + '"a"' + ")" * 100, "nests"),
+        ("start: start", "allows no output"),
+        ('start: "a"~9999999', "at least"),
+        ("start: /(?<=a)b/", "look-around"),
+    ],
+)
+def test_bad_grammars_are_refused_with_their_line_or_reason(vocabulary, source, what):
+    with pytest.raises(RequestError, match=what):
+        compile_grammar(GrammarSpec.lark(source), vocabulary)
+
+
+def test_the_cache_stays_within_its_size_and_drops_the_least_recently_used(vocabulary):
+    cache = GrammarCache(vocabulary, max_bytes=1 << 20)
+    first = GrammarSpec.choice(["keep"])
+    kept = cache.get(first)
+    for number in range(40):
+        cache.get(GrammarSpec.choice([f"n{number}"]))
+        assert cache.get(first) is kept
+        assert cache.size_bytes <= 1 << 20
+    assert len(cache) < 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_schemas_leave_the_memory_flat_once_the_cache_is_full(vocabulary):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    cache = GrammarCache(vocabulary, max_bytes=32 << 20)
+    full = 0
+    for number in range(10_000):
+        schema = {
+            "type": "object",
+            "properties": {f"p{number}": {"type": "string", "maxLength": number % 50}},
+        }
+        cache.get(GrammarSpec.json_schema(schema))
+        if number == 2000:
+            full = resident()
+    assert resident() - full < 16 << 20
