@@ -7,14 +7,14 @@ import pytest
 from bise.assistant.accounts import Accounts
 from bise.assistant.models import Job, Piece
 from bise.engine.request import Timings, Usage
-from bise.errors import EngineError
+from bise.errors import AuthenticationError, EngineError
 from bise.server.access import Access
 from bise.server.entry import StorePeople
 from bise.server.gate import PASS_COOKIE
 from bise.server.metered_models import MeteredModels
 
 
-def test_the_printed_link_lets_this_machines_browser_in_and_nobody_else(site):
+def test_the_printed_link_lets_the_operators_browser_in_and_nobody_else(site):
     site.key()
     assert site.get("/v1/models").status_code == 401
     entered = site.get(f"/enter?pass={site.gate.local_pass}")
@@ -26,15 +26,28 @@ def test_the_printed_link_lets_this_machines_browser_in_and_nobody_else(site):
     assert site.get("/v1/models", headers=headers).status_code == 200
     assert site.get("/v1/admin/keys", headers=headers).status_code == 403
     assert site.get("/v1/models", headers={"cookie": f"{PASS_COOKIE}=wrong"}).status_code == 401
-    site.client_address = "192.0.2.7"
-    assert site.get("/v1/models", headers=headers).status_code == 401
+    assert site.get(f"/enter?pass={site.gate.local_pass}x").status_code == 401
+    assert site.get("/enter").status_code == 401
+
+
+@pytest.mark.parametrize("access", [Access.REQUIRED, Access.OPEN])
+def test_there_is_no_pass_where_everybody_or_nobody_needs_a_key(make_site, access):
+    site = make_site(access=access)
     assert site.get(f"/enter?pass={site.gate.local_pass}").status_code == 401
 
 
-@pytest.mark.parametrize("options", [{"access": Access.REQUIRED}, {"is_local_only": False}])
-def test_there_is_no_pass_where_everybody_needs_a_key(make_site, options):
-    site = make_site(**options)
-    assert site.get(f"/enter?pass={site.gate.local_pass}").status_code == 401
+def test_only_those_whom_the_gate_lets_in_make_the_first_account(make_site):
+    site = make_site(is_local_only=False)
+    _, key = site.key()
+    people = StorePeople(site.gate, Accounts(site.store.database))
+
+    def check(request):
+        site.loop.run_until_complete(people.check_first(request.real))
+
+    with pytest.raises(AuthenticationError):
+        check(_Request("192.0.2.7"))
+    check(_Request("192.0.2.7", authorization=f"Bearer {key}"))
+    check(_Request("192.0.2.7", cookie=f"{PASS_COOKIE}={site.gate.local_pass}"))
 
 
 class _Request:

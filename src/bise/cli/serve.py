@@ -121,7 +121,7 @@ def _serve(
 
     from bise.assistant.accounts import Accounts
     from bise.assistant.models import FleetModels
-    from bise.server.access import is_loopback
+    from bise.server.access import Access, is_loopback
     from bise.server.app import create_app
     from bise.server.assistant_app import assistant_routers
     from bise.server.background import serve_all
@@ -149,7 +149,7 @@ def _serve(
     pages = assistant_routers(fleet, store.database, people, models)
     app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages])
     page = f"{url_of(listener)}/"
-    if store.keys.any_exist() and is_loopback(values["host"]):
+    if store.keys.any_exist() and access is Access.AUTO:
         page += f"enter?pass={gate.local_pass}"
 
     def ready() -> None:

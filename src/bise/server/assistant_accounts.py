@@ -59,6 +59,7 @@ def accounts_router(accounts: Accounts, people: People) -> APIRouter:
 
     @router.post("/first-account", status_code=201)
     async def first(request: Request, body: Credentials) -> Response:
+        await people.check_first(request)
         await asyncio.to_thread(lambda: accounts.create_first(body.name, body.password, adopts=LOCAL_OWNER))
         return await _signed_in(accounts, request, body)
 

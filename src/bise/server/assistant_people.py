@@ -26,6 +26,10 @@ class People(Protocol):
         """Return who asks. Raises AuthenticationError when nobody is signed in."""
         ...
 
+    async def check_first(self, request: Request) -> None:
+        """Refuse whoever may not make the first account, which is an admin's."""
+        ...
+
 
 class Person:
     """Someone who uses the assistant."""
@@ -53,6 +57,10 @@ class OnePerson:
             )
         return Person(LOCAL_OWNER, "", "admin")
 
+    async def check_first(self, request: Request) -> None:
+        """Refuse whoever is not the one person."""
+        await self.person(request)
+
 
 class NoAccountError(AuthenticationError):
     """Nobody has an account yet: the first one to make one becomes the admin."""
@@ -78,6 +86,9 @@ class Household:
             raise AuthenticationError("sign in first")
         account = await asyncio.to_thread(self.accounts.whose, token)
         return Person(account.id, account.name, account.role)
+
+    async def check_first(self, request: Request) -> None:
+        """Let everyone who can reach this server."""
 
 
 def _is_here(address: str) -> bool:

@@ -1,4 +1,4 @@
-"""How a browser on this machine gets in once keys exist: by a link with a pass that the server prints."""
+"""How its operator's browser gets in once keys exist: by a link with a pass that the server prints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 
-@router.get("/enter", **documented(None, "Let this machine's browser in.", tag="operation"))
+@router.get("/enter", **documented(None, "Let the operator's browser in.", tag="operation"))
 async def enter(request: Request) -> Response:
     """Exchange the pass of the printed link for a cookie and go to the page."""
     gate: StoreGate = request.app.state.service.gate
     given = request.query_params.get("pass", "")
-    if not gate.is_pass(request, given):
-        raise AuthenticationError("this link is not of the server that runs now, or not for this machine")
+    if not gate.is_pass(given):
+        raise AuthenticationError("this link is not of the server that runs now")
     response = RedirectResponse("/", 303)
     response.set_cookie(PASS_COOKIE, given, httponly=True, samesite="strict", path="/")
     return response
@@ -41,7 +41,7 @@ class StorePeople:
         self._accounts = accounts
 
     async def person(self, request: Request) -> Person:
-        """Return who is signed in, else whose key (or this machine's pass) was sent.
+        """Return who is signed in, else whose key (or the operator's pass) was sent.
 
         Raises AuthenticationError; NoAccountError where the first account can be made.
         """
@@ -58,3 +58,9 @@ class StorePeople:
             return await self._household.person(request)
         name = "" if caller.key is None else caller.key.name
         return Person(caller.owner, name, "admin" if caller.is_admin else "user")
+
+    async def check_first(self, request: Request) -> None:
+        """Refuse whoever the gate refuses: otherwise the first visitor of a public server would become its
+        admin.
+        """
+        await self._gate.caller(request, "inference")
