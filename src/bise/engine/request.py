@@ -106,6 +106,10 @@ class SamplingParams:
             _check_integer("stop_token_ids", token_id, 0)
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     if not good or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
@@ -191,7 +195,7 @@ class Request:
             )
 
     def _check_adapter_and_pooling(self) -> None:
-        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
+        if self.adapter is not None and not _is_text(self.adapter):
             raise RequestError(
                 f"adapter must be the name of a loaded adapter, or left out, got {quoted(self.adapter)}",
                 field="adapter",
