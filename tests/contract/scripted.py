@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bise.engine.grammar import Grammars
 from bise.engine.handle import RequestHandle
 from bise.engine.model_spec import ModelCard, ModelPlan, ModelSpec
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
@@ -84,6 +85,10 @@ class ScriptedEngine:
     max_queue: int = 10_000
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size)
+        """The engine's own, so that a grammar is refused here when it is refused there."""
+
     def submit(self, request: Request) -> RequestHandle:
         if self.refuses_with is not None:
             raise self.refuses_with
@@ -101,6 +106,8 @@ class ScriptedEngine:
                 f"{self.max_context} tokens",
                 field="max_tokens",
             )
+        limit = self.max_context - len(request.token_ids) if wanted is None else wanted
+        self.grammars.follow(request, frozenset({EOS}), limit)
         cancelled = threading.Event()
         seed = 7 if request.params.seed is None else request.params.seed
         handle = RequestHandle(seed, cancelled.set, None)
