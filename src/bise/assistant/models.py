@@ -15,8 +15,6 @@ from bise.engine.load import LoadedModel
 from bise.engine.request import Delta, Request, SamplingParams, Timings, Usage
 from bise.errors import EngineError, RequestError
 
-DEFAULT_TEMPERATURE = 0.3
-"""Where a conversation sets none; the settings show it."""
 ChatTurn = Mapping[str, str]
 """role and content."""
 
@@ -115,7 +113,7 @@ class FleetModels:
             handle = lease.loaded.engine.submit(
                 Request(
                     token_ids=tuple(ids),
-                    params=SamplingParams(**{"temperature": DEFAULT_TEMPERATURE, **job.params}),
+                    params=SamplingParams(**{"temperature": lease.loaded.temperature, **job.params}),
                     adapter=lease.adapter,
                     tenant=job.tenant,
                     priority=job.priority,
