@@ -196,7 +196,7 @@ def other_than(texts: Iterable[str], budget: Budget) -> Machine:
     built.edges.append([(ANY, anything)])
     for state, branches in enumerate(children):
         known = ranges((ord(char), ord(char)) for char in branches)
-        built.edges[state] = [(((ord(char),) * 2,), target) for char, target in branches.items()]
+        built.edges[state] = [(((ord(char), ord(char)),), target) for char, target in branches.items()]
         built.edges[state].append((without(ANY, known), anything))
     built.final = set(range(len(built.edges))) - {nodes[value] for value in excluded}
     return built

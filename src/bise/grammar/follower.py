@@ -24,6 +24,7 @@ class Follower:
 
     __slots__ = (
         "_bits",
+        "_dense",
         "_end_ids",
         "_forbids_trigger",
         "_marks",
@@ -60,7 +61,9 @@ class Follower:
         """Tokens of the way out from here, where they were needed."""
         self._marks: list[tuple[int, tuple[int, Lexemes]]] = []
         """Per token taken: (the token, the tracker's state before it)."""
-        self._bits = np.zeros(vocabulary.size // 32 + 1, np.uint32)
+        self._bits = np.zeros(vocabulary.size // 64 + 1, np.uint64)
+        self._dense: tuple[bytes, Ids] | None = None
+        """The last mask in which many bits were set, and its tokens."""
         self.is_started = trigger is None
         """The grammar holds: there is no trigger, or it has come."""
         self.was_cut = False
@@ -110,15 +113,35 @@ class Follower:
             assert self._trigger is not None, "without one the grammar holds from the start"
             return np.delete(everything, self._trigger)
         bits = self._bits
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        # The engine counts in words of 32 bits, one token more than the model has.
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self._vocabulary.size // 32 * 4 + 4)
         self._check_engine()
-        flags = np.unpackbits(bits.view(np.uint8), count=self._vocabulary.size, bitorder="little")
-        if self._end_ids.size:
-            flags[self._end_ids] = self.may_end
-        ids = np.flatnonzero(flags)
+        # The engine's own end of text is none of the model's; which of those may come is decided here.
+        self._set_bits(np.array([self._vocabulary.size]), False)
+        self._set_bits(self._end_ids, self.may_end)
+        ids = self._ids()
         if not ids.size:
             raise EngineError("the grammar allows no token, not even the end of the output")
         return ids
+
+    def _set_bits(self, token_ids: Ids, value: bool) -> None:
+        for token_id in token_ids.tolist():
+            word, bit = token_id >> 6, np.uint64(1 << (token_id & 63))
+            self._bits[word] = self._bits[word] | bit if value else self._bits[word] & ~bit
+
+    def _ids(self) -> Ids:
+        """Return the tokens whose bits are set: by words where few are, remembered where many are."""
+        words = np.flatnonzero(self._bits)
+        if 4 * words.size < self._bits.size:
+            flags = np.unpackbits(self._bits[words].view(np.uint8), bitorder="little")
+            places = np.flatnonzero(flags)
+            return (words[places >> 6] << 6) + (places & 63)
+        # Inside of a string nearly every token may come, and the mask is the same for many tokens.
+        key = self._bits.tobytes()
+        if self._dense is None or self._dense[0] != key:
+            flags = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+            self._dense = (key, np.flatnonzero(flags))
+        return self._dense[1]
 
     def take(self, token_id: int, left: int) -> int | None:
         """Add the token chosen from `allowed`, or the one that leads out in time, and return it; None when

@@ -54,7 +54,7 @@ class _Node:
     high: int | None = 1
 
 
-_Part = _Name | _Node | Chars | Seq | Alt | Repeat
+_Part = _Name | _Node | Regex
 
 
 def lark_rule(source: str, builder: Builder, field: str) -> Symbol:

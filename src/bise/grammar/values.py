@@ -109,7 +109,9 @@ class Judge:
             lists = [cast(list[object], schema["enum"])] if "enum" in schema else []
             lists += [[schema["const"]]] if "const" in schema else []
             self._document.budget.spend(sum(map(len, lists)))
-            found = frozenset.intersection(*(frozenset(map(key_of, values)) for values in lists))
+            found = frozenset(map(key_of, lists[0]))
+            for values in lists[1:]:
+                found &= frozenset(map(key_of, values))
             self._keys[pointer] = found
         return found
 
