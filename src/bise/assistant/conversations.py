@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.orm import Session
@@ -278,7 +278,7 @@ def checked_params(value: Any) -> JsonObject:
     if not isinstance(value, dict):
         raise RequestError("params must be an object", field="params")
     checked: JsonObject = {}
-    fields: dict[str, Any] = value
+    fields = cast("dict[str, Any]", value)
     for name, number in fields.items():
         if name not in _PARAMS:
             known = ", ".join(_PARAMS)

@@ -208,19 +208,23 @@ def _from_bise(entry: Mapping[str, Any]) -> Imported:
 
 def _from_chatgpt(entry: Mapping[str, Any]) -> Imported:
     turns: list[Turn] = []
-    for key, node in entry["mapping"].items():
-        message = node.get("message")
+    nodes: dict[str, Any] = entry["mapping"]
+    for key, node in nodes.items():
+        message: dict[str, Any] = node.get("message") or {}
         role = message["author"]["role"] if message else "none"
-        parts = (message.get("content") or {}).get("parts") or [] if message else []
-        text = (
-            "\n".join(part for part in parts if isinstance(part, str))
-            if role in ("user", "assistant")
-            else ""
-        )
-        model = ((message or {}).get("metadata") or {}).get("model_slug")
-        at = (message or {}).get("create_time")
+        content: dict[str, Any] = message.get("content") or {}
+        parts: list[Any] = content.get("parts") or []
+        text = "\n".join(part for part in parts if isinstance(part, str))
+        details: dict[str, Any] = message.get("metadata") or {}
         turns.append(
-            Turn(key, node.get("parent"), "user" if role == "user" else "assistant", text, model, at)
+            Turn(
+                key,
+                node.get("parent"),
+                "user" if role == "user" else "assistant",
+                text if role in ("user", "assistant") else "",
+                details.get("model_slug"),
+                message.get("create_time"),
+            )
         )
     return Imported(entry.get("title") or "", turns, entry.get("current_node"), entry.get("create_time"))
 
@@ -250,11 +254,10 @@ def _from_librechat(entry: Mapping[str, Any]) -> Imported:
             key = str(node["messageId"])
             above = parent if entry.get("recursive") else node.get("parentMessageId")
             role = "user" if node.get("isCreatedByUser") else "assistant"
-            parts = cast("list[Any]", node.get("content") or [])
+            parts: list[Any] = node.get("content") or []
+            texts = [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
             text = node.get("text") or "\n".join(
-                str(part.get("text", ""))
-                for part in parts
-                if isinstance(part, dict) and part.get("type") == "text"
+                str(part.get("text", "")) for part in texts if part.get("type") == "text"
             )
             turns.append(Turn(key, above, role, text, node.get("model"), _seconds(node.get("createdAt"))))
             walk(node.get("children") or [], key)

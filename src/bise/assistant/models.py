@@ -109,11 +109,12 @@ class FleetModels:
         lease = await _acquired(self._fleet, job.model)
         try:
             ids = await asyncio.to_thread(_prompt, lease.loaded, job)
+            params: dict[str, Any] = {"temperature": lease.loaded.temperature, **job.params}
             yield Piece(prefill=(0, len(ids)))
             handle = lease.loaded.engine.submit(
                 Request(
                     token_ids=tuple(ids),
-                    params=SamplingParams(**{"temperature": lease.loaded.temperature, **job.params}),
+                    params=SamplingParams(**params),
                     adapter=lease.adapter,
                     tenant=job.tenant,
                     priority=job.priority,

@@ -118,13 +118,6 @@ class SignInRecord(Record):
 
 
 ASSISTANT_TABLES = tuple(
-    record.__table__
-    for record in (
-        ConversationRecord,
-        MessageRecord,
-        DocumentRecord,
-        PreferenceRecord,
-        AccountRecord,
-        SignInRecord,
-    )
+    Record.metadata.tables[name]
+    for name in ("conversations", "messages", "documents", "preferences", "accounts", "sign_ins")
 )
