@@ -34,6 +34,7 @@ LOOK = f"""() => {{
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_attack_runs_fetches_or_becomes_an_element(own_site, visit):
     assert len(PAYLOADS) >= 100
     server = own_site(pace_s=0.0, piece=1).start()
