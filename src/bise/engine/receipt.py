@@ -53,6 +53,9 @@ class Receipt:
     """Version of bise."""
     numerics: int
     """Version of its arithmetic."""
+    processor: str
+    """Widest instruction set of the machine: numpy's exp, and with it the last bit of a log-prob, differs
+    between those with AVX-512 and those without."""
     model: ModelIdentity
     quant: str
     kv: str
@@ -113,6 +116,7 @@ def make_receipt(
     return Receipt(
         bise=__version__,
         numerics=NUMERICS_VERSION,
+        processor=_processor(),
         model=identify(loaded),
         quant=loaded.quant,
         kv=loaded.kv,
@@ -218,6 +222,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         "bise": (str,),
         "numerics": (int,),
+        "processor": (str,),
         "model": (dict,),
         "quant": (str,),
         "kv": (str,),
@@ -324,9 +329,15 @@ def _first_difference(receipt: Receipt, logprobs: Sequence[TokenLogprob]) -> str
 
 
 def _version_note(receipt: Receipt) -> str:
-    if (receipt.bise, receipt.numerics) == (__version__, NUMERICS_VERSION):
+    if (receipt.bise, receipt.numerics, receipt.processor) == (__version__, NUMERICS_VERSION, _processor()):
         return ""
     return (
         f"; the receipt is of bise {quoted(receipt.bise)}, numerics {receipt.numerics}, "
-        f"this is {__version__}, numerics {NUMERICS_VERSION}"
+        f"{quoted(receipt.processor)}, this is {__version__}, numerics {NUMERICS_VERSION}, {_processor()!r}"
     )
+
+
+def _processor() -> str:
+    from bise.kernels.cpu import detected_isas
+
+    return detected_isas()[0]
