@@ -10,6 +10,7 @@ down_revision = "0002"
 def upgrade() -> None:
     """Make the assistant's tables."""
     _conversations()
+    _documents()
     _people()
     if op.get_bind().dialect.name == "sqlite":
         op.execute(
@@ -72,6 +73,9 @@ def _conversations() -> None:
         sa.Column("created_at", sa.Double, nullable=False),
         sa.UniqueConstraint("conversation_id", "client_id"),
     )
+
+
+def _documents() -> None:
     op.create_table(
         "documents",
         sa.Column("id", sa.String(36), primary_key=True),
