@@ -37,7 +37,7 @@ PLAN: dict[str, str] = {
     "moe-q4": "--shape moe --quant q4 --prompt 512 --gen 0 --vs llama.cpp:Q4_0,llama.cpp:Q4_K_M",
     "s06-q8": "--shape s06 --quant q8 --prompt 512 --gen 0 --vs ctranslate2",
     "7b-q8": "--shape mistral-7b --layers 16 --quant q8 --prompt , --gen 16",
-    "brise": "--prompt 256 --gen 256",
+    "brise": "--prompt 256 --gen 96",
     "avx2": "--shape mistral-7b --layers 4 --quant q4 --prompt 512 --gen 32 --vs llama.cpp:Q4_0",
 }
 
