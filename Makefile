@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill wheel clean
+.PHONY: help web chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -72,6 +72,9 @@ sanitize: .venv/.dev ## Build the native tests with ASan and UBSan and run them
 
 kill: .venv/.dev ## Kill the writer of the database 200 times and every migration at every statement
 	@$(BIN)/python -m pytest -q -m slow tests/store
+
+pull-kill: .venv/.dev ## Kill a pull from a hub on loopback at 200 random moments; it must end with the same bytes
+	@$(BIN)/python -m pytest -q -s -m slow --timeout 1800 tests/hub/test_pull.py
 
 web: ## Build the assistant's page into the package (needs node 20.19 or newer)
 	@cd web && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent test && npm run --silent build

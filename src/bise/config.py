@@ -238,6 +238,22 @@ def state_directory(*parts: str) -> Path:
     return path
 
 
+def secret_from(variable: str) -> str:
+    """Return what the environment variable holds, for keys and tokens; ConfigError when it is unset or empty
+    or no key could look like that. The value appears in no message.
+    """
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ConfigError(
+            f"the environment variable {variable} is not set; it must hold the key", field=variable
+        )
+    if not (value.isascii() and value.isprintable() and " " not in value):
+        raise ConfigError(
+            f"the environment variable {variable} holds characters that no key has", field=variable
+        )
+    return value
+
+
 def colour_wanted() -> bool:
     """Return False when `NO_COLOR` is set to anything (no-color.org) or the terminal is a dumb one."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

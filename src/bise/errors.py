@@ -18,6 +18,7 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     │   ├── ConflictError          the object's state does not allow what is asked
     │   └── RateLimitError         the key has used up one of its limits
     ├── StoreError [1]         the database or its files cannot be read or written for now
+    ├── HubError [1]           a hub failed, lied or could not be reached
     ├── QueueFullError [1]     the engine refuses work for now
     ├── ModelBusyError [1]     a model cannot be loaded or unloaded while others run
     └── EngineError [1]        the engine or the model failed while it ran
@@ -123,6 +124,12 @@ class StoreError(BiseError):
     """The database or its files cannot be read or written for now."""
 
     code = "store_unavailable"
+
+
+class HubError(BiseError):
+    """A hub of models failed, could not be reached, or sent what nobody should take."""
+
+    code = "hub_error"
 
 
 class QueueFullError(BiseError):

@@ -8,16 +8,30 @@ from typing import Any
 
 import click
 
+from bise.cli.model_files import pull, rm, verify
+from bise.cli.model_remotes import add_remote, remote_rows
 from bise.cli.output import write_json, write_table
 
 
-@click.command("models")
+@click.group("models", invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(as_json: bool) -> None:
-    """List the models on this machine and the known aliases."""
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> None:
+    """List the models on this machine, hosted ones and known aliases; fetch, check, remove them."""
+    if context.invoked_subcommand is None:
+        _list(as_json)
+
+
+for _verb in (pull, rm, verify, add_remote):
+    command.add_command(_verb)
+
+
+def _list(as_json: bool) -> None:
     from bise.hub.registry import gigabytes, known_models, models_dir
+    from bise.hub.remotes import load_remotes
 
     here, cache = _local(), _packed_cache()
+    remotes = remote_rows(load_remotes().values())
     known: list[dict[str, Any]] = [
         {
             "alias": model.alias,
@@ -32,7 +46,7 @@ def command(as_json: bool) -> None:
         for model in known_models()
     ]
     if as_json:
-        write_json({"local": here, "packed_cache": cache, "known": known}, indent=2)
+        write_json({"local": here, "packed_cache": cache, "known": known, "remote": remotes}, indent=2)
         return
     rows = [
         [
@@ -49,6 +63,12 @@ def command(as_json: bool) -> None:
             if entry["fault"]:
                 click.echo(f"{entry['name']} cannot be loaded: {entry['fault']}")
         click.echo()
+    if remotes:
+        write_table(
+            ["HOSTED ELSEWHERE", "LEAVES THIS MACHINE FOR", "ITS NAME THERE", "KEY FROM"],
+            [[r["name"], r["url"], r["model"], r["key_env"] or "-"] for r in remotes],
+        )
+        click.echo()
     if cache["files"]:
         count = f"{cache['files']} file{'' if cache['files'] == 1 else 's'}"
         click.echo(f"packed cache: {count}, {gigabytes(cache['bytes'])}, {cache['path']}\n")
@@ -60,8 +80,8 @@ def command(as_json: bool) -> None:
         ],
     )
     click.echo(
-        "\nbise does not download yet: give a model's path (bise chat PATH), or put its directory or\n"
-        f".gguf at {models_dir()}/ALIAS to call it by name."
+        "\n`bise models pull ALIAS` fetches one; or give a path (bise chat PATH), or put a model at\n"
+        f"{models_dir()}/ALIAS to call it by name."
     )
 
 

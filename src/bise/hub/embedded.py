@@ -5,15 +5,13 @@ Knows files and hashes only; what is in them is the business of `bise.model`.
 
 from __future__ import annotations
 
-import hashlib
 from importlib import resources
 from pathlib import Path
 
 from bise.errors import ModelFileError
+from bise.hub.checksums import damaged_in
 
 NAME = "brise"
-CHECKSUMS = "SHA256SUMS"
-"""One `hash  name` line per shipped file, written by the export."""
 
 
 def embedded_path() -> Path:
@@ -33,19 +31,4 @@ def is_embedded(path: Path) -> bool:
 
 def damaged_files() -> list[str]:
     """Return the names of shipped files that are missing or differ from their recorded hash."""
-    path = embedded_path()
-    listing = path / CHECKSUMS
-    if not listing.is_file():
-        return [CHECKSUMS]
-    damaged: list[str] = []
-    for line in listing.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
-        file = path / name
-        if not file.is_file() or _sha256(file) != expected:
-            damaged.append(name)
-    return damaged
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return damaged_in(embedded_path())

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bise.config import ModelConfig, bise_home
-from bise.errors import UserError
+from bise.errors import ModelFileError, UserError
 from bise.hub.embedded import NAME as EMBEDDED
 from bise.hub.embedded import embedded_path
+from bise.jsonfile import read_json_object
 
 Q4_BITS = 4.5
 """Bits per weight of a 4-bit format with one 16-bit scale per 32 weights."""
@@ -113,7 +114,11 @@ def local_models() -> list[Path]:
     folder = models_dir()
     if not folder.is_dir():
         return []
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf")
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix == ".gguf")
+    )
 
 
 def resolve(name: str | None) -> Path:
@@ -132,7 +137,25 @@ def resolve(name: str | None) -> Path:
         for candidate in (models_dir() / name, models_dir() / f"{name}.gguf"):
             if _exists(candidate):
                 return candidate
+    for folder in local_models():
+        if origin_of(folder).get("repo") == name:
+            return folder
     return _refuse(name)
+
+
+def origin_of(folder: Path) -> dict[str, str]:
+    """Return where a pulled model comes from: `hub`, `repo`, `commit`, `licence`; {} for any other."""
+    try:
+        fields = read_json_object(folder / "pulled.json", max_bytes=1 << 16)
+    except ModelFileError:
+        return {}
+    return {key: value for key, value in fields.items() if isinstance(value, str)}
+
+
+def local_name(repo: str) -> str:
+    """Return what a repository's model is called on this machine: its alias, else its name without owner."""
+    aliases = {model.repo: model.alias for model in known_models()}
+    return aliases.get(repo, repo.rpartition("/")[2])
 
 
 def _exists(path: Path) -> bool:
@@ -147,8 +170,8 @@ def _refuse(name: str) -> Path:
     known |= {model.repo: model for model in known.values()}
     if model := known.get(name):
         raise UserError(
-            f"{model.alias} is not on this machine and bise does not download yet: fetch {model.repo} "
-            f"({gigabytes(model.bf16_bytes)} at 16 bits, licence {model.licence}), then name its directory "
+            f"{model.alias} is not on this machine: `bise models pull {model.alias}` fetches {model.repo} "
+            f"({gigabytes(model.bf16_bytes)} at 16 bits, licence {model.licence}); or name its directory "
             f"or .gguf file, or put it at {models_dir() / model.alias}"
         )
     if "/" in name or name.endswith((".gguf", ".safetensors", ".json")):
