@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,14 @@ def test_doctor_finds_this_installation_in_order(bise):
     assert report["embedded_intact"]
     assert report["isa"] in report["isa_available"]
     assert report["packages"]["numpy"]
+
+
+def test_doctor_looks_for_every_package_that_bise_needs():
+    from bise.cli.doctor import DEPENDENCIES
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[\[<>=!;~ ]", line)[0] for line in project["dependencies"]}
+    assert needed <= set(DEPENDENCIES)
 
 
 def test_doctor_names_an_instruction_set_that_cannot_run(bise):

@@ -238,6 +238,42 @@ def test_unknown_fields_are_logged_once_and_known_ones_never_ignored(live, caplo
     assert sum("frobnicate" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "guided_regex": "a+"}),
+        ("/v1/completions", {"prompt": "Hi", "response_format": {"type": "json_object"}}),
+        ("/v1/fim/completions", {"prompt": "Hi", "n": 2}),
+        ("/v1/responses", {"input": "Hi", "stop": ["x"]}),
+        ("/v1/embeddings", {"input": "Hi", "truncate_prompt_tokens": 3}),
+    ],
+)
+def test_a_field_that_is_honoured_elsewhere_is_refused_where_it_is_not(live, path, fields):
+    reply = live.post(path, {"model": "stub", **fields})
+    name = list(fields)[-1]
+    assert (reply.status_code, reply.json()["code"], reply.json()["param"]) == (
+        400,
+        "unsupported_field",
+        name,
+    )
+    idle = {**fields, name: 1 if name == "n" else None}
+    assert live.post(path, {"model": "stub", **idle}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"stop": ["ok", ""]}, "stop[1]: String should have at least 1 character"),
+        ({"stop": "x" * 300}, "stop: String should have at most 256 characters"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+    ],
+)
+def test_a_refusal_names_the_very_part_that_is_wrong(live, fields, place):
+    reply = live.post(CHAT_PATH, {"model": "stub", "messages": [{"role": "user", "content": "Hi"}], **fields})
+    assert reply.status_code == 400
+    assert reply.json()["message"] == place
+
+
 def test_a_text_far_beyond_the_context_is_refused_without_being_encoded(live):
     body = {"model": "stub", "messages": [{"role": "user", "content": "x" * 4_000_000}]}
     start = time.perf_counter()

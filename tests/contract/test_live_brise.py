@@ -41,6 +41,14 @@ def say(client, **fields) -> str:
     return answer.choices[0].message.content
 
 
+def test_the_card_tells_the_temperature_that_is_used(client):
+    from bise.hub.embedded import embedded_path
+    from bise.model.generation import suggested_temperature
+
+    card = client.models.retrieve("brise").model_dump()
+    assert card["default_model_temperature"] == suggested_temperature(embedded_path())
+
+
 def test_a_seed_gives_the_same_text_alone_and_among_others(client):
     alone = [say(client, seed=seed, temperature=1.0) for seed in range(4)]
     assert len(set(alone)) > 1

@@ -86,6 +86,16 @@ def test_a_response_can_be_continued_read_and_deleted(live, client):
         client.responses.retrieve(hidden.id)
 
 
+def test_a_response_that_has_ended_cannot_be_cancelled(live, client):
+    answer = client.responses.create(model="stub", input="Hi")
+    with pytest.raises(openai.BadRequestError, match="background"):
+        client.responses.cancel(answer.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_unknown")
+    refused = live.post("/v1/responses/compact", {"model": "stub"})
+    assert (refused.status_code, refused.json()["code"]) == (501, "not_implemented")
+
+
 def test_histories_with_calls_become_turns_of_the_chat_format(live, client, scripted):
     client.responses.create(
         model="stub",

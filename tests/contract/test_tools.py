@@ -157,6 +157,24 @@ def test_allowed_tools_narrow_what_may_be_called(live, client):
     assert [tool["name"] for tool in source["tools"]] == ["time"]
 
 
+def test_allowed_tools_that_do_not_exist_are_refused(live, client):
+    function = {"type": "function", "function": {"name": "wether"}}
+    allowed = {"mode": "auto", "tools": [*TOOLS, function]}
+    with pytest.raises(openai.BadRequestError, match="wether"):
+        client.chat.completions.create(
+            model="stub",
+            messages=ASK,
+            tools=TOOLS,
+            tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+        )
+
+
+def test_a_prefix_beside_a_format_is_refused_because_the_whole_would_not_obey_it(live, client):
+    begun = [*ASK, {"role": "assistant", "content": "{", "prefix": True}]
+    with pytest.raises(openai.BadRequestError, match="prefix"):
+        client.chat.completions.create(model="stub", messages=begun, response_format={"type": "json_object"})
+
+
 def test_formats_become_grammars(live, client):
     schema = {"name": "answer", "strict": True, "schema": PARAMETERS}
     client.chat.completions.create(
@@ -210,6 +228,7 @@ def test_thoughts_are_told_apart_in_each_clients_way(serve, scripted):
         assert "".join(getattr(delta, "reasoning", "") for delta in deltas) == "Hm, wörld 🎉."
         response = client.responses.create(model="stub", input="Hi")
         assert [item.type for item in response.output] == ["reasoning", "message"]
+        assert response.usage.output_tokens_details.reasoning_tokens == len("Hm, wörld 🎉.".encode())
     with Mistral(api_key="none", server_url=server.url) as client:
         content = client.chat.complete(model="stub", messages=ASK).choices[0].message.content
         assert content[0].thinking[0].text == "Hm, wörld 🎉."

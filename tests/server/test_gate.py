@@ -399,6 +399,44 @@ def test_a_prompt_that_breaks_a_rule_is_refused_before_generation(site):
     assert site.chat(key).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "of Pro"},
+                                                   {"type": "text", "text": "ject X"}]}]},
+        {"messages": [{"role": "user", "content": "Hi"},
+                      {"role": "assistant", "content": "", "tool_calls": [
+                          {"id": "abcdefghi", "function": {"name": "f", "arguments": {"q": "project x"}}}]},
+                      {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"}]},
+        {"tools": [{"type": "function",
+                    "function": {"name": "f", "description": "Project X", "parameters": {}}}]},
+    ],
+)  # fmt: skip
+def test_guardrails_read_whatever_the_model_reads(site, fields):
+    _, key = site.key(rules=[Rule(name="secret", pattern="(?i)project x", stage="input")])
+    response = site.chat(key, **fields)
+    assert (response.status_code, response.json()["code"]) == (400, "content_policy_violation")
+    assert site.engine.requests == []
+
+
+def test_guardrails_read_the_suffix_of_a_completion(site):
+    _, key = site.key(rules=[Rule(name="secret", pattern="(?i)project x", stage="input")])
+    body = {"model": "stub", "prompt": "a", "suffix": "of project x"}
+    assert site.post("/v1/completions", key, json=body).json()["code"] == "content_policy_violation"
+    assert site.post("/v1/fim/completions", key, json=body).json()["code"] == "content_policy_violation"
+
+
+def test_sums_and_metrics_go_by_route_not_by_what_clients_write_into_paths(site):
+    for number in range(3):
+        assert site.get(f"/v1/responses/resp_{number}").status_code == 404
+    site.chat()
+    assert {row.endpoint for row in site.store.ledger.rows()} == {
+        "/v1/responses/{response_id}",
+        "/v1/chat/completions",
+    }
+    assert "resp_" not in site.get("/metrics").text.replace("/v1/responses/{response_id}", "")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_breaks_a_rule_is_never_seen(site, stream):
     _, key = site.key(rules=[Rule(name="words", pattern="forbidden", stage="output")])

@@ -25,7 +25,22 @@ DEPENDENCIES = (
     "jinja2",
     "click",
     "rich",
+    "llguidance",
+    "jsonschema",
+    "fastapi",
+    "uvicorn",
+    "httptools",
+    "httpx",
+    "pydantic",
+    "python-multipart",
+    "sqlalchemy",
+    "alembic",
+    "prometheus-client",
+    "google-re2",
+    "argon2-cffi",
+    "pypdf",
 )
+"""All that pyproject.toml lists, and the extra of mistral-common; a test holds the two together."""
 OPTIONAL = ("torch",)
 
 

@@ -17,6 +17,7 @@ from bise.engine.memory import (
 )
 from bise.errors import ConfigError
 from bise.model.checkpoint import open_model
+from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
 from bise.model.lora import open_adapter
 
 ADAPTER_SEPARATOR = ":"
@@ -85,6 +86,8 @@ class ModelPlan:
     modified_s: float
     """When its file or directory changed last, in seconds since 1970."""
     notes: tuple[str, ...] = ()
+    temperature: float = PLAIN_TEMPERATURE
+    """For callers that name none: what the model's author suggests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +147,7 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
         licence=source.licence,
         modified_s=spec.path.stat().st_mtime,
         notes=notes,
+        temperature=suggested_temperature(source.path),
     )
 
 

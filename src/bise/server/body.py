@@ -34,6 +34,21 @@ class WireModel(BaseModel):
 
 M = TypeVar("M", bound=WireModel)
 
+ELSEWHERE = frozenset(
+    """
+    messages prompt input suffix instructions system prefix echo n best_of stop stop_sequences stop_token_ids
+    temperature top_p top_k min_p typical_p presence_penalty frequency_penalty repetition_penalty logit_bias
+    seed random_seed min_tokens max_tokens max_completion_tokens max_output_tokens ignore_eos logprobs
+    top_logprobs prompt_logprobs response_format tools tool_choice functions function_call safe_prompt
+    guardrails adapter
+    truncate truncate_prompt_tokens truncation chat_template chat_template_kwargs documents
+    continue_final_message guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
+    structured_outputs grammar json_schema regex ebnf bad_words allowed_token_ids use_beam_search
+    length_penalty mirostat mirostat_tau mirostat_eta dry_multiplier thinking_token_budget
+    """.split()
+)
+"""Fields that change answers, here on another route or on other servers: never ignored."""
+
 
 async def read_json(request: Request, model: type[M]) -> M:
     """Return the validated body of an authenticated request. Raises ApiError 400, 413, 415."""
@@ -45,8 +60,21 @@ async def read_json(request: Request, model: type[M]) -> M:
         value = _parse(data, model, service)
     else:
         value = await asyncio.get_running_loop().run_in_executor(service.pool, _parse, data, model, service)
+    _refuse_elsewhere(value)
     service.note_unknown(request.scope["path"], value)
     return value
+
+
+def _refuse_elsewhere(body: WireModel) -> None:
+    """Refuse a field that other routes or servers honour and that would change this answer."""
+    if not {"temperature", "input"} & type(body).model_fields.keys():
+        return  # nothing is computed
+    for name, value in (body.model_extra or {}).items():
+        idle = value is None or value is False or value in ([], {}, "") or (name == "n" and value == 1)
+        if name in ELSEWHERE and not idle:
+            raise ApiError(
+                400, f"{name} is not supported on this route", code="unsupported_field", param=name
+            )
 
 
 def check_content_type(request: Request) -> None:
@@ -89,10 +117,16 @@ def validate(value: object, model: type[M]) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_input=False)
+        field = errors[0]["loc"][:1]
+        # A field of several types has an error for each: the one of the type that was meant says most.
+        first = max(
+            (entry for entry in errors if entry["loc"][:1] == field),
+            key=lambda entry: (not entry["type"].endswith("_type"), len(entry["loc"])),
+        )
         place = _place(first["loc"])
-        count = error.error_count()
-        more = f" (and {count - 1} more)" if count > 1 else ""
+        others = len({entry["loc"][:1] for entry in errors}) - 1
+        more = f" (and {others} more fields)" if others else ""
         text = first["msg"].removeprefix("Value error, ")
         raise ApiError(
             400,
@@ -108,6 +142,11 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "float", "bool") and "function-" not in part:
+        elif (
+            part.isidentifier()
+            and part.islower()
+            and part not in ("str", "int", "float", "bool")
+            and "function-" not in part
+        ):
             place += f".{part}" if place else part
     return place[:200]

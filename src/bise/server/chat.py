@@ -4,6 +4,7 @@ Mistral's and OpenAI's clients alike.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -19,7 +20,7 @@ from bise.engine.request import Request as EngineRequest
 from bise.errors import RequestError
 from bise.server.body import read_json
 from bise.server.chat_schema import ChatRequest
-from bise.server.conversation import Message, prefix_of, prepared
+from bise.server.conversation import Message, prefix_of, prepared, texts_of
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading
@@ -284,10 +285,17 @@ class ChatPlan:
 def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
     """Encode a conversation; in a thread of text work. Raises RequestError for what cannot be honoured."""
     messages = prepared(body.messages, safe_prompt=bool(body.safe_prompt))
-    job.ticket.check_input([str(message.get("content") or "") for message in messages])
+    job.ticket.check_input([text for message in messages for text in texts_of(message)])
+    job.ticket.check_input([json.dumps(tool, ensure_ascii=False) for tool in body.tools or ()])
     reading = Reading.of(job, body)
-    ids = encoded(job, messages, reading.shown_tools)
     prefix = prefix_of(messages)
+    if prefix and body.response_format is not None and reading.grammar is not None:
+        # The whole answer begins with the prefix; behind it the grammar would begin anew.
+        raise RequestError(
+            "response_format and a prefix cannot be kept together: the answer would not obey it; leave one out",
+            field="response_format",
+        )
+    ids = encoded(job, messages, reading.shown_tools)
     shown = [count for count in (options.rivals, options.prompt_rivals) if count is not None]
     prediction = body.prediction.text if body.prediction else ""
     requests = [

@@ -62,7 +62,7 @@ def _plan(job: Job, body: CompletionRequest) -> tuple[list[Prompt], list[EngineR
             "sequences; send several requests",
             field="prompt",
         )
-    job.ticket.check_input([prompt.text for prompt in prompts])
+    job.ticket.check_input([*(prompt.text for prompt in prompts), body.suffix or ""])
     logprobs = body.logprobs
     if candidates > (body.n or 1):
         logprobs = logprobs or 0

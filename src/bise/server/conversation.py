@@ -6,6 +6,7 @@ Content and order are checked by the formats themselves (`bise.text.messages`).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import string
@@ -119,6 +120,26 @@ def _with_safe_prompt(messages: list[Message]) -> list[Message]:
     if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
         return [{**first, "content": f"{SAFE_PROMPT}\n\n{first['content']}"}, *messages[1:]]
     return [{"role": "system", "content": SAFE_PROMPT}, *messages]
+
+
+def texts_of(message: Message) -> list[str]:
+    """Return what a prepared message says: its content as one text, its thoughts, its calls' arguments.
+
+    For guardrails: a content's parts are put together as the model reads them.
+    """
+    content = message.get("content")
+    texts = [content] if isinstance(content, str) else []
+    if isinstance(content, list):
+        parts = [cast(Message, part) for part in cast(list[object], content) if isinstance(part, dict)]
+        for field in ("text", "thinking"):
+            texts.append("".join(part[field] for part in parts if isinstance(part.get(field), str)))
+    for call in cast(list[Message], message.get("tool_calls") or []):
+        function = call.get("function")
+        arguments = cast(Message, function).get("arguments") if isinstance(function, dict) else None
+        if arguments is not None:
+            is_text = isinstance(arguments, str)
+            texts.append(arguments if is_text else json.dumps(arguments, ensure_ascii=False))
+    return texts
 
 
 def prefix_of(messages: Sequence[Message]) -> str | None:

@@ -176,7 +176,7 @@ class StoreGate:
                 request_id=request_id,
                 key_id=caller.key_id,
                 owner=caller.owner,
-                endpoint=request.scope["path"][:200],
+                endpoint=_endpoint(request),
                 model="",
                 idempotency_key=idempotency_key,
             ),
@@ -417,6 +417,12 @@ class StoreTicket:
 
 BACKGROUND_PRIORITY = 1000
 """Added to the priority of batch work: every interactive request runs before it."""
+
+
+def _endpoint(request: Request) -> str:
+    """Return the route that was asked for, without ids: sums and metrics go by it, so there must be few."""
+    route = request.scope.get("route")
+    return getattr(route, "path", None) or str(request.scope["path"])[:200]
 
 
 def rate_headers(reservation: Reservation) -> dict[str, str]:

@@ -131,7 +131,7 @@ async def card_body(service: Service, card: ModelCard) -> dict[str, object]:
         },
         "aliases": list(spec.aliases),
         "deprecation": None,
-        "default_model_temperature": 0.7,
+        "default_model_temperature": plan.temperature if plan else None,
         "state": card.state,
     }
     if plan:

@@ -60,7 +60,7 @@ class Reading:
         grammar = format_grammar(body.response_format, openai_strict=not job.is_mistral_client)
         if not body.tools or job.loaded.template is None:
             return cls(grammar=grammar, thinks=thinks)
-        choice, name, allowed = _choice(body.tool_choice)
+        choice, name, allowed = _choice(body.tool_choice, body.tools)
         tools = [tool for tool in body.tools if allowed is None or _name_of(tool) in allowed]
         specs = parse_tools(tools)
         form = call_form(job.loaded.template.name, job.loaded.tokenizer)
@@ -109,7 +109,9 @@ def format_grammar(form: ResponseFormat | None, *, openai_strict: bool) -> Gramm
     )
 
 
-def _choice(choice: ToolChoice | None) -> tuple[str, str | None, frozenset[str] | None]:
+def _choice(
+    choice: ToolChoice | None, tools: Sequence[object]
+) -> tuple[str, str | None, frozenset[str] | None]:
     """Return (mode, the one tool to call, names of the tools that may be called or None for all)."""
     from bise.server.chat_schema import NamedTool
 
@@ -120,6 +122,10 @@ def _choice(choice: ToolChoice | None) -> tuple[str, str | None, frozenset[str] 
     if isinstance(choice, NamedTool):
         return "auto", choice.function.name, None
     names = frozenset(_name_of(tool) for tool in choice.allowed_tools.tools)
+    if unknown := names - {_name_of(tool) for tool in tools}:
+        raise RequestError(
+            f"tool_choice allows {min(unknown)[:64]!r}, which is not among the tools", field="tool_choice"
+        )
     return choice.allowed_tools.mode, None, names
 
 
@@ -138,6 +144,11 @@ class Reader:
     calls: CallReader | None = None
     thoughts: _Thoughts | None = None
     num_calls: int = field(default=0, init=False)
+
+    @property
+    def num_thought_tokens(self) -> int:
+        """Tokens of thoughts so far."""
+        return 0 if self.thoughts is None else self.thoughts.num_tokens
 
     def feed(self, delta: Delta) -> list[Piece]:
         """Return what a delta says."""
@@ -194,6 +205,8 @@ class _Thoughts:
         self._close = tokenizer.control_id(_CLOSE)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._inside = False
+        self.num_tokens = 0
+        """Tokens of thoughts so far."""
         self._thought_chars = 0
         self._shown = 0
 
@@ -209,6 +222,7 @@ class _Thoughts:
             elif token_id == self._close:
                 self._inside = False
             elif self._inside:
+                self.num_tokens += 1
                 self._thought_chars += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
         count = len(text) if self._inside else max(0, self._thought_chars - self._shown)
         self._shown += len(text)

@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.engine.request import Delta, Usage
-from bise.errors import NotFoundError
+from bise.errors import NotFoundError, RequestError
 from bise.server.blocks import Block, Blocks, Change, Kind
 from bise.server.body import read_json
 from bise.server.chat import ChatOptions, encoded, plan_chat
 from bise.server.conversation import Message, prepared
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
-from bise.server.problem import as_api_error
+from bise.server.problem import ApiError, as_api_error
 from bise.server.reading import Reader
 from bise.server.responses_schema import ResponsesRequest
 from bise.server.service import Job, Service
@@ -99,6 +99,31 @@ async def delete_response(request: Request, response_id: str) -> Response:
     stored = await _stored(request, response_id)
     shelf_of(request).drop(stored.tenant, response_id)
     return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
+
+
+@router.post(
+    "/v1/responses/{response_id}/cancel", **documented(None, "Refuse: nothing runs in the background.")
+)
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """Refuse to cancel: a response that can be named has ended."""
+    await _stored(request, response_id)
+    raise RequestError(
+        "only background responses can be cancelled, and this server runs none; close the connection instead",
+        field="response_id",
+    )
+
+
+@router.post("/v1/responses/compact", **documented(None, "Refuse: nothing is compacted here."))
+async def compact_response(request: Request) -> Response:
+    """Refuse to compact."""
+    service: Service = request.app.state.service
+    await service.gate.authenticate(request)
+    raise ApiError(
+        501,
+        "/v1/responses/compact is not implemented: this server never rewrites a conversation",
+        code="not_implemented",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def shelf_of(request: Request) -> Shelf:
@@ -294,7 +319,7 @@ class ResponseAnswer:
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
-            "usage": _usage(usage),
+            "usage": _usage(usage, self._reader.num_thought_tokens),
             "user": body.user,
         }
 
@@ -368,13 +393,13 @@ def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"strict": None, "parameters": None, "description": None, **tool}
 
 
-def _usage(usage: Usage | None) -> dict[str, Any] | None:
+def _usage(usage: Usage | None, num_thought_tokens: int) -> dict[str, Any] | None:
     if usage is None:
         return None
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": num_thought_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
