@@ -118,6 +118,7 @@ def live(shared):
     engine.text, engine.script, engine.token_s = "Hello, world!", None, 0.0
     engine.fails_with = engine.refuses_with = engine.failure = None
     engine.endless = False
+    engine.cached_tokens = 0
     engine.requests.clear()
     engine.aborted = 0
     return shared

@@ -76,6 +76,8 @@ class ScriptedEngine:
     token_s: float = 0.0
     """Pause before each token."""
     endless: bool = False
+    cached_tokens: int = 0
+    """What usage says of the cache."""
     fails_with: BiseError | None = None
     refuses_with: BiseError | None = None
     failure: BiseError | None = None
@@ -138,9 +140,13 @@ class ScriptedEngine:
         stream = TextStream(self.tokenizer, params.stop, continuation=request.continuation)
         made = 0
         prompt = self._prompt_scores(request)
+        begun = time.monotonic()
         while not cancelled.is_set():
             if self.token_s:
                 time.sleep(self.token_s)
+            if request.deadline_s is not None and time.monotonic() - begun > request.deadline_s:
+                reason = FinishReason.DEADLINE
+                break
             if made >= len(ids) and not self.endless:
                 reason = FinishReason.STOP
                 break
@@ -172,7 +178,13 @@ class ScriptedEngine:
                 finish_reason=reason,
                 stop_match=stream.stopped,
                 error=self.fails_with if reason is FinishReason.ERROR else None,
-                usage=Usage(prompt_tokens=len(request.token_ids), cached_tokens=0, completion_tokens=made),
+                usage=Usage(
+                    prompt_tokens=len(request.token_ids),
+                    cached_tokens=self.cached_tokens,
+                    completion_tokens=made,
+                    accepted_prediction_tokens=min(made, len(request.prediction)),
+                    rejected_prediction_tokens=max(0, len(request.prediction) - made),
+                ),
                 timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=0.2),
                 embedding=self._vector(request) if request.pooling else (),
             )

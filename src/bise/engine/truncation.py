@@ -63,26 +63,37 @@ def truncate_messages(
 
     A turn is a user message and everything up to the next one: an answer never loses its question, nor a tool
     result its call. System messages and the last turn always stay. `oldest` drops turns from the beginning;
-    `middle` from the middle, nearest to it first, so that the beginning and the end stay. Raises
-    ContextOverflowError, with both numbers, when even what always stays exceeds the limit.
+    `middle` from the middle, nearest to it first, so that the beginning and the end stay. `count` must not
+    grow when messages go; it is called about log2(turns) times. Raises ContextOverflowError, with both
+    numbers, when even what always stays exceeds the limit.
     """
     total = count(messages)
     if total <= limit:
         return MessageCut(tuple(messages), (), total, 0)
-    turns = _turns(messages)
-    dropped: set[int] = set()
-    used = total
-    for turn in _drop_order(turns, mode):
-        dropped.update(turn)
-        left = [message for index, message in enumerate(messages) if index not in dropped]
+    order = _drop_order(_turns(messages), mode)
+
+    def without(num_turns: int) -> MessageCut:
+        dropped = {index for turn in order[:num_turns] for index in turn}
+        left = tuple(message for index, message in enumerate(messages) if index not in dropped)
         used = count(left)
-        if used <= limit:
-            return MessageCut(tuple(left), tuple(sorted(dropped)), used, total - used)
-    raise ContextOverflowError(
-        f"the conversation has {total} tokens, {limit} fit, and its system messages and last turn alone have "
-        f"{used}; shorten them or ask for fewer tokens",
-        field="messages",
-    )
+        return MessageCut(left, tuple(sorted(dropped)), used, total - used)
+
+    best = without(len(order))
+    if best.num_tokens > limit:
+        raise ContextOverflowError(
+            f"the conversation has {total} tokens, {limit} fit, and its system messages and last turn alone "
+            f"have {best.num_tokens}; shorten them or ask for fewer tokens",
+            field="messages",
+        )
+    low, high = 1, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        cut = without(middle)
+        if cut.num_tokens <= limit:
+            best, high = cut, middle
+        else:
+            low = middle + 1
+    return best
 
 
 def _turns(messages: Sequence[Message]) -> list[list[int]]:

@@ -15,8 +15,9 @@ from bise.engine.request import Delta, Usage
 from bise.server.anthropic_schema import MessageCountRequest, MessagesRequest
 from bise.server.blocks import Block, Blocks, Change, Kind
 from bise.server.body import read_json
-from bise.server.chat import ChatOptions, encoded, plan_chat
+from bise.server.chat import ChatOptions, dropped_body, plan_chat
 from bise.server.conversation import prepared
+from bise.server.fitting import encoded
 from bise.server.openapi import documented
 from bise.server.problem import as_api_error, error_body
 from bise.server.reading import Reader
@@ -169,6 +170,7 @@ def _usage(usage: Usage | None) -> dict[str, Any]:
         "cache_read_input_tokens": usage.cached_tokens,
         "cache_creation_input_tokens": 0,
         "output_tokens": usage.completion_tokens,
+        **dropped_body(usage),
     }
 
 

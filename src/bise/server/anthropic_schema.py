@@ -12,7 +12,7 @@ from bise.errors import RequestError
 from bise.server.body import WireModel, validate
 from bise.server.chat_schema import ChatRequest
 from bise.server.conversation import Message
-from bise.server.fields import StopString
+from bise.server.fields import RunFields, StopString
 from bise.server.limits import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
 
 
@@ -72,7 +72,7 @@ class MessageCountRequest(WireModel):
         return choice.type, parallel
 
 
-class MessagesRequest(MessageCountRequest):
+class MessagesRequest(MessageCountRequest, RunFields):
     """POST /v1/messages."""
 
     max_tokens: int = Field(ge=1, le=1 << 24)
@@ -81,6 +81,7 @@ class MessagesRequest(MessageCountRequest):
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1 << 22)
+    truncate: Literal["oldest", "middle"] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 
@@ -92,6 +93,8 @@ class MessagesRequest(MessageCountRequest):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            truncate=self.truncate,
+            **self.run_options,
         )
 
 

@@ -20,7 +20,8 @@ from bise.engine.request import Request as EngineRequest
 from bise.errors import RequestError
 from bise.server.body import read_json
 from bise.server.chat_schema import ChatRequest
-from bise.server.conversation import Message, prefix_of, prepared, texts_of
+from bise.server.conversation import prefix_of, prepared, texts_of
+from bise.server.fitting import fitted
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading
@@ -295,7 +296,7 @@ def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
             "response_format and a prefix cannot be kept together: the answer would not obey it; leave one out",
             field="response_format",
         )
-    ids = encoded(job, messages, reading.shown_tools)
+    ids = fitted(job, body, messages, reading.shown_tools)
     shown = [count for count in (options.rivals, options.prompt_rivals) if count is not None]
     prediction = body.prediction.text if body.prediction else ""
     requests = [
@@ -311,26 +312,17 @@ def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
             continuation=prefix is not None,
             prediction=tuple(job.loaded.tokenizer.encode(prediction)) if prediction else (),
             grammar=reading.grammar,
+            **body.run_options,
         )
         for choice in range(options.choices)
     ]
     return ChatPlan(requests=requests, reading=reading, prefix=prefix)
 
 
-def encoded(job: Job, messages: Sequence[Message], tools: Sequence[Message] | None) -> tuple[int, ...]:
-    """Return the prompt of a conversation. Raises RequestError for a model without a chat format."""
-    template = job.loaded.template
-    if template is None:
-        raise RequestError(
-            f"{job.model} has no chat template (a base model?); use /v1/completions", field="model"
-        )
-    job.check_size(sum(len(str(message.get("content", ""))) for message in messages))
-    continues = messages[-1].get("role") == "assistant" and messages[-1].get("prefix") is True
-    return tuple(template.encode(messages, tools, continue_final=continues))
-
-
 def usage_body(usage: Usage | None) -> dict[str, object]:
-    """Return the `usage` object: counts, and of the prompt how many tokens came from the cache."""
+    """Return the `usage` object: counts, of the prompt how many tokens came from the cache, and of a
+    prediction how many came true. Rejected ones are not part of the output here.
+    """
     if usage is None:
         return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     return {
@@ -338,4 +330,14 @@ def usage_body(usage: Usage | None) -> dict[str, object]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": usage.accepted_prediction_tokens,
+            "rejected_prediction_tokens": usage.rejected_prediction_tokens,
+        },
+        **dropped_body(usage),
     }
+
+
+def dropped_body(usage: Usage) -> dict[str, object]:
+    """Return `dropped_tokens` of a request whose prompt was shortened at its own wish; nothing otherwise."""
+    return {"dropped_tokens": usage.dropped_tokens} if usage.dropped_tokens else {}

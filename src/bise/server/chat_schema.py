@@ -124,6 +124,8 @@ class ChatRequest(SamplingFields):
             raise ValueError("top_prompt_logprobs needs prompt_logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
+        if self.truncate is not None and self.limit is None:
+            raise ValueError("truncate needs max_tokens, so that it is known how much room the answer takes")
         return self
 
     @property

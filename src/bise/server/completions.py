@@ -77,10 +77,18 @@ def _plan(job: Job, body: CompletionRequest) -> tuple[list[Prompt], list[EngineR
             ),
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
             continuation=bool(prompt.text),
+            truncate=body.truncate,
+            truncate_keep=_num_kept(job, prompt) if body.truncate else 0,
+            **body.run_options,
         )
         for prompt in prompts
         for choice in range(candidates)
     ]
+
+
+def _num_kept(job: Job, prompt: Prompt) -> int:
+    """Return how many leading tokens of a prompt that is shortened stay: BOS."""
+    return int(prompt.token_ids[0] == job.loaded.tokenizer.bos_id)
 
 
 class CompletionAnswer:

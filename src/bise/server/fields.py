@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bise.engine.request import SamplingParams
 from bise.server.body import WireModel
-from bise.server.limits import MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS
+from bise.server.limits import MAX_DEADLINE_S, MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS
 
 _SEED_BITS = (1 << 64) - 1
 
@@ -24,7 +24,21 @@ class StreamOptions(WireModel):
     """Accepted; chunks are never padded."""
 
 
-class SamplingFields(WireModel):
+class RunFields(WireModel):
+    """How a request runs; extensions of bise that change no token of a whole answer."""
+
+    deadline_s: float | None = Field(None, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)
+    """Seconds after which the request ends with an error, whatever it has."""
+    use_prefix_cache: bool | None = None
+    """Reuse and leave behind cached parts of the prompt; true when absent."""
+
+    @property
+    def run_options(self) -> dict[str, Any]:
+        """The engine's fields of the same names."""
+        return {"deadline_s": self.deadline_s, "use_prefix_cache": self.use_prefix_cache is not False}
+
+
+class SamplingFields(RunFields):
     """How tokens are chosen; every field may be absent or null."""
 
     model: str = Field(min_length=1, max_length=512)
@@ -44,6 +58,8 @@ class SamplingFields(WireModel):
     stop: StopString | list[StopString] | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_LOGIT_BIAS)
     ignore_eos: bool | None = None
+    truncate: Literal["oldest", "middle"] | None = None
+    """What may be left out of a prompt that leaves no room for `max_tokens`; nothing when absent."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None

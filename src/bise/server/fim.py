@@ -38,4 +38,4 @@ def _plan(job: Job, body: FimRequest) -> EngineRequest:
     job.ticket.check_input([body.prompt, body.suffix or ""])
     prompt = fim_prompt(job, body.prompt, body.suffix or "")
     params = body.params(temperature=job.loaded.temperature, max_tokens=body.max_tokens)
-    return EngineRequest(token_ids=prompt.token_ids, params=params, continuation=True)
+    return EngineRequest(token_ids=prompt.token_ids, params=params, continuation=True, **body.run_options)

@@ -24,10 +24,17 @@ class Generation:
     Must be made on the event loop that iterates it. Leaving early does not abort: call `close`.
     """
 
-    def __init__(self, handles: Sequence[RequestHandle], *, prompts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        handles: Sequence[RequestHandle],
+        *,
+        prompts: Sequence[int] | None = None,
+        dropped_tokens: int = 0,
+    ) -> None:
         """`prompts[i]` is the prompt that sequence i belongs to, so that usage counts each prompt once; all
-        belong to one prompt without it.
+        belong to one prompt without it. `dropped_tokens` of the prompt never reached the engine.
         """
+        self._dropped_tokens = dropped_tokens
         self._handles = tuple(handles)
         self._prompts = tuple(prompts) if prompts is not None else (0,) * len(self._handles)
         self._pending: list[list[Delta]] = [[] for _ in self._handles]
@@ -89,6 +96,9 @@ class Generation:
             prompt_tokens=sum(usage.prompt_tokens for usage in first.values()),
             cached_tokens=sum(usage.cached_tokens for usage in first.values()),
             completion_tokens=sum(usage.completion_tokens for _, usage in ended),
+            accepted_prediction_tokens=sum(usage.accepted_prediction_tokens for _, usage in ended),
+            rejected_prediction_tokens=sum(usage.rejected_prediction_tokens for _, usage in ended),
+            dropped_tokens=self._dropped_tokens + sum(usage.dropped_tokens for usage in first.values()),
         )
 
     def timings(self) -> Timings | None:

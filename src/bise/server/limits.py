@@ -37,6 +37,9 @@ class HttpLimits:
 
 UPLOADS = "/v1/files"
 
+MAX_DEADLINE_S = 86_400.0
+"""Longest `deadline_s`; a day."""
+
 
 MAX_CHOICES = 16
 MAX_SEQUENCES = 128

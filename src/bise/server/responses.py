@@ -15,8 +15,9 @@ from bise.engine.request import Delta, Usage
 from bise.errors import NotFoundError, RequestError
 from bise.server.blocks import Block, Blocks, Change, Kind
 from bise.server.body import read_json
-from bise.server.chat import ChatOptions, encoded, plan_chat
+from bise.server.chat import ChatOptions, dropped_body, plan_chat
 from bise.server.conversation import Message, prepared
+from bise.server.fitting import encoded
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.problem import ApiError, as_api_error
@@ -318,7 +319,7 @@ class ResponseAnswer:
             "tools": [_shown_tool(tool) for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
             "usage": _usage(usage, self._reader.num_thought_tokens),
             "user": body.user,
         }
@@ -402,4 +403,5 @@ def _usage(usage: Usage | None, num_thought_tokens: int) -> dict[str, Any] | Non
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": num_thought_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **dropped_body(usage),
     }

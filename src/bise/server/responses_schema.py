@@ -11,6 +11,7 @@ from bise.errors import RequestError
 from bise.server.body import WireModel, validate
 from bise.server.chat_schema import ChatRequest, Effort
 from bise.server.conversation import Message
+from bise.server.fields import RunFields
 from bise.server.limits import MAX_MESSAGES, MAX_TOOLS
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -31,7 +32,7 @@ class ReasoningOptions(WireModel):
     """Accepted; thoughts are never summarised."""
 
 
-class ResponsesRequest(WireModel):
+class ResponsesRequest(RunFields):
     """POST /v1/responses."""
 
     model: str = Field(min_length=1, max_length=512)
@@ -53,7 +54,8 @@ class ResponsesRequest(WireModel):
     metadata: dict[str, str] | None = Field(None, max_length=64)
     previous_response_id: str | None = Field(None, max_length=128)
     store: bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    """`auto` leaves out the oldest turns where all do not fit; needs `max_output_tokens`."""
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -63,12 +65,13 @@ class ResponsesRequest(WireModel):
     conversation: None = None
     prompt: None = None
     max_tool_calls: None = None
+    truncate: None = None
 
-    @field_validator("conversation", "prompt", "max_tool_calls", mode="before")
+    @field_validator("conversation", "prompt", "max_tool_calls", "truncate", mode="before")
     @classmethod
     def _not_here(cls, value: object) -> object:
         if value is not None:
-            raise ValueError("is not supported by this server")
+            raise ValueError("is not supported by this server (truncate: use truncation)")
         return value
 
     @property
@@ -103,6 +106,9 @@ class ResponsesRequest(WireModel):
             "response_format": _format(self.text.format if self.text else None),
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "max_tokens": self.max_output_tokens,
+            "truncate": "oldest" if self.truncation == "auto" else None,
+            "deadline_s": self.deadline_s,
+            "use_prefix_cache": self.use_prefix_cache,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed,

@@ -241,6 +241,8 @@ class Job:
         self.traits = traits
         self.generation: Generation | None = None
         self.client_gone = False
+        self.dropped_tokens = 0
+        """Prompt tokens that were left out at the caller's wish, before the engine got the prompt."""
         self._lease = lease
         self._finished = False
         self._stopped = False
@@ -268,7 +270,7 @@ class Job:
             raise ClientGoneError
         await self._reserve(wanted, prompts)
         handles = await self.service.offload(self._submit, wanted)
-        self.generation = Generation(handles, prompts=prompts)
+        self.generation = Generation(handles, prompts=prompts, dropped_tokens=self.dropped_tokens)
         if self._stopped or self.client_gone:
             self.generation.cancel()
         return self.generation
@@ -294,6 +296,10 @@ class Job:
                 handle.cancel()
             raise
         return handles
+
+    def may_fit(self, num_bytes: int) -> bool:
+        """Return False for texts that cannot fit, whatever their tokens are."""
+        return num_bytes // self.traits.longest_token <= self.loaded.engine.max_context
 
     def check_size(self, num_bytes: int) -> None:
         """Raise ContextOverflowError for texts that cannot fit, before time goes into encoding them."""
@@ -321,6 +327,17 @@ class Job:
         """Raise what ended a sequence other than its own text: its error, the client's leaving, a stop."""
         if delta.error is not None:
             raise delta.error
+        if delta.finish_reason is FinishReason.DEADLINE:
+            # No client knows a finish_reason for this, and `length` or `stop` would be untrue.
+            made = 0 if delta.usage is None else delta.usage.completion_tokens
+            raise ApiError(
+                408,
+                f"deadline_s passed after {made} tokens of the answer; give it more time, ask for fewer "
+                "tokens, or stream to see what there is",
+                code="deadline_exceeded",
+                param="deadline_s",
+                headers={"x-should-retry": "false"},
+            )
         if delta.finish_reason is FinishReason.ABORT:
             if self.client_gone:
                 raise ClientGoneError
@@ -345,6 +362,8 @@ class Job:
                 yield index, answer
             return
         async for index, delta in self.generation:
+            if delta.finish_reason is FinishReason.DEADLINE and delta.token_ids:
+                yield index, replace(delta, finish_reason=None)
             self.check(delta)
             yield index, delta
 

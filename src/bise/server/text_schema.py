@@ -39,6 +39,8 @@ class CompletionRequest(SamplingFields):
                 raise ValueError("best_of above n cannot be streamed: the best is known only at the end")
         if self.suffix and not isinstance(self.prompt, str):
             raise ValueError("suffix needs a prompt that is one text")
+        if self.truncate is not None and (self.suffix or self.echo):
+            raise ValueError("truncate goes with neither suffix nor echo, which need the whole prompt")
         return self
 
 
@@ -48,6 +50,12 @@ class FimRequest(SamplingFields):
     prompt: str
     suffix: str | None = None
     max_tokens: int | None = Field(None, ge=1, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _whole(self) -> FimRequest:
+        if self.truncate is not None:
+            raise ValueError("truncate cannot shorten a gap's two sides; shorten prompt or suffix")
+        return self
 
 
 class EmbeddingRequest(WireModel):

@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from bise.errors import RequestError
 from bise.server.body import read_json
-from bise.server.chat import encoded
 from bise.server.conversation import prepared
+from bise.server.fitting import encoded
 from bise.server.logprobs import token_name
 from bise.server.openapi import documented
 from bise.server.service import Job, Service
