@@ -34,7 +34,7 @@ class Clock:
 class Site:
     """The application and its store; requests run to their end before a method returns."""
 
-    def __init__(self, folder: Path, url: str | None = None, **gate_options):
+    def __init__(self, folder: Path, url: str | None = None, hosted=None, **gate_options):
         from bise.server.app import create_app
         from bise.server.batch_worker import BatchWorker
         from bise.server.gate import StoreGate
@@ -53,7 +53,7 @@ class Site:
         self.gate = StoreGate(
             self.store, canonical=lambda name: self.fleet.card(name).spec.name, **gate_options
         )
-        self.app = create_app(self.fleet, self.gate, routers=routers())
+        self.app = create_app(self.fleet, self.gate, routers=routers(), hosted=hosted)
         self.worker = BatchWorker(self.app, self.gate, is_draining=lambda: self.app.service.is_draining)
         self.client_address = "127.0.0.1"
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bise.engine.fleet import Fleet
     from bise.engine.model_spec import AdapterSpec, ModelSpec
     from bise.server.access import Access
+    from bise.server.hosted import HostedModels
     from bise.store.opening import Store
 
 DEFAULT_PORT = 8000
@@ -40,6 +41,10 @@ DEFAULT_SEQUENCES = 8
 )  # fmt: skip
 @click.option("--allow-host", "hosts", multiple=True, type=text, help="A host name this server answers to.")
 @click.option("--allow-origin", "origins", multiple=True, type=text, help="A site whose pages may call it.")
+@click.option(
+    "--remote", "remotes", multiple=True, type=text,
+    help="A hosted model of `bise models add-remote`; prompts to it leave this machine.",
+)  # fmt: skip
 @quant_option()
 @kv_option()
 @click.option(
@@ -57,6 +62,14 @@ DEFAULT_SEQUENCES = 8
     "--memory", type=click.FloatRange(min=0.01), help="GiB for all models together.  [default: what is free]"
 )
 @click.option("--idle", type=click.FloatRange(min=1), help="Unload a model unused for so many seconds.")
+@click.option(
+    "--prefix-cache", type=text,
+    help="Directory in which cached beginnings of prompts outlast a restart, up to 1 GiB per model.",
+)  # fmt: skip
+@click.option(
+    "--swap", type=click.FloatRange(min=0.01),
+    help="GiB per model for what preempted requests leave.  [default: it is computed again]",
+)  # fmt: skip
 @click.option(
     "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True,
     help="Seconds that running requests get when the server is told to stop.",
@@ -87,6 +100,7 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     configure(values["log_level"])
     access = Access.OPEN if values["no_key"] else Access.REQUIRED if values["require_key"] else Access.AUTO
     specs = _specs(models or (None,), values)
+    hosted = _hosted(values["remotes"], specs)
     memory = None if values["memory"] is None else int(values["memory"] * 2**30)
     with (
         Store.open(values["db"]) as store,
@@ -101,7 +115,21 @@ def command(models: tuple[str, ...], **values: Any) -> None:
             for adapter in card.adapters:
                 if adapter.fault is not None:
                     aside(f"note: {card.spec.name}:{adapter.spec.name} cannot be served: {adapter.fault}")
-        _serve(fleet, store, listener, access, values)
+        _serve(fleet, store, listener, access, values, hosted)
+
+
+def _hosted(names: tuple[str, ...], specs: list[ModelSpec]) -> HostedModels:
+    """Return the hosted models to serve, their keys read; refuses one that is called like a local one."""
+    from bise.hub.remotes import choose_remotes
+    from bise.server.hosted import HostedModels
+
+    taken = {name for spec in specs for name in (spec.name, *spec.aliases)} & set(names)
+    if taken:
+        raise click.UsageError(f"--remote {min(taken)}: a local model has that name")
+    remotes = choose_remotes(names)
+    for remote in remotes:
+        aside(f"note: prompts to {remote.spec.name} leave this machine for {remote.spec.url}")
+    return HostedModels(remotes)
 
 
 def _listener(values: dict[str, Any], access: Access, store: Store) -> socket.socket:
@@ -114,7 +142,12 @@ def _listener(values: dict[str, Any], access: Access, store: Store) -> socket.so
 
 
 def _serve(
-    fleet: Fleet, store: Store, listener: socket.socket, access: Access, values: dict[str, Any]
+    fleet: Fleet,
+    store: Store,
+    listener: socket.socket,
+    access: Access,
+    values: dict[str, Any],
+    hosted: HostedModels,
 ) -> None:
     """Serve until told to stop."""
     import asyncio
@@ -147,7 +180,7 @@ def _serve(
     people = StorePeople(gate, Accounts(store.database))
     models = MeteredModels(FleetModels(fleet), gate)
     pages = assistant_routers(fleet, store.database, people, models)
-    app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages])
+    app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages], hosted=hosted)
     page = f"{url_of(listener)}/"
     if store.keys.any_exist() and access is Access.AUTO:
         page += f"enter?pass={gate.local_pass}"
@@ -168,6 +201,8 @@ def _serve(
 
 def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[ModelSpec]:
     """Return what the fleet is to serve, in the order of the command line."""
+    from pathlib import Path
+
     from bise.engine.model_spec import ModelSpec
     from bise.hub.registry import resolve
 
@@ -178,6 +213,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
             raise click.UsageError(f"--alias needs ALIAS=MODEL, got '{entry}'")
         aliases.setdefault(model, []).append(alias)
     adapters = _adapters(values["adapters"])
+    prefixes = None if values["prefix_cache"] is None else Path(values["prefix_cache"]).expanduser()
     specs: list[ModelSpec] = []
     for model in models:
         path = resolve(model)
@@ -192,6 +228,8 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
                 context=values["context"],
                 sequences=values["sequences"],
                 threads=values["threads"],
+                prefix_cache_dir=prefixes,
+                swap_bytes=int((values["swap"] or 0) * 2**30),
                 aliases=tuple(alias for key in sorted(known) for alias in aliases.pop(key, ())),
                 adapters=tuple(
                     adapter

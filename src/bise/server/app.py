@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from bise.errors import BiseError
 from bise.server import absent, anthropic, chat, completions, embeddings, fim, models, responses, tokens
 from bise.server.edge import Edge, Reach
+from bise.server.hosted import HostedModels
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
 from bise.server.problem import ApiError, as_api_error, error_response
@@ -35,13 +36,15 @@ def create_app(
     reach: Reach | None = None,
     routers: Sequence[APIRouter] = (),
     prepare: Callable[[FastAPI], None] | None = None,
+    hosted: HostedModels | None = None,
 ) -> Application:
     """Return the ASGI application over `fleet`; `application.service` is its state.
 
-    `routers` are further routes (files, batches, admin, metrics); `prepare` may put things on `app.state`.
+    `routers` are further routes (files, batches, admin, metrics); `prepare` may put things on `app.state`;
+    `hosted` are models on other machines.
     """
     bounds = limits or HttpLimits()
-    service = Service(fleet, gate or OpenGate(), bounds)
+    service = Service(fleet, gate or OpenGate(), bounds, hosted)
     app = FastAPI(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="bise", lifespan=None
     )

@@ -22,6 +22,7 @@ from bise.server.body import read_json
 from bise.server.chat_schema import ChatRequest
 from bise.server.conversation import prefix_of, prepared, texts_of
 from bise.server.fitting import fitted
+from bise.server.hosted import chat_elsewhere
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading
@@ -36,6 +37,8 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
     body = await read_json(request, ChatRequest)
+    if (client := service.hosted.get(body.model)) is not None:
+        return await chat_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
         options = ChatOptions(

@@ -16,6 +16,7 @@ from bise.engine.request import Request as EngineRequest
 from bise.engine.request import SamplingParams
 from bise.errors import RequestError
 from bise.server.body import read_json
+from bise.server.hosted import embed_elsewhere
 from bise.server.limits import MAX_SEQUENCES
 from bise.server.openapi import documented
 from bise.server.prompts import prompts_of
@@ -32,6 +33,8 @@ async def create_embeddings(request: Request) -> Response:
     """Turn texts into vectors."""
     service: Service = request.app.state.service
     body = await read_json(request, EmbeddingRequest)
+    if (client := service.hosted.get(body.model)) is not None:
+        return await embed_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
         requests = await service.offload(_plan, job, body)

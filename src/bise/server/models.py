@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.engine.model_spec import ADAPTER_SEPARATOR
+from bise.server.hosted import hosted_card
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
 from bise.server.service import Service
@@ -28,7 +29,7 @@ async def list_models(request: Request) -> Response:
     for card in service.models.cards():
         data.append(body := await card_body(service, card))
         data += [adapter_body(body, adapter) for adapter in card.adapters]
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": [*data, *service.hosted.cards()]})
 
 
 @router.get("/v1/models/{model_id:path}", **documented(None, "Describe a model.", tag="models"))
@@ -36,6 +37,8 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     """Describe a model."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
+    if (client := service.hosted.get(model_id)) is not None:
+        return JSONResponse(hosted_card(client))
     card = service.models.card(model_id)
     body = await card_body(service, card)
     _, _, name = model_id.partition(ADAPTER_SEPARATOR)

@@ -19,6 +19,7 @@ from bise.engine.request import Delta, FinishReason
 from bise.engine.request import Request as EngineRequest
 from bise.errors import BiseError, EngineError, ModelNotFoundError
 from bise.server.generation import Generation
+from bise.server.hosted import HostedJob, HostedModels
 from bise.server.limits import HttpLimits
 from bise.server.problem import ApiError, as_api_error
 from bise.server.ticket import Gate, Ticket
@@ -76,15 +77,18 @@ class ClientGoneError(Exception):
 class Service:
     """The state of one running server. Made on no event loop; used on one."""
 
-    def __init__(self, models: Models, gate: Gate, limits: HttpLimits) -> None:
+    def __init__(
+        self, models: Models, gate: Gate, limits: HttpLimits, hosted: HostedModels | None = None
+    ) -> None:
         self.models = models
+        self.hosted = hosted or HostedModels()
         self.gate = gate
         self.limits = limits
         self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="bise-text")
         """For tokenising, templates, parsing and submitting: whatever could hold up the event loop."""
         self._loads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="bise-load")
         self.started_s = time.time()
-        self.jobs: set[Job] = set()
+        self.jobs: set[Job | HostedJob] = set()
         self.is_draining = False
         self._noted: set[tuple[str, str]] = set()
         self._engines: dict[str, LoadedModel] = {}
@@ -106,6 +110,7 @@ class Service:
 
     async def open(self, request: Request, *, model: str, scope: str = "inference") -> Job:
         """Admit a request and pin its model. Raises what the gate and the fleet raise, recorded."""
+        self.hosted.refuse(model)
         ticket = await self.gate.admit(request, scope=scope, model=model)
         lease = None
         try:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from bise.server.hosted import HostedJob
 from bise.server.problem import as_api_error, error_body
 from bise.server.service import ClientGoneError, Job
 
@@ -44,7 +45,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        job: Job,
+        job: Job | HostedJob,
         events: AsyncIterator[bytes],
         *,
         finish_reason: Callable[[], str | None],
