@@ -94,6 +94,13 @@ def test_a_retry_after_a_failure_has_a_row_of_its_own(ledger):
     assert ledger.record(_row(idempotency_key="a"))
 
 
+def test_an_attempt_that_was_abandoned_does_not_make_the_next_one_free(ledger):
+    assert ledger.record(_row(idempotency_key="a", finish_reason="abort", completion_tokens=1))
+    assert ledger.record(_row(idempotency_key="a", finish_reason="stop", completion_tokens=9))
+    assert not ledger.record(_row(idempotency_key="a", finish_reason="stop", completion_tokens=9))
+    assert ledger.sums()[0].completion_tokens == 10
+
+
 def test_sums_can_be_narrowed_to_an_owner_and_a_span_of_time(ledger, clock):
     start = clock()
     ledger.record(_row(owner="ann", prompt_tokens=1))

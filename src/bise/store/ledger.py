@@ -108,7 +108,7 @@ class Ledger:
     def record(self, row: LedgerRow, session: Session | None = None, at: float | None = None) -> bool:
         """Write a row, in the caller's transaction when one is given.
 
-        Return False, and write nothing, when it repeats a request that was written in the last ten minutes.
+        Return False, and write nothing, when it repeats a request that was answered in the last ten minutes.
         """
         if session is None:
             with self._database.writing() as own:
@@ -127,6 +127,8 @@ class Ledger:
             LedgerRecord.idempotency_key == row.idempotency_key,
             LedgerRecord.endpoint == row.endpoint,
             LedgerRecord.error_code.is_(None),
+            # What was abandoned had no answer: the attempt that brings one must not be free.
+            func.coalesce(LedgerRecord.finish_reason, "") != "abort",
             LedgerRecord.at > now - IDEMPOTENCY_S,
         )
         return session.scalars(query).first() is not None
