@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
 
 
+_WEB_OPTIONS = ("quant", "kv", "threads", "context")
+"""What `--web` hands on to `bise serve`."""
+
+
 @click.command("chat")
 @model_argument
 @click.option("--message", "-m", type=text, help="Ask this one thing and exit; - reads standard input.")
@@ -35,12 +39,16 @@ if TYPE_CHECKING:
 @load_options
 @click.option("--no-history", is_flag=True, help="Do not keep typed lines under BISE_HOME.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per answer instead of text.")
+@click.option("--web", is_flag=True, help="Open the assistant in the browser, served by this machine alone.")
 def command(model: str | None, **values: Any) -> None:
     """Talk to a model; the embedded one when none is named.
 
     At a terminal: a prompt with history, multi-line input and commands (/help lists them). With piped
     input each line is answered in turn, as one conversation; with --message there is one answer.
     """
+    if values.pop("web"):
+        _open_page(click.get_current_context(), model)
+        return
     from bise.cli.repl import Chat, run_lines, run_terminal
 
     load, sampling = pop_load_options(values), pop_sampling_options(values)
@@ -60,6 +68,22 @@ def command(model: str | None, **values: Any) -> None:
             run_terminal(chat, keep_history=not values["no_history"])
         else:
             run_lines(chat, sys.stdin.buffer)
+
+
+def _open_page(context: click.Context, model: str | None) -> None:
+    """Serve the model on a free loopback port and open its page; refuses options that the page has itself."""
+    from click.core import ParameterSource
+
+    from bise.cli.serve import command as serve
+
+    for param in context.command.params:
+        name = param.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in ("model", "web", *_WEB_OPTIONS):
+            raise click.UsageError(f"{param.opts[0]} does not go with --web; set it on the page")
+    load = {name: context.params[name] for name in _WEB_OPTIONS}
+    models = () if model is None else (model,)
+    context.invoke(serve, models=models, port=0, open_page=True, **load)
 
 
 def start_line(loaded: LoadedModel) -> str:

@@ -106,6 +106,7 @@ def load_model(
     max_sequences: int = 1,
     threaded: bool = True,
     prefix_cache_dir: Path | None = None,
+    swap_bytes: int = 0,
     draft: Path | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
@@ -114,7 +115,8 @@ def load_model(
     `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
     together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
     holds. `max_sequences` full contexts can run at once. With `prefix_cache_dir` cached prefixes are written
-    there when the engine closes, up to 1 GiB, and found again by the next one. The model at `draft`, of the
+    there when the engine closes, up to 1 GiB, and found again by the next one. Preempted requests may leave
+    `swap_bytes` outside of the KV memory. The model at `draft`, of the
     same vocabulary, guesses ahead; the output is the same. Raises UserError for everything the caller can
     mend.
     """
@@ -152,6 +154,7 @@ def load_model(
         max_step_tokens=STEP_TOKENS,
         max_sequences=max(max_sequences, 8),
         prefix_file=prefix_file,
+        swap_bytes=swap_bytes,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
         speculation=Speculation(
             draft_model=None if guessing is None else guessing.load(ops, tokens, max_sequences, progress)

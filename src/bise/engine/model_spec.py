@@ -52,6 +52,10 @@ class ModelSpec:
     sequences: int = 1
     """Requests that can reach the full context at once."""
     threads: int | None = None
+    prefix_cache_dir: Path | None = None
+    """Where cached prefixes outlast the engine; None: they do not."""
+    swap_bytes: int = 0
+    """Memory, beside the KV cache's, for what preempted requests leave; 0: it is computed again."""
     aliases: tuple[str, ...] = ()
     """Further names that mean this model."""
     adapters: tuple[AdapterSpec, ...] = ()
@@ -74,7 +78,7 @@ class ModelPlan:
     """What a model will take and offer once it is loaded."""
 
     size_bytes: int
-    """Peak bytes beyond those of the process: weights, tokenizer, KV cache and scratch, or loading."""
+    """Peak bytes beyond those of the process: weights, tokenizer, KV cache, swap and scratch, or loading."""
     weight_bytes: int
     context: int
     kv_format: str
@@ -137,7 +141,7 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
     )
     need = memory_need(source, spec.quant, context=context, kv_format=kv_format, sequences=spec.sequences)
     return ModelPlan(
-        size_bytes=need.total - PROCESS_BYTES,
+        size_bytes=need.total - PROCESS_BYTES + spec.swap_bytes,
         weight_bytes=weights,
         context=context,
         kv_format=kv_format,
@@ -172,4 +176,6 @@ def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:
         threads=spec.threads,
         context=plan.context,
         max_sequences=spec.sequences,
+        prefix_cache_dir=spec.prefix_cache_dir,
+        swap_bytes=spec.swap_bytes,
     )

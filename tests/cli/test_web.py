@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+
+def test_chat_web_serves_the_assistant_on_a_free_port_and_opens_it(tmp_path):
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser.py"
+    browser.write_text(f"import sys\nopen({str(opened)!r}, 'w').write(sys.argv[1])\n")
+    environment = os.environ | {
+        "BISE_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "BROWSER": f"{sys.executable} {browser} %s",
+        "PATH": str(tmp_path),  # so that no other opener is found
+    }
+    command = [sys.executable, "-m", "bise", "chat", "--web", "--context", "256", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            lines = [process.stdout.readline() for _ in range(2)]
+            page = re.search(r"the assistant is at (http://127\.0\.0\.1:\d+/)", lines[1])[1]
+            assert urllib.request.urlopen(page, timeout=20).status == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert opened.read_text() == page
+
+
+@pytest.mark.parametrize("option", [["-m", "hi"], ["--json"], ["--system", "S"], ["--temperature", "0"]])
+def test_what_belongs_to_the_terminal_does_not_go_with_web(cli, option):
+    result = cli("chat", "--web", *option)
+    assert result.code == 2
+    assert "does not go with --web" in result.error_lines[0]
+
+
+def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path):
+    from bise.cli.serve import _specs, command
+
+    values = dict.fromkeys(param.name for param in command.params)
+    values |= {"aliases": (), "adapters": (), "quant": "auto", "kv": "auto", "sequences": 2}
+    (spec,) = _specs((None,), values | {"prefix_cache": str(tmp_path), "swap": 0.5})
+    assert (spec.prefix_cache_dir, spec.swap_bytes) == (tmp_path, 2**29)
+    (plain,) = _specs((None,), values)
+    assert (plain.prefix_cache_dir, plain.swap_bytes) == (None, 0)
