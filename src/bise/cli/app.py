@@ -26,6 +26,7 @@ VERBS = {
     "score": "Give the log-probs and perplexity of texts or chats.",
     "embed": "Turn texts into unit vectors.",
     "quantize": "Pack a model into 4 or 8 bits on disk.",
+    "tune": "Fine-tune a model on your own examples.",
     "plan": "Tell what fits in memory and how fast it can be.",
     "bench": "Measure prefill and decode speed on this machine.",
     "keys": "Make, list and revoke API keys.",

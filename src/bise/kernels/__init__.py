@@ -136,7 +136,7 @@ class Ops(Protocol):
 
         Scores are q.k / sqrt(D); the query at position p sees keys max(0, p - window + 1) .. p (all up to p
         when `window` is None). Rotation pairs (i, i + D/2). `pages=None` (training): the rows of each
-        sequence attend to one another only, all sequences have the same length.
+        sequence attend to one another only.
         """
         ...
 

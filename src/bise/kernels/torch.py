@@ -103,7 +103,7 @@ class TorchOps:
         k3 = _rotate(k.view(k.shape[0], -1, head_dim), rope)
         v3 = v.view(v.shape[0], -1, head_dim)
         if pages is None:
-            return self._attend_rows(q3, k3, v3, len(meta.q_pos), window)
+            return self._attend_texts(q3, k3, v3, meta.q_start, window)
         slots = torch.as_tensor(meta.slots, dtype=torch.int64, device=self.device)
         pages.k[slots] = k3.to(pages.k.dtype)
         pages.v[slots] = v3.to(pages.v.dtype)
@@ -121,6 +121,22 @@ class TorchOps:
             keys, values = pages.k[rows].to(q3.dtype), pages.v[rows].to(q3.dtype)
             outputs.append(_attention(q3[start:end][None], keys[None], values[None], mask)[0])
         return torch.cat(outputs)
+
+    def _attend_texts(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: npt.NDArray[np.int32], window: int | None
+    ) -> Tensor:
+        """Return attention [T, H*D] inside of each text; texts of several lengths are padded at their ends,
+        where the causal mask hides the padding.
+        """
+        lengths = np.diff(q_start)
+        count, longest = len(lengths), int(lengths.max())
+        if (lengths == longest).all():
+            return self._attend_rows(q, k, v, count, window)
+        inside = np.arange(int(q_start[-1])) - np.repeat(q_start[:-1], lengths)
+        places = np.repeat(np.arange(count) * longest, lengths) + inside
+        index = torch.as_tensor(places, dtype=torch.int64, device=self.device)
+        q, k, v = (t.new_zeros(count * longest, *t.shape[1:]).index_copy(0, index, t) for t in (q, k, v))
+        return self._attend_rows(q, k, v, count, window).index_select(0, index)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: int | None) -> Tensor:
         length = q.shape[0] // num_sequences

@@ -36,7 +36,7 @@ BASE_HASH = "bise.base_sha256"
 MAX_RANK = 4096
 _CONFIG_BYTES = 4 << 20
 
-_MODULES = {
+MODULES = {
     "self_attn.q_proj": "wq",
     "self_attn.k_proj": "wk",
     "self_attn.v_proj": "wv",
@@ -45,6 +45,7 @@ _MODULES = {
     "mlp.up_proj": "w3",
     "mlp.down_proj": "w2",
 }
+"""Hugging Face's name of each matrix that can be adapted, to bise's."""
 _ATTENTION = ("wq", "wk", "wv", "wo")
 
 _TENSOR = re.compile(
@@ -218,7 +219,7 @@ class _Settings:
         if not isinstance(targets, list) or narrowed:
             return
         for target in cast(list[object], targets):
-            for module, weight in _MODULES.items():
+            for module, weight in MODULES.items():
                 if target not in (module, module.partition(".")[2]):
                     continue
                 for layer in range(config.num_layers):
@@ -323,9 +324,9 @@ def _place(
 ) -> tuple[str, str, str]:
     """Return (weight name, module name, A or B) of a stored tensor."""
     match = _TENSOR.fullmatch(name)
-    weight = _MODULES.get(match["part"]) if match else None
+    weight = MODULES.get(match["part"]) if match else None
     if match is None or weight is None or (config.is_moe and weight not in _ATTENTION):
-        known = list(_MODULES)[:4] if config.is_moe else list(_MODULES)
+        known = list(MODULES)[:4] if config.is_moe else list(MODULES)
         kind = "a mixture of experts is adapted in its attention alone" if config.is_moe else "no such part"
         _refuse(file, name, f"cannot be used ({kind}); supported: lora_A and lora_B of {', '.join(known)}")
     full = f"layers.{match['layer']}.{weight}"

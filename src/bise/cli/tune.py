@@ -1,0 +1,263 @@
+"""`bise tune`: fine-tune a model on one's own examples; check the data, merge what was learned."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bise.cli.options import text
+from bise.cli.output import ProgressBar, aside, on_terminal, write_json, write_pairs, write_table
+from bise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bise.train.data import DataFile
+    from bise.train.job import JobSettings
+
+SHOWN_BAD = 100
+"""Bad lines listed on a terminal; --json lists all."""
+
+_path = click.Path(path_type=Path)
+
+
+class TuneGroup(click.Group):
+    """A group whose first argument may be a model as well: `bise tune MODEL DATA` is `bise tune run ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` in front of arguments that name no subcommand."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("tune", cls=TuneGroup)
+def command() -> None:
+    """Fine-tune a model on your own examples.
+
+    `bise tune MODEL DATA --out DIR` trains a LoRA adapter; `bise chat MODEL --adapter DIR` uses it. DATA is
+    JSONL: {"messages": [...]} with tools or without, or {"text": ...}.
+    """
+
+
+@command.command("run")
+@click.argument("model", type=text)
+@click.argument("data", type=_path)
+@click.option("--out", required=True, type=_path, help="Directory to make: the adapter, or the model.")
+@click.option(
+    "--method", default="lora", show_default=True, type=click.Choice(["lora", "full"]),
+    help="An adapter beside the frozen model, or all weights.",
+)  # fmt: skip
+@click.option("--rank", default=16, show_default=True, help="Rank of the adapter.")
+@click.option("--alpha", type=float, help="Scale of the adapter times its rank.  [default: twice the rank]")
+@click.option(
+    "--targets", default="wq,wk,wv,wo,w1,w2,w3", show_default=True, type=text, help="Matrices to adapt."
+)
+@click.option("--epochs", default=3.0, show_default=True, help="Times through the data.")
+@click.option("--batch", default=8, show_default=True, help="Examples per step.")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
+@click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which the rate rises.")
+@click.option("--weight-decay", default=0.0, show_default=True, help="Of matrices, as in AdamW.")
+@click.option("--seed", default=0, show_default=True, help="Of the order and the first values.")
+@click.option(
+    "--held-back", default=0.1, show_default=True, help="Share of the examples to evaluate on, not learned."
+)
+@click.option("--evaluations", default=10, show_default=True, help="Evaluations over the run.")
+@click.option(
+    "--patience", default=3, show_default=True,
+    help="Stop after so many evaluations without progress; 0: never.",
+)  # fmt: skip
+@click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context]")
+@click.option("--truncate", is_flag=True, help="Cut the ends of longer examples instead of refusing them.")
+@click.option("--pass-tokens", default=4096, show_default=True, help="Tokens at once: bounds the memory.")
+@click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.  [default: one a minute]")
+@click.option(
+    "--dtype", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]), help="To compute in."
+)
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="Where.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
+@click.option("--json", "as_json", is_flag=True, help="Print every event as a JSON line, then the result.")
+def run(model: str, data: Path, out: Path, resume: bool, as_json: bool, **values: Any) -> None:
+    """Train, and publish the result once the engine computes what the trainer does.
+
+    Ctrl-C saves a checkpoint; --resume goes on with the same bits.
+    """
+    from dataclasses import asdict
+
+    from bise.hub.registry import resolve
+
+    _require_torch()
+    from bise.train.job import run_job
+
+    settings = _settings(values)
+    stops: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, _: stops.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with ProgressBar() as bar:
+            teller = _Teller(bar, as_json)
+            result = run_job(
+                resolve(model), data, out, settings,
+                resume=resume, report=teller, should_stop=lambda: bool(stops), progress=bar,
+            )  # fmt: skip
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if result is None:
+        aside(f"stopped; the same command with --resume goes on (checkpoint in {out}.run)")
+        raise click.exceptions.Exit(128 + stops[0])
+    if as_json:
+        write_json({"event": "finished", **asdict(result), "path": str(result.path)})
+        return
+    evaluated = "-" if result.best_loss is None else f"{result.best_loss:.4f} (step {result.best_step})"
+    write_pairs([
+        ("made", str(result.path)),
+        ("loss", f"{result.train_loss:.4f} training, {evaluated} held back"),
+        ("parity", f"engine and trainer differ by {result.parity:.1e} nats at most"),
+    ])  # fmt: skip
+    aside(f"{result.steps} steps in {result.seconds:.0f} s")
+    if settings.method == "lora":
+        aside(f"try: bise chat {model} --adapter {out}")
+
+
+@command.command("check")
+@click.argument("data", type=_path)
+@click.option("--model", type=text, help="Model to train.  [default: the embedded one]")
+@click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context]")
+@click.option("--epochs", default=3.0, show_default=True, help="Times through the data, for the estimate.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(data: Path, model: str | None, max_tokens: int | None, epochs: float, as_json: bool) -> None:
+    """Report every bad line, lengths in tokens, what would be cut, duplicates, time and memory."""
+    from bise.engine.load import load_text
+    from bise.hub.registry import resolve
+    from bise.model.checkpoint import open_model
+    from bise.train.data import read_data
+    from bise.train.estimate import data_report
+
+    source = open_model(resolve(model))
+    tokenizer, template = load_text(source)
+    with ProgressBar() as bar:
+        file = read_data(data, tokenizer, template, bar)
+    report = data_report(file, source.config, max_tokens or source.config.max_context, epochs)
+    if as_json:
+        write_json(report)
+    else:
+        _show(file, report)
+    if file.bad:
+        raise click.exceptions.Exit(2)
+
+
+@command.command("merge")
+@click.argument("model", type=text)
+@click.argument("adapter", type=_path)
+@click.option("--out", required=True, type=_path, help="Directory to make.")
+def merge(model: str, adapter: Path, out: Path) -> None:
+    """Write the model with an adapter's changes in its weights, in Hugging Face's layout."""
+    import shutil
+
+    from bise.hub.registry import resolve
+    from bise.model.checkpoint import open_model
+
+    _require_torch()
+    from bise.train.checkpoint import publish
+    from bise.train.export import merged_weights, require_layout, write_model
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; name another --out or remove it", field="out")
+    source = open_model(resolve(model))
+    require_layout(source)
+    weights = merged_weights(source, adapter)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_model(partial, source, weights)
+    publish(partial, out)
+    write_pairs([("made", str(out))])
+
+
+def _require_torch() -> None:
+    if find_spec("torch") is None:
+        raise ConfigError("bise tune needs PyTorch: pip install 'bise[torch]'", field="torch")
+
+
+def _settings(values: dict[str, Any]) -> JobSettings:
+    from bise.train.job import JobSettings
+    from bise.train.loop import Schedule
+
+    lr = values.pop("lr")
+    if lr is None:
+        lr = 1e-3 if values["method"] == "lora" else 1e-4
+    names = ("epochs", "batch", "warmup", "weight_decay", "seed", "evaluations", "patience", "pass_tokens",
+             "checkpoint_steps")  # fmt: skip
+    schedule = Schedule(lr=lr, **{name: values.pop(name) for name in names})
+    targets = tuple(part.strip() for part in values.pop("targets").split(",") if part.strip())
+    return JobSettings(targets=targets, schedule=schedule, **values)
+
+
+class _Teller:
+    """Tells a person how training goes: a bar on a terminal, a line per evaluation elsewhere, or JSON."""
+
+    def __init__(self, bar: ProgressBar, as_json: bool) -> None:
+        self._bar, self._as_json = bar, as_json
+        self._told = 0
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if self._as_json:
+            write_json(event)
+            return
+        if event["event"] == "step":
+            line = (
+                f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  lr {event['lr']:.1e}  "
+                f"{event['tokens_per_s']:,.0f} tok/s  {_memory()}"
+            )
+            self._bar(line, event["step"] / event["steps"])
+            tenth = 10 * event["step"] // event["steps"]
+            if not on_terminal(sys.stderr) and tenth > self._told:
+                self._told = tenth
+                aside(f"{line}  {event['eta_s']:.0f} s left")
+        elif event["event"] == "evaluation" and not on_terminal(sys.stderr):
+            aside(f"held back: loss {event['loss']:.4f}, best {event['best']:.4f}")
+
+
+def _memory() -> str:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 1e9:.1f} GB"
+
+
+def _show(file: DataFile, report: Mapping[str, Any]) -> None:
+    pairs = [
+        ("examples", ", ".join(f"{count} {kind}" for kind, count in report["kinds"].items()) or "none"),
+        ("tokens", f"{report['tokens']:,}, {report['learned_tokens']:,} of them learned"),
+        ("too long", f"{report['too_long']} of more than {report['max_tokens']} tokens"),
+        ("duplicates", _duplicates(file)),
+        ("memory", f"about {report['memory_bytes'] / 1e9:.1f} GB"),
+        ("time", f"about {report['seconds']:.0f} s for {report['epochs']:g} epochs on this machine's CPU"),
+    ]
+    write_pairs(pairs)
+    if report["histogram"]:
+        most = max(entry["texts"] for entry in report["histogram"])
+        rows = [
+            [str(entry["up_to"]), str(entry["texts"]), "#" * max(1, round(40 * entry["texts"] / most))]
+            for entry in report["histogram"]
+        ]
+        write_table(["TOKENS UP TO", "TEXTS", ""], rows)
+    for bad in file.bad[:SHOWN_BAD]:
+        click.echo(f"bad: {bad}")
+    if len(file.bad) > SHOWN_BAD:
+        click.echo(f"and {len(file.bad) - SHOWN_BAD} more bad lines (--json lists all)")
+    click.echo(f"{len(file.bad)} bad lines" if file.bad else "no bad lines")
+
+
+def _duplicates(file: DataFile) -> str:
+    if not file.duplicates:
+        return "none"
+    line, earlier = file.duplicates[0]
+    return f"{len(file.duplicates)} lines repeat earlier ones, the first is line {line} (as line {earlier})"

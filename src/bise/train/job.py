@@ -1,0 +1,288 @@
+"""One fine-tuning job, from a model and a data file to a directory that the engine serves.
+
+The result appears under its name by one rename, after the parity gate; until then everything lies in
+`OUT.run`, from where the job resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bise import __version__
+from bise.config import default_threads
+from bise.engine.load import load_text
+from bise.errors import ConfigError, UserError
+from bise.model.checkpoint import open_model
+from bise.model.packed import content_hash
+from bise.model.source import ModelSource
+from bise.text.turns import LearnedText
+from bise.train.checkpoint import publish
+from bise.train.curve import draw_losses
+from bise.train.data import DataFile, read_data, truncated
+from bise.train.export import write_model
+from bise.train.loop import Report, Schedule, Training
+from bise.train.network import Tensors, torch_ops
+from bise.train.parameters import FullParameters, LoraParameters, Trainable, write_adapter
+from bise.train.parity import engine_logprobs, probe_texts, require_parity
+
+MIN_SPLIT = 10
+"""Fewer texts than this are all learned; none is held back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """What to train and how."""
+
+    method: str = "lora"
+    """lora or full."""
+    rank: int = 16
+    alpha: float | None = None
+    """None: twice the rank."""
+    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    max_tokens: int | None = None
+    """Longest text; None: the model's context."""
+    truncate: bool = False
+    """Cut longer texts instead of refusing them."""
+    held_back: float = 0.1
+    """Share of the texts to evaluate on."""
+    dtype: str = "f32"
+    device: str = "cpu"
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise ConfigError(f"method must be lora or full, got '{self.method}'", field="method")
+        if not 0 <= self.held_back <= 0.5:
+            raise ConfigError(f"--held-back must be from 0 to 0.5, got {self.held_back:g}", field="held_back")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What a finished job made."""
+
+    path: Path
+    steps: int
+    train_loss: float
+    best_loss: float | None
+    """On the held-back texts; None when there are none."""
+    best_step: int | None
+    parity: float
+    """Largest difference of a log-prob between trainer and engine, in nats."""
+    seconds: float
+
+
+def run_directory(out: Path) -> Path:
+    """Return where the checkpoints of a job lie."""
+    return out.with_name(out.name + ".run")
+
+
+def split(texts: list[LearnedText], share: float, seed: int) -> tuple[list[LearnedText], list[LearnedText]]:
+    """Return (texts to learn, texts held back), drawn by the seed."""
+    held = round(share * len(texts)) if len(texts) >= MIN_SPLIT and share else 0
+    order = np.random.default_rng([seed, 0xE7A1]).permutation(len(texts))
+    chosen = set(order[:held].tolist())
+    return (
+        [text for index, text in enumerate(texts) if index not in chosen],
+        [text for index, text in enumerate(texts) if index in chosen],
+    )
+
+
+def checked_texts(data: DataFile, source: ModelSource, settings: JobSettings) -> list[LearnedText]:
+    """Return the texts of good data, cut only where that was asked for."""
+    data.require_good()
+    if "preference" in data.kinds:
+        raise UserError(
+            f"{data.path}: holds preference pairs, which no method here can learn yet",
+            field=str(data.path),
+        )
+    limit = source.config.max_context if settings.max_tokens is None else settings.max_tokens
+    if not 2 <= limit <= source.config.max_context:
+        raise ConfigError(
+            f"--max-tokens must be from 2 to the model's context of {source.config.max_context}, got {limit}",
+            field="max_tokens",
+        )
+    texts, cut = truncated(data.texts, limit)
+    if cut and not settings.truncate:
+        line = next(e.line for e in data.examples if any(len(text.ids) > limit for text in e.texts))
+        raise UserError(
+            f"{data.path}: {cut} texts are longer than {limit} tokens, the first in line {line}; shorten "
+            "them or cut their ends with --truncate",
+            field="max_tokens",
+        )
+    if not texts:
+        raise UserError(f"{data.path}: nothing to learn is left of the texts cut to {limit} tokens")
+    return texts
+
+
+def run_job(
+    model: Path,
+    data_path: Path,
+    out: Path,
+    settings: JobSettings,
+    *,
+    resume: bool,
+    report: Report,
+    should_stop: Callable[[], bool],
+    progress: Callable[[str, float], None] | None = None,
+) -> JobResult | None:
+    """Train and publish `out`; return None when `should_stop` ended the run early (resume it).
+
+    Raises UserError for bad data, settings or an `out` that is there already.
+    """
+    run = _claim(out, resume)
+    source = open_model(model)
+    tokenizer, template = load_text(source)
+    data = read_data(data_path, tokenizer, template, progress)
+    texts = checked_texts(data, source, settings)
+    train, held_back = split(texts, settings.held_back, settings.schedule.seed)
+    torch.set_num_threads(default_threads())
+    base_sha256 = content_hash(source)
+    trainable = _trainable(source, settings)
+    record = {"bise": __version__, "model": source.name or model.name, "base_sha256": base_sha256,
+              "data_sha256": data.sha256, "settings": asdict(settings), "texts": len(train),
+              "held_back": len(held_back)}  # fmt: skip
+    fingerprint = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    run.mkdir(parents=True, exist_ok=True)
+    log = _Log(run / "events.jsonl", report)
+    training = Training(
+        trainable, settings.schedule, train, held_back, run=run, fingerprint=fingerprint, report=log
+    )
+    if (step := training.resume()) > 0:
+        log({"event": "resumed", "step": step})
+    log.forget_after(step)
+    if not training.run(should_stop):
+        return None
+    result = training.result()
+    partial = run / "result"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if isinstance(trainable, LoraParameters):
+        name = source.name or str(model)
+        write_adapter(partial, result, trainable, base_name=name, base_sha256=base_sha256)
+    else:
+        write_model(partial, source, result)
+    probes = probe_texts(held_back or train)
+    difference = _gate(model, partial, trainable, settings, source, result, probes)
+    finished = JobResult(
+        path=out,
+        steps=training.progress.step,
+        train_loss=log.last_loss,
+        best_loss=training.progress.best_loss if held_back else None,
+        best_step=training.progress.best_step if held_back else None,
+        parity=difference,
+        seconds=training.progress.elapsed_s,
+    )
+    (partial / "loss.svg").write_text(log.curve(f"{record['model']} on {data_path.name}"), encoding="utf-8")
+    summary = record | {"result": asdict(finished) | {"path": out.name}}
+    (partial / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    publish(partial, out)
+    shutil.rmtree(run)
+    return finished
+
+
+def _claim(out: Path, resume: bool) -> Path:
+    """Return the run's directory; refuse an `out` that exists and a run that nobody asked to resume."""
+    run = run_directory(out)
+    if out.exists():
+        raise ConfigError(f"{out} exists; name another --out or remove it", field="out")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out.parent} is no directory; make it or name another --out", field="out")
+    if run.exists() and not resume:
+        raise ConfigError(f"{run} holds an unfinished run; --resume goes on with it", field="out")
+    if resume and not run.exists():
+        raise ConfigError(f"there is no {run} to resume", field="resume")
+    return run
+
+
+def _trainable(source: ModelSource, settings: JobSettings) -> Trainable:
+    ops = torch_ops(settings.dtype, settings.device)
+    if settings.method == "full":
+        return FullParameters(source, ops)
+    return LoraParameters(
+        source,
+        ops,
+        rank=settings.rank,
+        alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
+        targets=settings.targets,
+        seed=settings.schedule.seed,
+    )
+
+
+def _gate(
+    model: Path,
+    partial: Path,
+    trainable: Trainable,
+    settings: JobSettings,
+    source: ModelSource,
+    result: Tensors,
+    probes: list[LearnedText],
+) -> float:
+    """Compare the trained parameters in torch's float32 with what the engine makes of the written files."""
+    is_lora = isinstance(trainable, LoraParameters)
+    check = trainable
+    if settings.dtype != "f32":
+        check = _trainable(source, _float32(settings))
+    with torch.no_grad():
+        for name, param in check.params.items():
+            value = result[name]
+            # A whole model is stored in the base's format; its parameters are rounded as the file's are.
+            stored = torch.float32 if is_lora else _stored_dtype(source, name)
+            param.copy_(value.to(stored))
+        losses = check.network.token_losses(probes, check.loras())
+    served = engine_logprobs(model if is_lora else partial, partial if is_lora else None, probes)
+    return require_parity((-losses.double()).tolist(), served)
+
+
+def _float32(settings: JobSettings) -> JobSettings:
+    return replace(settings, dtype="f32")
+
+
+def _stored_dtype(source: ModelSource, name: str) -> torch.dtype:
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[source.tensors[name].format]
+
+
+class _Log:
+    """Appends every event to a file, hands it on, and remembers the losses for the picture."""
+
+    def __init__(self, path: Path, report: Report) -> None:
+        self._path, self._report = path, report
+        self._events: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self._events.append(json.loads(line))
+                except json.JSONDecodeError:  # the last line of a process that was killed
+                    break
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        self._events.append(dict(event))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        self._report(event)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed process did after its last checkpoint; it is done again."""
+        self._events = [event for event in self._events if event.get("step", 0) <= step]
+        self._path.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+
+    @property
+    def last_loss(self) -> float:
+        """Mean training loss of the last ten steps."""
+        losses = [loss for _, loss in self._losses("step")[-10:]]
+        return sum(losses) / len(losses)
+
+    def curve(self, title: str) -> str:
+        """Return the picture."""
+        return draw_losses(self._losses("step"), self._losses("evaluation"), title)
+
+    def _losses(self, kind: str) -> list[tuple[int, float]]:
+        return [(event["step"], event["loss"]) for event in self._events if event["event"] == kind]

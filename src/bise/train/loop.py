@@ -1,0 +1,269 @@
+"""The training loop: AdamW under a cosine, evaluation with early stopping, checkpoints that resume bit-equal.
+
+What a step does follows from its number and the seed alone, so weights, moments and a few numbers are all
+that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bise.errors import ConfigError, ModelFileError, NonFiniteError
+from bise.text.turns import LearnedText
+from bise.train.checkpoint import load_latest, number, save_checkpoint
+from bise.train.network import passes
+from bise.train.parameters import Trainable
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Gets every event: {"event": "step" | "evaluation" | "checkpoint" | "stopped", ...}."""
+
+CHECKPOINT_S = 60.0
+"""Seconds between checkpoints."""
+CLIP = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long and how fast."""
+
+    epochs: float = 3.0
+    batch: int = 8
+    """Texts per step."""
+    pass_tokens: int = 4096
+    """Tokens computed at once; a step of more is split, its gradients added up."""
+    lr: float = 1e-3
+    """Peak rate; it falls along a cosine to a tenth."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises."""
+    weight_decay: float = 0.0
+    seed: int = 0
+    evaluations: int = 10
+    """Evaluations over the run, the last step's included."""
+    patience: int = 3
+    """Evaluations without progress after which training ends; 0 never ends early."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints; None: one a minute."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 0.001, 1e4), ("batch", 1, 1 << 16), ("pass_tokens", 1, 1 << 24), ("lr", 1e-9, 10),
+            ("warmup", 0, 0.9), ("weight_decay", 0, 10), ("evaluations", 1, 10_000), ("patience", 0, 10_000),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be from {low:g} to {high:g}, got {value:g}", field=name)
+
+    def steps(self, num_texts: int) -> int:
+        """Return the steps of the whole run."""
+        return max(1, math.ceil(self.epochs * num_texts / self.batch))
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        warm = math.ceil(self.warmup * steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        share = (step - warm) / max(1, steps - warm)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    best_step: int = -1
+    best_loss: float = math.inf
+    bad_evaluations: int = 0
+    elapsed_s: float = 0.0
+    fingerprint: str = ""
+    """Of settings, data and model: a run is resumed with the same ones only."""
+
+
+class Training:
+    """One run."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        schedule: Schedule,
+        train: Sequence[LearnedText],
+        held_back: Sequence[LearnedText],
+        *,
+        run: Path,
+        fingerprint: str,
+        report: Report,
+    ) -> None:
+        """Take texts to learn and texts to evaluate on (there may be none); checkpoints go to `run`."""
+        self._trainable = trainable
+        self._schedule = schedule
+        self._train, self._held_back = train, held_back
+        self._run = run
+        self._report = report
+        self.progress = Progress(fingerprint=fingerprint)
+        self.steps = schedule.steps(len(train))
+        self.params = trainable.params
+        self.best: dict[str, Tensor] = {}
+        decay = [p for p in self.params.values() if p.ndim == 2]
+        rest = [p for p in self.params.values() if p.ndim != 2]
+        groups = [
+            {"params": decay, "weight_decay": schedule.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=(0.9, 0.99), foreach=False
+        )
+
+    def resume(self) -> int:
+        """Go on from the newest checkpoint; return its step, 0 when there is none. ModelFileError when it
+        belongs to another run.
+        """
+        found = load_latest(self._run)
+        if found is None:
+            return 0
+        tensors, saved = found
+        if saved.get("fingerprint") != self.progress.fingerprint:
+            raise ModelFileError(
+                f"{self._run} holds a run of other settings, data or model; repeat those to resume it, or "
+                "remove it to begin anew",
+                field=str(self._run),
+            )
+        self.progress = Progress(
+            step=int(number(saved, "step")),
+            best_step=int(number(saved, "best_step")),
+            best_loss=math.inf if saved["best_loss"] is None else number(saved, "best_loss"),
+            bad_evaluations=int(number(saved, "bad_evaluations")),
+            elapsed_s=number(saved, "elapsed_s"),
+            fingerprint=self.progress.fingerprint,
+        )
+        with torch.no_grad():
+            for name, param in self.params.items():
+                param.copy_(tensors[f"param.{name}"])
+                if f"best.{name}" in tensors:
+                    self.best[name] = tensors[f"best.{name}"].to(param.device)
+                self._optimizer.state[param] = {
+                    "step": torch.tensor(float(self.progress.step)),
+                    "exp_avg": tensors[f"first.{name}"].to(param.device),
+                    "exp_avg_sq": tensors[f"second.{name}"].to(param.device),
+                }
+        return self.progress.step
+
+    def run(self, should_stop: Callable[[], bool]) -> bool:
+        """Train to the end; return False when `should_stop` ended it, with a checkpoint to resume from.
+
+        Raises NonFiniteError when a loss is NaN or infinite; the last checkpoint stays as it was.
+        """
+        progress = self.progress
+        every = max(1, self.steps // self._schedule.evaluations)
+        started, before_s = time.monotonic(), progress.elapsed_s
+        saved_s = started
+        while progress.step < self.steps and not self._is_stale():
+            if should_stop():
+                self._save()
+                self._report({"event": "stopped", "step": progress.step})
+                return False
+            self._step(time.monotonic() - started + before_s)
+            progress.elapsed_s = time.monotonic() - started + before_s
+            if self._held_back and (progress.step % every == 0 or progress.step == self.steps):
+                self._evaluate()
+            wanted = self._schedule.checkpoint_steps
+            due = progress.step % wanted == 0 if wanted else time.monotonic() - saved_s > CHECKPOINT_S
+            if due:
+                self._save()
+                saved_s = time.monotonic()
+        return True
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the parameters of the best evaluation; the last ones where nothing was evaluated."""
+        return self.best or {name: param.detach() for name, param in self.params.items()}
+
+    def loss_of(self, texts: Sequence[LearnedText]) -> float:
+        """Return the mean loss in nats a learned token."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for group in passes(texts, self._schedule.pass_tokens):
+                losses = self._trainable.network.token_losses(group, self._trainable.loras())
+                total += float(losses.double().sum())
+                count += len(losses)
+        return total / count
+
+    def _is_stale(self) -> bool:
+        return 0 < self._schedule.patience <= self.progress.bad_evaluations
+
+    def _texts(self, step: int) -> list[LearnedText]:
+        """Return the texts of a step: every epoch goes through all of them in an order of its own."""
+        count = len(self._train)
+        chosen: list[LearnedText] = []
+        for place in range(step * self._schedule.batch, (step + 1) * self._schedule.batch):
+            order = np.random.default_rng([self._schedule.seed, place // count]).permutation(count)
+            chosen.append(self._train[int(order[place % count])])
+        return chosen
+
+    def _step(self, elapsed_s: float) -> None:
+        progress = self.progress
+        started = time.monotonic()
+        texts = self._texts(progress.step)
+        rate = self._schedule.rate(progress.step, self.steps)
+        learned = sum(sum(text.learned) for text in texts)
+        loss = 0.0
+        for group in passes(texts, self._schedule.pass_tokens):
+            part = self._trainable.network.token_losses(group, self._trainable.loras()).sum() / learned
+            part.backward()  # pyright: ignore[reportUnknownMemberType]
+            loss += float(part.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.params.values()), CLIP, foreach=False))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"the loss of step {progress.step + 1} is {loss}, its gradient {norm}: training came apart; "
+                f"lower --lr ({self._schedule.lr:g}); the last checkpoint in {self._run} is good"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        progress.step += 1
+        seconds = time.monotonic() - started
+        tokens = sum(len(text.ids) for text in texts)
+        self._report({
+            "event": "step", "step": progress.step, "steps": self.steps, "loss": loss, "lr": rate,
+            "gradient": norm, "tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9),
+            "eta_s": (elapsed_s + seconds) / progress.step * (self.steps - progress.step),
+        })  # fmt: skip
+
+    def _evaluate(self) -> None:
+        progress = self.progress
+        loss = self.loss_of(self._held_back)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the evaluation after step {progress.step} gave the loss {loss}; lower --lr"
+            )
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.bad_evaluations = loss, progress.step, 0
+            self.best = {name: param.detach().clone() for name, param in self.params.items()}
+        else:
+            progress.bad_evaluations += 1
+        self._report({"event": "evaluation", "step": progress.step, "loss": loss, "best": progress.best_loss})
+
+    def _save(self) -> None:
+        """Write a checkpoint, then announce it."""
+        progress = self.progress
+        if progress.step == 0:
+            return
+        tensors = {f"best.{name}": tensor.cpu() for name, tensor in self.best.items()}
+        for name, param in self.params.items():
+            state = cast("dict[str, Tensor]", self._optimizer.state[param])
+            tensors[f"param.{name}"] = param.detach().cpu()
+            tensors[f"first.{name}"] = state["exp_avg"].cpu()
+            tensors[f"second.{name}"] = state["exp_avg_sq"].cpu()
+        values = asdict(progress)
+        if not math.isfinite(progress.best_loss):
+            values["best_loss"] = None
+        path = save_checkpoint(self._run, progress.step, tensors, values)
+        self._report({"event": "checkpoint", "step": progress.step, "path": str(path)})
