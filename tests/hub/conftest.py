@@ -17,6 +17,9 @@ def _load(name: str):
     return sys.modules[name]
 
 
+_load("stub_hub")
+
+
 @pytest.fixture
 def stub():
     return _load("stub_hub")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from bise.hub.checksums import damaged_in
+from bise.hub.client import HubClient
+from bise.hub.pull import pull
 
 REPO = "owner/tiny"
 COMMIT = "c" * 40
@@ -67,8 +72,31 @@ class StubHub:
         return [headers for path, headers in self.seen if path.endswith(f"/{name}")]
 
 
+def fetch(hub, token=None, accept=lambda listing, size: None, name="tiny", silence_s=5.0):
+    with HubClient(hub.url, token, silence_s=silence_s) as client:
+        return pull(client, REPO, "main", name, accept=accept, pause=lambda seconds: None)
+
+
+def installed(home) -> dict[str, bytes] | None:
+    folder = home / "models" / "tiny"
+    return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.exists() else None
+
+
+def assert_whole(hub, home):
+    files = installed(home)
+    assert {name: files[name] for name in hub.files} == hub.files
+    assert set(files) == {*hub.files, "pulled.json", "SHA256SUMS"}
+    assert damaged_in(home / "models" / "tiny") == []
+    staging = home / "models" / ".pulling"
+    assert [entry.name for entry in staging.iterdir()] == ["tiny.lock"]
+
+
 def _handler(hub: StubHub):
     class Handler(BaseHTTPRequestHandler):
+        def handle(self):
+            with contextlib.suppress(ConnectionError):  # of pulls that were killed
+                super().handle()
+
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_):

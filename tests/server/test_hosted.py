@@ -1,4 +1,4 @@
-"""Hosted models beside local ones: same routes, same checks, one ledger row, whatever the other machine does."""
+"""Hosted models beside local ones: same routes and checks, one ledger row, whatever the host does."""
 
 from __future__ import annotations
 

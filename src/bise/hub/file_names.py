@@ -10,15 +10,17 @@ from bise.errors import HubError, quoted
 
 MAX_NAME_BYTES = 255
 _DEVICES = frozenset(
-    ("con", "prn", "aux", "nul", "clock$", "conin$", "conout$")
-    + tuple(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³")
+    (
+        *("con", "prn", "aux", "nul", "clock$", "conin$", "conout$"),
+        *(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"),
+    )
 )
 _SMALL = frozenset(
     (
         "config.json", "generation_config.json", "params.json", "tokenizer.json", "tokenizer_config.json",
-        "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tekken.json", "chat_template.json",
-        "chat_template.jinja", "model.safetensors.index.json", "consolidated.safetensors.index.json",
-        "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+        "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tekken.json",
+        "chat_template.json", "chat_template.jinja", "model.safetensors.index.json",
+        "consolidated.safetensors.index.json",         "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
     )
 )  # fmt: skip
 _TOKENIZER = re.compile(r"tokenizer\.model\.v[0-9]{1,2}(m[0-9]{1,2})?")
@@ -56,7 +58,7 @@ def check_names(names: Iterable[object]) -> list[str]:
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded in seen:
             raise HubError(
-                f"the hub lists {quoted(seen[folded])} and {quoted(name)}, which some disks take for one file; "
+                f"the hub lists {quoted(seen[folded])} and {quoted(name)}, which are one file to some disks; "
                 "nothing was pulled"
             )
         seen[folded] = name
@@ -101,8 +103,8 @@ def needed_files(names: Sequence[str]) -> list[str]:
     else:
         raise HubError(
             "the repository has no model that can be pulled: neither config.json + *.safetensors nor "
-            "params.json + consolidated*.safetensors (pickles are never fetched; a .gguf file can be put under "
-            "models by hand)"
+            "params.json + consolidated*.safetensors (pickles are never fetched; a .gguf file can be put "
+            "under models by hand)"
         )
-    small = [name for name in plain if (name in _SMALL or _TOKENIZER.fullmatch(name)) and name not in other]
+    small = [n for n in plain if (n in _SMALL or _TOKENIZER.fullmatch(n)) and n not in other]
     return [*sorted(small), *sorted(chosen)]

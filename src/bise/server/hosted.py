@@ -40,8 +40,9 @@ _PASSED = (
     "reasoning_effort",
 )  # fmt: skip
 _REFUSED = (
-    "top_k", "min_p", "typical_p", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids", "ignore_eos",
-    "logprobs", "prompt_logprobs", "prediction", "prompt_mode", "deadline_s", "truncate", "priority",
+    "top_k", "min_p", "typical_p", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids",
+    "ignore_eos", "logprobs", "prompt_logprobs", "prediction", "prompt_mode", "deadline_s",
+    "truncate", "priority",
 )  # fmt: skip
 
 
@@ -193,7 +194,7 @@ async def chat_elsewhere(
 
 
 def _chat_request(job: HostedJob, body: ChatRequest) -> tuple[Checks, dict[str, Any]]:
-    """Return what to check and what to send; in a thread. Raises RequestError for what cannot be passed on."""
+    """Return what to check and what to send; in a thread. RequestError for what cannot be passed on."""
     for name in _REFUSED:
         if getattr(body, name, None):
             raise RequestError(f"{name} is not possible with a model that is hosted elsewhere", field=name)
@@ -210,10 +211,10 @@ def _chat_request(job: HostedJob, body: ChatRequest) -> tuple[Checks, dict[str, 
     if body.response_format is not None:
         wanted["response_format"] = given["response_format"]
     if body.tools:
-        choice = given.get("tool_choice", "auto")
+        choice: Any = given.get("tool_choice", "auto")
         wanted["tools"] = [tool for tool in body.tools if _name(tool) in checks.arguments] or body.tools
         if isinstance(choice, dict) and "allowed_tools" in choice:
-            choice = choice["allowed_tools"]["mode"]
+            choice = cast(dict[str, Any], choice)["allowed_tools"]["mode"]
         if choice in ("any", "required"):
             choice = "any" if spec.dialect == "mistral" else "required"
         wanted["tool_choice"] = choice
@@ -379,7 +380,8 @@ class HostedChat:
 
     def _head(self) -> dict[str, object]:
         return {
-            "id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self._job.model,
+            "id": self._id, "object": "chat.completion.chunk", "created": self._created,
+            "model": self._job.model,
         }  # fmt: skip
 
 

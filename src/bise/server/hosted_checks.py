@@ -126,7 +126,7 @@ class Checks:
             raise lie("sent an answer that is no JSON, though JSON was asked for") from error
         if self.is_json and not isinstance(value, dict):
             raise lie("sent an answer that is no JSON object, though one was asked for")
-        if self.schema is not None and not _is_valid(self.schema, value):
+        if self.schema is not None and not _is_valid(self.schema, cast(object, value)):
             raise lie("sent an answer that does not match the schema of response_format")
 
     def checked_calls(self, calls: object, seed: str) -> list[dict[str, Any]]:
@@ -179,25 +179,28 @@ def reason_of(choice: Mapping[str, Any], calls: int) -> str:
 
 def _validator(schema: dict[str, Any] | bool, place: str) -> Any:
     """Return a validator that follows no reference out of the schema and runs in linear time on patterns."""
-    import jsonschema
-    import re2
+    import re2  # pyright: ignore[reportMissingTypeStubs]
+    from jsonschema import Draft202012Validator, SchemaError, ValidationError, validators
     from referencing import Registry
 
+    patterns: Any = re2
+    extend: Any = validators.extend  # pyright: ignore[reportUnknownMemberType]
+
     def pattern(validator: object, wanted: str, value: object, schema: object) -> Any:
-        if isinstance(value, str) and not re2.search(wanted, value):
-            yield jsonschema.ValidationError("does not match the pattern")
+        if isinstance(value, str) and not patterns.search(wanted, value):
+            yield ValidationError("does not match the pattern")
 
     text = json.dumps(schema)
     if '"patternProperties"' in text or '"$dynamicRef"' in text:
         raise RequestError(f"{place}: patternProperties cannot be checked for a hosted model", field=place)
-    checker = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": pattern})
+    checker = extend(Draft202012Validator, {"pattern": pattern})
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
+        Draft202012Validator.check_schema(schema)
         for wanted in _patterns(schema):
-            re2.compile(wanted)
-    except (jsonschema.SchemaError, re2.error, RecursionError) as error:
+            patterns.compile(wanted)
+    except (SchemaError, patterns.error, RecursionError) as error:
         raise RequestError(f"{place}: is no JSON Schema that can be checked", field=place) from error
-    return checker(schema, registry=Registry())
+    return checker(schema, registry=cast(Any, Registry)())
 
 
 def _patterns(schema: object) -> list[str]:
