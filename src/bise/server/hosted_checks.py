@@ -184,7 +184,7 @@ def _validator(schema: dict[str, Any] | bool, place: str) -> Any:
     from referencing import Registry
 
     patterns: Any = re2
-    extend: Any = validators.extend  # pyright: ignore[reportUnknownMemberType]
+    extend: Any = cast(Any, validators).extend
 
     def pattern(validator: object, wanted: str, value: object, schema: object) -> Any:
         if isinstance(value, str) and not patterns.search(wanted, value):
