@@ -21,7 +21,7 @@ _SMALL = frozenset(
         "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "tekken.json",
         "chat_template.json", "chat_template.jinja", "model.safetensors.index.json",
         "consolidated.safetensors.index.json",
-                "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
+        "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md",
     )
 )  # fmt: skip
 _TOKENIZER = re.compile(r"tokenizer\.model\.v[0-9]{1,2}(m[0-9]{1,2})?")
