@@ -32,7 +32,7 @@ VERBS = {
     "keys": "Make, list and revoke API keys.",
     "usage": "Tell who used what: requests, tokens, time, energy and cost.",
     "prices": "Show or change the price book.",
-    "models": "List the models on this machine and the known aliases.",
+    "models": "List the models on this machine, hosted ones and known aliases; fetch, check, remove them.",
     "config": "Show the configuration that counts.",
     "doctor": "Check this machine and this installation.",
 }
