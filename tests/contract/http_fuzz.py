@@ -152,7 +152,7 @@ RESPONSES: dict[str, tuple[str, list[Any]]] = {
     "top_logprobs": ("integer", [21, -1]),
     "previous_response_id": ("", ["resp_nope", 5]),
     "background": ("", [True]),
-    "truncation": ("", ["auto"]),
+    "truncation": ("", ["oldest", "Auto"]),
     "stream": ("true", ["x"]),
     "metadata": ("object", [{"a": 1}]),
 }  # fmt: skip
