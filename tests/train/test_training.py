@@ -1,0 +1,276 @@
+"""Losses, gradients, runs that resume, results that other programs read."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bise.errors import ConfigError, EngineError, NonFiniteError, UserError
+from bise.model.checkpoint import open_model
+from bise.model.lora import BASE_HASH, open_adapter
+from bise.model.packed import content_hash
+from bise.text.turns import LearnedText
+from bise.train.checkpoint import load_latest
+from bise.train.export import merged_weights
+from bise.train.job import JobSettings, run_directory, run_job
+from bise.train.loop import Schedule, Training
+from bise.train.network import Network, passes, read_weights, torch_ops
+from bise.train.parameters import FullParameters, LoraParameters
+from bise.train.parity import require_parity
+
+SETTINGS = JobSettings(
+    rank=4, held_back=0.2, schedule=Schedule(epochs=4, batch=4, checkpoint_steps=2, lr=0.01)
+)
+
+
+def texts(count: int = 5, seed: int = 0) -> list[LearnedText]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for length in rng.integers(5, 40, count):
+        ids = tuple(int(token) for token in rng.integers(20, 4000, length))
+        found.append(LearnedText(ids, (False, False, *(True,) * (length - 2))))
+    return found
+
+
+def lora(path: Path, dtype: str = "f64") -> LoraParameters:
+    parameters = LoraParameters(
+        open_model(path),
+        torch_ops(dtype, "cpu"),
+        rank=3,
+        alpha=6,
+        targets=("wq", "wv", "wo", "w1", "w2"),
+        seed=1,
+    )
+    generator = torch.Generator().manual_seed(2)
+    for name, param in parameters.params.items():
+        param.data = param.data.double() if dtype == "f64" else param.data
+        if name.endswith(".b"):
+            param.data += torch.randn(param.shape, generator=generator) * 0.05
+    return parameters
+
+
+def train(model: Path, data: Path, out: Path, settings=SETTINGS, *, resume=False, stop_at=None):
+    events = []
+
+    def should_stop():
+        return stop_at is not None and sum(event["event"] == "step" for event in events) >= stop_at
+
+    result = run_job(model, data, out, settings, resume=resume, report=events.append, should_stop=should_stop)
+    return result, events
+
+
+def test_texts_packed_into_one_pass_have_the_losses_that_each_has_alone(tiny_dir):
+    parameters = lora(tiny_dir)
+    packed = parameters.network.token_losses(texts(), parameters.loras())
+    alone = torch.cat([parameters.network.token_losses([text], parameters.loras()) for text in texts()])
+    assert packed.dtype == torch.float64
+    assert torch.allclose(packed, alone, rtol=0, atol=1e-12)
+
+
+def test_no_text_sees_its_neighbour(tiny_dir):
+    parameters = lora(tiny_dir)
+    first, second = texts(2)
+    changed = LearnedText(tuple(token + 1 for token in first.ids), first.learned)
+    after = [
+        parameters.network.token_losses([text, second])[-sum(second.learned) :] for text in (first, changed)
+    ]
+    assert torch.equal(*after)
+
+
+def test_gradients_are_those_of_finite_differences(tiny_dir):
+    parameters = lora(tiny_dir)
+    parameters.network.token_losses(texts(2), parameters.loras()).sum().backward()
+    rng = np.random.default_rng(4)
+    for param in parameters.params.values():
+        row, column = (int(rng.integers(size)) for size in param.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                param[row, column] += step
+                values.append(float(parameters.network.token_losses(texts(2), parameters.loras()).sum()))
+                param[row, column] -= step
+        slope = (values[0] - values[1]) / 2e-5
+        assert float(param.grad[row, column]) == pytest.approx(slope, rel=1e-5, abs=1e-6)
+
+
+def test_full_gradients_in_float32_are_those_of_float64(tiny_dir):
+    source = open_model(tiny_dir)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        weights = {name: w.requires_grad_() for name, w in read_weights(source, "cpu", dtype).items()}
+        network = Network(
+            source.config, weights, torch_ops("f64" if dtype == torch.float64 else "f32", "cpu")
+        )
+        network.token_losses(texts(3)).sum().backward()
+        grads.append({name: weight.grad.double() for name, weight in weights.items()})
+    for name, exact in grads[0].items():
+        assert torch.linalg.vector_norm(grads[1][name] - exact) <= 1e-4 * torch.linalg.vector_norm(exact), (
+            name
+        )
+
+
+def test_an_adapter_equals_the_dense_update_of_its_product(tiny_dir):
+    parameters = lora(tiny_dir)
+    source = open_model(tiny_dir)
+    weights = read_weights(source, "cpu", torch.float64)
+    for name, (a, b, scale) in parameters.loras().items():
+        weights[name] = weights[name] + scale * (b @ a).detach()
+    dense = Network(source.config, weights, torch_ops("f64", "cpu")).token_losses(texts())
+    plain = Network(source.config, read_weights(source, "cpu", torch.float64), torch_ops("f64", "cpu"))
+    adapted = parameters.network.token_losses(texts(), parameters.loras())
+    # The adapter's own products are rounded nowhere: float64 in, float64 out.
+    assert torch.allclose(adapted, dense, rtol=0, atol=1e-10)
+    assert not torch.allclose(adapted, plain.token_losses(texts()), atol=1e-3)
+
+
+# The adapter cannot move the random embeddings that are its output too, so it stays a little less sure.
+@pytest.mark.parametrize(("method", "bound"), [("lora", 0.3), ("full", 0.1)])
+def test_one_batch_is_learned_by_heart(method, bound, tiny_dir, tmp_path):
+    source, ops = open_model(tiny_dir), torch_ops("f32", "cpu")
+    if method == "lora":
+        trainable = LoraParameters(
+            source, ops, rank=16, alpha=32, targets=("wq", "wv", "wo", "w1", "w2", "w3"), seed=0
+        )
+    else:
+        trainable = FullParameters(source, ops)
+    schedule = Schedule(epochs=240, batch=2, lr=0.01)
+    training = Training(
+        trainable, schedule, texts(2), [], run=tmp_path, fingerprint="", report=lambda event: None
+    )
+    before = training.loss_of(texts(2))
+    assert training.run(lambda: False)
+    assert before > 7
+    assert training.loss_of(texts(2)) < bound
+
+
+def test_passes_hold_at_most_the_tokens_asked_for():
+    groups = list(passes(texts(9), 60))
+    assert [text for group in groups for text in group] == texts(9)
+    assert all(len(group) == 1 or sum(len(text.ids) for text in group) <= 60 for group in groups)
+
+
+def test_a_job_makes_an_adapter_that_is_bound_to_its_base(tiny_dir, data_path, tmp_path):
+    result, events = train(tiny_dir, data_path, tmp_path / "out")
+    assert result.parity < 1e-3
+    source = open_model(tiny_dir)
+    file = open_adapter(tmp_path / "out", source.config)
+    assert file.base_sha256 == content_hash(source)
+    assert file.rank == 4
+    assert {event["event"] for event in events} == {"step", "evaluation", "checkpoint"}
+    assert (tmp_path / "out" / "loss.svg").read_text().startswith("<svg")
+    assert not run_directory(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(method, tiny_dir, data_path, tmp_path):
+    settings = replace(SETTINGS, method=method)
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    train(tiny_dir, data_path, tmp_path / "whole", settings)
+    for number, stop_at in enumerate((1, 3, 6)):
+        out = tmp_path / f"parts{number}"
+        assert train(tiny_dir, data_path, out, settings, stop_at=stop_at)[0] is None
+        assert not out.exists()
+        train(tiny_dir, data_path, out, settings, resume=True)
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_is_resumed_with_the_same_settings_only(tiny_dir, data_path, tmp_path):
+    out = tmp_path / "out"
+    train(tiny_dir, data_path, out, stop_at=2)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(tiny_dir, data_path, out)
+    with pytest.raises(UserError, match="other settings"):
+        train(tiny_dir, data_path, out, replace(SETTINGS, rank=8), resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_loads_the_adapter_and_computes_the_same(tiny_dir, data_path, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    train(tiny_dir, data_path, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    source = open_model(tiny_dir)
+    ids = texts(1)[0].ids
+    probe = LearnedText(ids, (False, *(True,) * (len(ids) - 1)))
+    merged = Network(source.config, merged_weights(source, tmp_path / "out"), torch_ops("f32", "cpu"))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        theirs = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        assert torch.allclose(theirs, merged.token_losses([probe]), atol=1e-4)
+
+
+def test_a_learning_rate_that_blows_up_stops_with_one_line(tiny_dir, tmp_path):
+    trainable = FullParameters(open_model(tiny_dir), torch_ops("f32", "cpu"))
+    with torch.no_grad():
+        trainable.params["norm"][0] = float("nan")
+    training = Training(
+        trainable, Schedule(), texts(), [], run=tmp_path, fingerprint="", report=lambda event: None
+    )
+    with pytest.raises(NonFiniteError, match="lower --lr"):
+        training.run(lambda: False)
+
+
+def test_an_adapter_that_the_engine_computes_otherwise_is_not_published():
+    assert require_parity([-1.0, -2.0], [-1.0, -2.0 + 1e-5]) == pytest.approx(1e-5)
+    for wrong in (-2.01, float("nan")):
+        with pytest.raises(EngineError, match="not published"):
+            require_parity([-1.0, -2.0], [-1.0, wrong])
+
+
+def test_data_with_a_bad_line_is_not_trained_on(tiny_dir, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(UserError, match="line 1: messages"):
+        train(tiny_dir, path, tmp_path / "out")
+    assert not run_directory(tmp_path / "out").exists()
+
+
+KILLED = """
+import sys, os
+from pathlib import Path
+import torch
+from bise.train.checkpoint import save_checkpoint
+run = Path(sys.argv[1])
+for step in range(1, 10_000):
+    path = save_checkpoint(run, step, {"x": torch.full((50_000,), float(step))}, {"step": step})
+    os.write(1, f"{step}\\n".encode())
+"""
+
+
+def test_the_last_announced_checkpoint_loads_after_kill_9(tmp_path):
+    rng = np.random.default_rng(0)
+    for turn in range(4):
+        run = tmp_path / str(turn)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(run)], stdout=subprocess.PIPE)
+        seen = 0
+        for _ in range(int(rng.integers(2, 30))):
+            seen = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        seen = max([seen, *(int(line) for line in process.stdout.read().split())])
+        process.wait()
+        process.stdout.close()
+        tensors, progress = load_latest(run)
+        assert progress["step"] >= seen
+        assert torch.equal(tensors["x"], torch.full((50_000,), float(progress["step"])))
+
+
+def test_the_published_settings_are_json(tiny_dir, data_path, tmp_path):
+    train(tiny_dir, data_path, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["settings"]["rank"] == 4
+    assert summary["result"]["steps"] > 0
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert BASE_HASH == "bise.base_sha256"
