@@ -56,8 +56,7 @@ def fake(monkeypatch, model_dir):
     """The fake that every load returns; change it before running."""
     module = _fake_module()
     loaded = module.fake_loaded(model_dir)
-    fake_load = module.install(lambda path: loaded)
-    monkeypatch.setitem(sys.modules, "bise.engine.load", fake_load)
+    monkeypatch.setitem(sys.modules, "bise.engine.load", module.stand_in(lambda path: loaded))
     return loaded
 
 

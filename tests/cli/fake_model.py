@@ -35,6 +35,7 @@ class FakeTokenizer:
     bos_id = BOS
     adds_bos = True
     stop_ids = frozenset({EOS})
+    space_prefix = False
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         return [byte + 3 for byte in text.encode()]
@@ -172,17 +173,16 @@ def fake_loaded(path: Path) -> FakeLoaded:
     return FakeLoaded(source)
 
 
-def install(make: Callable[[Path], FakeLoaded] = fake_loaded) -> ModuleType:
-    """Put a `bise.engine.load` in place that makes fakes, and return it."""
+def stand_in(make: Callable[[Path], FakeLoaded] = fake_loaded) -> ModuleType:
+    """Return a module to put in the place of `bise.engine.load`: it makes fakes."""
     module = ModuleType("bise.engine.load")
     module.LoadedModel = FakeLoaded  # type: ignore[attr-defined]
     module.load_model = lambda path, **_: make(path)  # type: ignore[attr-defined]
-    sys.modules["bise.engine.load"] = module
     return module
 
 
 if __name__ == "__main__":
     from bise.cli.app import main
 
-    install()
+    sys.modules["bise.engine.load"] = stand_in()
     main()

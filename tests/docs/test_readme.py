@@ -45,6 +45,8 @@ def test_every_verb_and_flag_that_the_readme_shows_exists():
     for verb, rest in shown:
         assert verb in VERBS
         command = bise.get_command(click.Context(bise), verb)
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), rest.split()[0])
         flags = {flag for param in command.params for flag in param.opts}
         assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= flags
 
