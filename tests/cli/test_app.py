@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from bise.cli.app import VERBS, bise, run
@@ -54,7 +55,7 @@ def test_importing_bise_imports_no_other_package():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_summary_of_a_verb_is_the_first_line_of_its_help(verb):
-    command = bise.get_command(None, verb)
+    command = bise.get_command(click.Context(bise), verb)
     assert command is not None
     assert command.help.splitlines()[0] == VERBS[verb]
 

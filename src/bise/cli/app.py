@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
         if cmd_name not in VERBS:
             return None
         command: click.Command = import_module(f"bise.cli.{cmd_name}").command
-        if ctx is not None and (tables := read_config()):
+        if tables := read_config():
             if unknown := tables.keys() - VERBS.keys():
                 raise ConfigError(
                     f"{config_path()}: [{min(unknown)}] is no command of bise", field=min(unknown)

@@ -34,8 +34,7 @@ class WireModel(BaseModel):
 
 M = TypeVar("M", bound=WireModel)
 
-ELSEWHERE = frozenset(
-    """
+_ELSEWHERE = """
     messages prompt input suffix instructions system prefix echo n best_of stop stop_sequences stop_token_ids
     temperature top_p top_k min_p typical_p presence_penalty frequency_penalty repetition_penalty logit_bias
     seed random_seed min_tokens max_tokens max_completion_tokens max_output_tokens ignore_eos logprobs
@@ -45,8 +44,8 @@ ELSEWHERE = frozenset(
     continue_final_message guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
     structured_outputs grammar json_schema regex ebnf bad_words allowed_token_ids use_beam_search
     length_penalty mirostat mirostat_tau mirostat_eta dry_multiplier thinking_token_budget
-    """.split()
-)
+"""
+ELSEWHERE = frozenset(_ELSEWHERE.split())
 """Fields that change answers, here on another route or on other servers: never ignored."""
 
 

@@ -296,7 +296,7 @@ def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
     if prefix and body.response_format is not None and reading.grammar is not None:
         # The whole answer begins with the prefix; behind it the grammar would begin anew.
         raise RequestError(
-            "response_format and a prefix cannot be kept together: the answer would not obey it; leave one out",
+            "response_format and a prefix cannot be kept together: the answer would not obey it; drop one",
             field="response_format",
         )
     ids = fitted(job, body, messages, reading.shown_tools)

@@ -117,7 +117,7 @@ def read_data(
             example = Example(number, *_read_line(raw, number, tokenizer, template))
         except BiseError as error:
             reason = str(error).removeprefix(f"line {number}: ").removeprefix(f"line {number} ")
-            bad.append(BadLine(number, error.field if _is_place(error) else "", reason))
+            bad.append(BadLine(number, (error.field or "") if _is_place(error) else "", reason))
             continue
         earlier = first_lines.setdefault(example.texts, number)
         if earlier != number:

@@ -14,7 +14,7 @@ from bise.train.data import DataFile, histogram
 PASS_TOKENS = 4096
 _RANK = 16
 _EFFICIENCY = 0.25
-"""Training's share of the speed of a large matrix product (brise on 2 cores of Zen 4, 22 Nov 2026)."""
+"""Training's share of the speed of a large matrix product: a guess, not a measurement."""
 _PROCESS_BYTES = 500 << 20
 """PyTorch itself."""
 

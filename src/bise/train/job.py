@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -239,7 +239,8 @@ def _gate(
             param.copy_(value.to(stored))
         losses = check.network.token_losses(probes, check.loras())
     served = engine_logprobs(model if is_lora else partial, partial if is_lora else None, probes)
-    return require_parity((-losses.double()).tolist(), served)
+    trained = cast("list[float]", (-losses.double()).tolist())  # pyright: ignore[reportUnknownMemberType]
+    return require_parity(trained, served)
 
 
 def _float32(settings: JobSettings) -> JobSettings:

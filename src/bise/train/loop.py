@@ -226,7 +226,7 @@ class Training:
             )
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         self._optimizer.zero_grad()
         progress.step += 1
         seconds = time.monotonic() - started

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from bise.config import ModelConfig
@@ -103,9 +103,7 @@ def write_adapter(
         _, layer, weight, half = name.split(".")
         module = f"base_model.model.model.layers.{layer}.{parts[weight]}"
         stored[f"{module}.lora_{half.upper()}.weight"] = tensor.detach().cpu().contiguous()
-    save_file(
-        stored, directory / WEIGHTS_FILE, metadata={BASE_HASH: base_sha256}
-    )
+    save_file(stored, directory / WEIGHTS_FILE, metadata={BASE_HASH: base_sha256})
     (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private
     config = {
         "peft_type": "LORA",
