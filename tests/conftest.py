@@ -4,6 +4,7 @@ pages.
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Sequence
 
@@ -18,6 +19,10 @@ from bise.model.batch import Batch
 # The same examples on every run: what CI sees is what everyone sees.
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.load_profile("fixed")
+
+# A shell that starts this in the background ignores Ctrl-C for it and all it starts; programs under test must not
+# inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class ByteTokenizer:
