@@ -20,8 +20,8 @@ from bise.model.batch import Batch
 settings.register_profile("fixed", derandomize=True, database=None)
 settings.load_profile("fixed")
 
-# A shell that starts this in the background ignores Ctrl-C for it and all it starts; programs under test must not
-# inherit that.
+# A shell that starts this in the background ignores Ctrl-C for it and all it starts; programs under test must
+# not inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
