@@ -77,11 +77,11 @@ def drill_rows(mixture: Mixture, data: Path) -> list[Row]:
     chance = random.Random(f"{mixture.seed}:drills")
     held = read_rows(data / "valid" / "chat.jsonl.zst")
     left_out = frozenset(text.lower() for row in held for text in row_texts(row))
-    words = vocabulary(read_rows(data / WORDNET))
-    found = list(echoes(words, mixture.drills["echoes"], chance))
+    entries = list(read_rows(data / WORDNET))
+    found = list(echoes(vocabulary(entries), mixture.drills["echoes"], chance))
     found += sums(mixture.drills["sums"], chance, left_out)
     counts = word_counts(data)
-    known = drilled_meanings(mixture, data, counts)
+    known = meanings(entries, counts, mixture.drills["words"])
     return found + list(definitions(known, counts, mixture.drills["definitions"], chance))
 
 
@@ -92,11 +92,6 @@ def word_counts(data: Path) -> Counter[str]:
         for row in read_rows(data / path):
             counts.update(re.findall(r"[a-z]+", row["text"]) if "text" in row else ())
     return counts
-
-
-def drilled_meanings(mixture: Mixture, data: Path, counts: Counter[str]) -> dict[str, tuple[str, str]]:
-    """Return (part of speech, meaning) of the words whose meaning is drilled, commonest first."""
-    return meanings(read_rows(data / WORDNET), counts, mixture.drills["words"])
 
 
 def concatenate(

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from chat import BOS, EOS, PAD, ChatEncoder
-from data import drilled_meanings, word_counts
-from drills import definition
+from data import WORDNET, word_counts
+from drills import definition, meanings
 from export import read_export
 from mixture import SMALLTALK, Message, Mixture, read_rows, renamed
 from network import Weights
@@ -176,7 +176,7 @@ def recall(
     answer: Callable[[list[list[int]]], list[list[int]]], encoder: ChatEncoder, mixture: Mixture, data: Path
 ) -> dict[str, int]:
     """Return how many of the drilled meanings come back word for word: what was learnt by heart, no more."""
-    known = drilled_meanings(mixture, data, word_counts(data))
+    known = meanings(read_rows(data / WORDNET), word_counts(data), mixture.drills["words"])
     prompts = [encoder.chat([{"role": "user", "content": f"Define {word}."}]).ids for word in known]
     said = [normal(encoder.decode(ids)) for ids in answer(prompts)]
     right = [
