@@ -2,8 +2,8 @@
 
 Every way to compute (who else runs and when they come, chunks, threads, prefix cache, preemption, guesses) is
 crossed with every other, for a dense and an expert model, for 16 and 8 bit keys and values. Half of the
-requests are greedy, half are sampled. `make identities` takes all of it; CI takes the few ways in which any two
-values of any two dimensions meet once, since what goes wrong takes two features that meet.
+requests are greedy, half are sampled. `make identities` takes all of it; CI takes the few ways in which any
+two values of any two dimensions meet once, since what goes wrong takes two features that meet.
 """
 
 from __future__ import annotations
