@@ -25,6 +25,12 @@ class ContextView:
     """Prompt tokens of the last answer."""
     dropped_first: str | None
     """Id of the oldest message, which would go first if the window overflowed."""
+    sliding_window: int | None = None
+    """Tokens that one token sees in the layers with a sliding window."""
+    dropping: dict[str, Any] | None = None
+    """Where it overflows: `messages` and `tokens` of the oldest turns that would have to go, and `keep_from`,
+    the id of the first message that could stay (None when not even the last turn fits).
+    """
 
 
 async def view_context(
@@ -62,6 +68,7 @@ async def view_context(
     segments = [{"kind": kind, "tokens": history if kind == "history" else counted[kind]} for kind in order]
     last = next((message for message in reversed(branch) if message.usage is not None), None)
     usage = {} if last is None or last.usage is None else last.usage
+    over = 0 if facts.context is None else used + 1 - facts.context
     return ContextView(
         model=facts.id,
         window=facts.context,
@@ -70,7 +77,19 @@ async def view_context(
         cached=int(usage.get("cached_tokens", 0)),
         prompt=int(usage.get("prompt_tokens", 0)),
         dropped_first=branch[0].id if branch else None,
+        sliding_window=facts.sliding_window,
+        dropping=await _dropping(models, facts.id, branch, over) if over > 0 and branch else None,
     )
+
+
+async def _dropping(models: ChatModels, model: str, branch: list[Message], over: int) -> dict[str, Any]:
+    """Return how many of the oldest turns hold at least `over` tokens."""
+    tokens = 0
+    for index, message in enumerate(branch):
+        if tokens >= over and message.role == "user":
+            return {"messages": index, "tokens": tokens, "keep_from": message.id}
+        tokens += await models.count_text(model, message.text)
+    return {"messages": len(branch), "tokens": tokens, "keep_from": None}
 
 
 async def _count(models: ChatModels, model: str, messages: list[dict[str, str]]) -> int:

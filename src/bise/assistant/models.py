@@ -33,6 +33,8 @@ class ModelFacts:
     is_embedded: bool = False
     """The small model that comes with bise: it can chat but knows little."""
     fault: str | None = None
+    sliding_window: int | None = None
+    """Tokens that one token sees in the layers with a sliding window; None where every layer sees all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ class FleetModels:
                 state=card.state,
                 is_embedded=is_embedded(card.spec.path),
                 fault=card.fault,
+                sliding_window=None if card.plan is None else card.plan.window,
             )
             for card in self._fleet.cards()
         ]

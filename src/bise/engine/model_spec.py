@@ -92,6 +92,8 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     temperature: float = PLAIN_TEMPERATURE
     """For callers that name none: what the model's author suggests."""
+    window: int | None = None
+    """Keys that a token sees in the layers with a sliding window; None where every layer sees all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,7 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
         modified_s=spec.path.stat().st_mtime,
         notes=notes,
         temperature=suggested_temperature(source.path),
+        window=max((window for window in source.config.windows if window is not None), default=None),
     )
 
 

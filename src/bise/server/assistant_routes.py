@@ -22,6 +22,7 @@ from bise.assistant.context import view_context
 from bise.assistant.exchange import as_json, as_markdown, read_export, store_imported
 from bise.assistant.runs import Event, Run
 from bise.assistant.service import Assistant
+from bise.server.assistant_folders import add_folders, folder_facts
 from bise.server.assistant_page import PAGE_HEADERS, StaticPage
 from bise.server.assistant_people import People, Person, check_origin
 
@@ -102,6 +103,7 @@ def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIR
     _add_documents(router, assistant, who)
     _add_messages(router, assistant, who)
     _add_runs(router, assistant, who)
+    add_folders(router, assistant, who)
     return router
 
 
@@ -137,6 +139,7 @@ def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], wh
             "models": [dataclasses.asdict(facts) for facts in service.models.facts()],
             "settings": await service.preferences(person.owner),
             "conversations": [dataclasses.asdict(found) for found in listing],
+            "folders": await folder_facts(service, person.owner),
             "runs": [_run_facts(run) for run in service.runs.live(person.owner)],
         }
 

@@ -1,0 +1,103 @@
+"""Folders and changes of many conversations, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+from fastapi import FastAPI
+
+from bise.assistant.scripted import ScriptedModels
+from bise.assistant.service import Assistant
+from bise.assistant.storage import Memory
+from bise.errors import BiseError
+from bise.server.assistant_people import Person
+from bise.server.assistant_routes import assistant_router
+from bise.server.problem import error_response
+
+API = "/api/v1"
+
+
+class ByHeader:
+    async def person(self, request):
+        return Person(request.headers.get("x-person", "ann"), "", "user")
+
+
+def run(scenario):
+    """Run an async test with a client of a fresh site."""
+
+    async def inside():
+        assistant = Assistant(Memory(), ScriptedModels(lambda _: "Yes."))
+        app = FastAPI()
+        app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
+        app.include_router(assistant_router(lambda: assistant, ByHeader()))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            await scenario(client)
+        await assistant.close()
+
+    asyncio.run(inside())
+
+
+async def made(client, title, **headers):
+    answer = await client.post(f"{API}/conversations", json={"title": title}, headers=headers)
+    return answer.json()["id"]
+
+
+async def folders(client, **headers):
+    found = (await client.get(f"{API}/folders", headers=headers)).json()["folders"]
+    return {folder["name"]: folder["conversations"] for folder in found}
+
+
+def test_conversations_are_filed_together_and_a_folder_is_renamed_and_dissolved():
+    async def scenario(client):
+        ids = [await made(client, f"c{number}") for number in range(3)]
+        moved = await client.post(
+            f"{API}/conversations/change", json={"ids": ids[:2], "changes": {"folder": " The  sis "}}
+        )
+        assert moved.json() == {"changed": 2}
+        assert await folders(client) == {"The sis": 2}
+        found = await client.get(f"{API}/folders/conversations", params={"name": "The sis"})
+        assert {entry["title"] for entry in found.json()["conversations"]} == {"c0", "c1"}
+        await client.post(f"{API}/folders/rename", json={"name": "The sis", "to": "Thesis"})
+        assert await folders(client) == {"Thesis": 2}
+        await client.delete(f"{API}/conversations/{ids[0]}")
+        assert await folders(client) == {"Thesis": 1}
+        await client.post(f"{API}/folders/rename", json={"name": "Thesis", "to": None})
+        assert await folders(client) == {}
+
+    run(scenario)
+
+
+def test_a_change_of_many_is_all_or_nothing_and_of_a_few_fields_only():
+    async def scenario(client):
+        ids = [await made(client, "one"), "nobody's"]
+        answer = await client.post(
+            f"{API}/conversations/change", json={"ids": ids, "changes": {"pinned": True}}
+        )
+        assert answer.status_code == 404
+        listing = (await client.get(f"{API}/conversations")).json()["conversations"]
+        assert [entry["pinned"] for entry in listing] == [False]
+        answer = await client.post(
+            f"{API}/conversations/change", json={"ids": ids[:1], "changes": {"title": "all"}}
+        )
+        assert answer.status_code == 400
+
+    run(scenario)
+
+
+def test_someone_elses_folders_do_not_exist():
+    async def scenario(client):
+        one = await made(client, "mine")
+        change = {"ids": [one], "changes": {"folder": "Secret"}}
+        await client.post(f"{API}/conversations/change", json=change)
+        other = {"x-person": "bob"}
+        assert await folders(client, **other) == {}
+        found = await client.get(f"{API}/folders/conversations", params={"name": "Secret"}, headers=other)
+        assert found.json() == {"conversations": []}
+        answer = await client.post(f"{API}/conversations/change", json=change, headers=other)
+        assert answer.status_code == 404
+        await client.post(f"{API}/folders/rename", json={"name": "Secret", "to": "Taken"}, headers=other)
+        assert await folders(client) == {"Secret": 1}
+
+    run(scenario)
