@@ -206,3 +206,31 @@ class BatchLineRecord(Record):
     status_code: Mapped[int | None]
     request_id: Mapped[str | None] = mapped_column(Text)
     response: Mapped[str | None] = mapped_column(Text)
+
+
+class ResponseRecord(Record):
+    """A finished response of /v1/responses and the conversation up to its end, as compressed JSON."""
+
+    __tablename__ = "responses"
+    __table_args__ = (Index("ix_responses_tenant", "tenant", "created_at", "size"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[float] = mapped_column(Double)
+    expires_at: Mapped[float] = mapped_column(Double, index=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class ReplayRecord(Record):
+    """A request with an Idempotency-Key: who works on it, later its answer, kept for a short time."""
+
+    __tablename__ = "replays"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    body_hash: Mapped[str] = mapped_column(String(64))
+    worker: Mapped[str] = mapped_column(String(200))
+    until: Mapped[float] = mapped_column(Double, index=True)
+    status: Mapped[int | None]
+    headers: Mapped[JsonObject] = mapped_column(JSON)
+    answer: Mapped[bytes | None] = mapped_column(LargeBinary)
