@@ -20,12 +20,12 @@ from bise.model.lora import BASE_HASH, open_adapter
 from bise.model.packed import content_hash
 from bise.text.turns import LearnedText
 from bise.train.checkpoint import load_latest
-from bise.train.export import merged_weights
 from bise.train.job import JobSettings, run_directory, run_job
 from bise.train.loop import Schedule, Training
 from bise.train.network import Network, passes, read_weights, torch_ops
 from bise.train.parameters import FullParameters, LoraParameters
 from bise.train.parity import require_parity
+from bise.train.whole import WholeModel
 
 SETTINGS = JobSettings(
     rank=4, held_back=0.2, schedule=Schedule(epochs=4, batch=4, checkpoint_steps=2, lr=0.01)
@@ -204,7 +204,9 @@ def test_peft_loads_the_adapter_and_computes_the_same(tiny_dir, data_path, tmp_p
     source = open_model(tiny_dir)
     ids = texts(1)[0].ids
     probe = LearnedText(ids, (False, *(True,) * (len(ids) - 1)))
-    merged = Network(source.config, merged_weights(source, tmp_path / "out"), torch_ops("f32", "cpu"))
+    whole = WholeModel(source, tmp_path / "out")
+    weights = {name: torch.from_numpy(whole.values(name)) for name in whole.shapes}
+    merged = Network(source.config, weights, torch_ops("f32", "cpu"))
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1]
         theirs = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")

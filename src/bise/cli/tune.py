@@ -158,27 +158,33 @@ def check(data: Path, model: str | None, max_tokens: int | None, epochs: float, 
 @click.argument("adapter", type=_path)
 @click.option("--out", required=True, type=_path, help="Directory to make.")
 def merge(model: str, adapter: Path, out: Path) -> None:
-    """Write the model with an adapter's changes in its weights, in Hugging Face's layout."""
-    import shutil
+    """Write the model with an adapter's changes in its weights, in the layout that it came in."""
+    _write(model, adapter, out, "safetensors")
 
+
+@command.command("export")
+@click.argument("model", type=text)
+@click.option("--adapter", type=_path, help="Adapter to add to the weights.")
+@click.option("--out", required=True, type=_path, help="File (.gguf) or directory (safetensors) to make.")
+@click.option(
+    "--format", "form", default="gguf-f16", show_default=True,
+    type=click.Choice(["safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_k"]), help="What to write.",
+)  # fmt: skip
+def export(model: str, adapter: Path | None, out: Path, form: str) -> None:
+    """Write a model for other programs: GGUF for llama.cpp, or safetensors; needs no PyTorch."""
+    _write(model, adapter, out, form)
+
+
+def _write(model: str, adapter: Path | None, out: Path, form: str) -> None:
     from bise.hub.registry import resolve
     from bise.model.checkpoint import open_model
+    from bise.train.whole import WholeModel
+    from bise.train.write import export_model
 
-    _require_torch()
-    from bise.train.checkpoint import publish
-    from bise.train.export import merged_weights, require_layout, write_model
-
-    if out.exists():
-        raise ConfigError(f"{out} exists; name another --out or remove it", field="out")
-    source = open_model(resolve(model))
-    require_layout(source)
-    weights = merged_weights(source, adapter)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write_model(partial, source, weights)
-    publish(partial, out)
-    write_pairs([("made", str(out))])
+    for remark in export_model(WholeModel(open_model(resolve(model)), adapter), out, form):
+        aside(remark)
+    size = sum(file.stat().st_size for file in (out.iterdir() if out.is_dir() else [out]))
+    write_pairs([("made", str(out)), ("size", f"{size / 1e6:,.1f} MB")])
 
 
 def _require_torch() -> None:

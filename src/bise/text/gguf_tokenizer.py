@@ -29,6 +29,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BYTE_LEVEL_PATTERNS: Mapping[str, str] = {"tekken": _TEKKEN, "llama-bpe": _LLAMA3}
+"""Names of tokenizer.ggml.pre whose words one pattern cuts, with that pattern; for whoever writes GGUF."""
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 

@@ -6,7 +6,6 @@ A directory named `step-N` is complete, whenever the process or the machine died
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from bise.errors import ModelFileError
 from bise.jsonfile import read_json_object
+from bise.train.write import publish
 
 KEPT = 2
 """Checkpoints that stay; older ones are removed once a newer one is there."""
@@ -61,27 +61,10 @@ def load_latest(run: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None
     return tensors, read_json_object(found[-1] / "progress.json")
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished directory its name, after everything in it has reached the disk."""
-    for file in sorted(partial.iterdir()):
-        _sync(file)
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)
-
-
 def _checkpoints(run: Path) -> list[Path]:
     if not run.is_dir():
         return []
     return sorted(path for path in run.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def number(progress: Mapping[str, object], name: str) -> float:

@@ -25,14 +25,14 @@ from bise.model.checkpoint import open_model
 from bise.model.packed import content_hash
 from bise.model.source import ModelSource
 from bise.text.turns import LearnedText
-from bise.train.checkpoint import publish
 from bise.train.curve import draw_losses
 from bise.train.data import DataFile, read_data, truncated
-from bise.train.export import write_model
 from bise.train.loop import Report, Schedule, Training
 from bise.train.network import Tensors, torch_ops
 from bise.train.parameters import FullParameters, LoraParameters, Trainable, write_adapter
 from bise.train.parity import engine_logprobs, probe_texts, require_parity
+from bise.train.safetensors_writer import require_layout, write_model
+from bise.train.write import publish, require_free
 
 MIN_SPLIT = 10
 """Fewer texts than this are all learned; none is held back."""
@@ -140,6 +140,8 @@ def run_job(
     """
     run = _claim(out, resume)
     source = open_model(model)
+    if settings.method == "full":
+        require_layout(source)
     tokenizer, template = load_text(source)
     data = read_data(data_path, tokenizer, template, progress)
     texts = checked_texts(data, source, settings)
@@ -169,7 +171,7 @@ def run_job(
         name = source.name or str(model)
         write_adapter(partial, result, trainable, base_name=name, base_sha256=base_sha256)
     else:
-        write_model(partial, source, result)
+        write_model(partial, source, lambda name: result[name].float().cpu().numpy())  # pyright: ignore[reportUnknownMemberType, reportUnknownLambdaType]
     probes = probe_texts(held_back or train)
     difference = _gate(model, partial, trainable, settings, source, result, probes)
     finished = JobResult(
@@ -192,10 +194,7 @@ def run_job(
 def _claim(out: Path, resume: bool) -> Path:
     """Return the run's directory; refuse an `out` that exists and a run that nobody asked to resume."""
     run = run_directory(out)
-    if out.exists():
-        raise ConfigError(f"{out} exists; name another --out or remove it", field="out")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is no directory; make it or name another --out", field="out")
+    require_free(out)
     if run.exists() and not resume:
         raise ConfigError(f"{run} holds an unfinished run; --resume goes on with it", field="out")
     if resume and not run.exists():
