@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 from fastapi import FastAPI
@@ -99,5 +100,61 @@ def test_someone_elses_folders_do_not_exist():
         assert answer.status_code == 404
         await client.post(f"{API}/folders/rename", json={"name": "Secret", "to": "Taken"}, headers=other)
         assert await folders(client) == {"Secret": 1}
+
+    run(scenario)
+
+
+def test_archived_conversations_are_listed_apart_and_still_found():
+    async def scenario(client):
+        ids = [await made(client, f"c{number}") for number in range(3)]
+        change = {"ids": ids[:2], "changes": {"archived": True}}
+        assert (await client.post(f"{API}/conversations/change", json=change)).json() == {"changed": 2}
+
+        async def titles(**query):
+            found = (await client.get(f"{API}/conversations", params=query)).json()["conversations"]
+            return sorted(entry["title"] for entry in found)
+
+        assert await titles() == ["c2"]
+        assert await titles(archived=True) == ["c0", "c1"]
+        assert await titles(q="c0") == ["c0"]
+        await client.patch(f"{API}/conversations/{ids[0]}", json={"archived": False})
+        assert await titles() == ["c0", "c2"]
+
+    run(scenario)
+
+
+def test_pages_of_the_list_miss_nothing_though_many_have_the_same_time():
+    async def scenario(client):
+        lines = "\n".join(
+            json.dumps(
+                {
+                    "format": "bise-conversation-1",
+                    "title": f"t{number}",
+                    "created_at": 1700000000,
+                    "messages": [{"id": "a", "parent": None, "role": "user", "text": "hi"}],
+                }
+            )
+            for number in range(95)
+        )
+        kind = {"content-type": "application/x-ndjson"}
+        assert (await client.post(f"{API}/import", content=lines, headers=kind)).status_code == 201
+        seen, cursor = [], (await client.get(f"{API}/bootstrap")).json()["cursor"]
+        seen += [e["title"] for e in (await client.get(f"{API}/conversations")).json()["conversations"]]
+        while cursor is not None:
+            page = (await client.get(f"{API}/conversations", params={"cursor": cursor})).json()
+            seen += [entry["title"] for entry in page["conversations"]]
+            cursor = page["cursor"]
+        assert sorted(seen) == sorted(f"t{number}" for number in range(95))
+
+    run(scenario)
+
+
+def test_several_conversations_are_deleted_and_brought_back_at_once():
+    async def scenario(client):
+        ids = [await made(client, f"c{number}") for number in range(3)]
+        await client.post(f"{API}/conversations/delete", json={"ids": ids[:2]})
+        assert len((await client.get(f"{API}/conversations")).json()["conversations"]) == 1
+        await client.post(f"{API}/conversations/restore", json={"ids": ids[:2]})
+        assert len((await client.get(f"{API}/conversations")).json()["conversations"]) == 3
 
     run(scenario)

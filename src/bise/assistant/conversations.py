@@ -5,17 +5,19 @@ Every call takes the owner; what belongs to someone else does not exist. Knows n
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from bise.assistant.storage import Storage, new_id
-from bise.errors import NotFoundError, RequestError
+from bise.assistant.wording import check_storable, folded
+from bise.errors import NotFoundError, RequestError, quoted
 from bise.store.chat_schema import ConversationRecord, MessageRecord
 from bise.store.schema import JsonObject
 
@@ -25,7 +27,10 @@ PAGE = 40
 """Conversations in one page of the list."""
 KEEP_DELETED_S = 7 * 86400.0
 """How long a deleted conversation can be restored."""
-_CHANGEABLE = {"title", "pinned", "folder", "model", "system", "params"}
+MAX_INDEXED = 200_000
+"""Characters of one text that PostgreSQL's search index takes; SQLite's has no bound."""
+_CHANGEABLE = {"title", "pinned", "archived", "folder", "model", "system", "params", "persona_id"}
+_LONGEST = {"system": MAX_SYSTEM, "persona_id": 36}
 _PARAMS = {
     "temperature": (0.0, 5.0),
     "top_p": (0.0, 1.0),
@@ -42,7 +47,10 @@ class Conversation:
     title: str
     is_title_frozen: bool
     pinned: bool
+    archived: bool
     folder: str | None
+    persona_id: str | None
+    """The persona whose instructions it was given; they may have been changed here since."""
     model: str | None
     system: str
     params: JsonObject
@@ -68,11 +76,19 @@ class Conversations:
         system: str = "",
         params: Mapping[str, Any] | None = None,
         folder: str | None = None,
+        persona_id: str | None = None,
     ) -> Conversation:
         """Make an empty conversation. Raises RequestError for a field out of bounds."""
         now = time.time()
         checked = checked_changes(
-            {"title": title, "system": system, "params": dict(params or {}), "folder": folder, "model": model}
+            {
+                "title": title,
+                "system": system,
+                "params": dict(params or {}),
+                "folder": folder,
+                "model": model,
+                "persona_id": persona_id,
+            }
         )
         record = ConversationRecord(
             id=new_id(),
@@ -88,6 +104,8 @@ class Conversations:
             created_at=now,
             updated_at=now,
             deleted_at=None,
+            archived_at=None,
+            persona_id=checked["persona_id"],
         )
         with self._storage.writing() as session:
             session.add(record)
@@ -106,11 +124,7 @@ class Conversations:
         checked = checked_changes(changes)
         with self._storage.writing() as session:
             record = owned(session, owner, conversation_id)
-            for name, value in checked.items():
-                setattr(record, "is_pinned" if name == "pinned" else name, value)
-            if "title" in checked:
-                record.is_title_frozen = True
-                index_text(session, record.id, "", record.title)
+            set_fields(session, record, checked)
             session.flush()
             return as_conversation(record)
 
@@ -126,7 +140,7 @@ class Conversations:
             return as_conversation(record)
 
     def delete(self, owner: str, conversation_ids: Sequence[str]) -> None:
-        """Hide conversations; `restore` brings them back for a week."""
+        """Hide conversations, all of them or none; `restore` brings them back for a week."""
         with self._storage.writing() as session:
             for conversation_id in conversation_ids:
                 owned(session, owner, conversation_id).deleted_at = time.time()
@@ -154,22 +168,35 @@ class Conversations:
             session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
         return len(ids)
 
-    def listing(self, owner: str, *, cursor: float | None = None, limit: int = PAGE) -> list[Conversation]:
+    def listing(
+        self,
+        owner: str,
+        *,
+        cursor: str | None = None,
+        limit: int = PAGE,
+        archived: bool = False,
+        folder: str | None = None,
+    ) -> list[Conversation]:
         """Return pinned conversations first (without a cursor), then the rest, the newest first.
 
-        `cursor` is the `updated_at` of the last one of the page before.
+        `cursor` is `cursor_after` the last one of the page before. Archived ones are listed apart.
         """
-        mine = (ConversationRecord.owner == owner, ConversationRecord.deleted_at.is_(None))
-        order = ConversationRecord.updated_at.desc()
+        kept = ConversationRecord.archived_at
+        mine = [*_mine(owner), kept.is_not(None) if archived else kept.is_(None)]
+        if folder is not None:
+            mine.append(ConversationRecord.folder == folder)
+        order = (ConversationRecord.updated_at.desc(), ConversationRecord.id.desc())
         with self._storage.reading() as session:
             pinned: list[ConversationRecord] = []
             rest = select(ConversationRecord).where(*mine, ConversationRecord.is_pinned.is_(False))
             if cursor is None:
                 query = select(ConversationRecord).where(*mine, ConversationRecord.is_pinned.is_(True))
-                pinned = list(session.scalars(query.order_by(order)))
+                pinned = list(session.scalars(query.order_by(*order)))
             else:
-                rest = rest.where(ConversationRecord.updated_at < cursor)
-            found = [*pinned, *session.scalars(rest.order_by(order).limit(limit))]
+                at, key = _read_cursor(cursor)
+                same = and_(ConversationRecord.updated_at == at, ConversationRecord.id < key)
+                rest = rest.where(or_(ConversationRecord.updated_at < at, same))
+            found = [*pinned, *session.scalars(rest.order_by(*order).limit(limit))]
             return [as_conversation(record) for record in found]
 
     def search(self, owner: str, query: str, *, limit: int = PAGE) -> list[Conversation]:
@@ -177,7 +204,7 @@ class Conversations:
 
         Case and accents do not count. Best matches first, each with a snippet.
         """
-        words = re.findall(r"\w+", query)
+        words = re.findall(r"\w+", folded(query))
         if not words:
             return []
         with self._storage.reading() as session:
@@ -208,6 +235,40 @@ ORDER BY (s.message_id = '') DESC, ts_rank(s.words, to_tsquery('simple', :match)
 """
 
 
+def cursor_after(page: Sequence[Conversation], limit: int = PAGE) -> str | None:
+    """Return where the page after `page` begins; None when there is none."""
+    rest = [found for found in page if not found.pinned]
+    return f"{rest[-1].updated_at!r}_{rest[-1].id}" if len(rest) >= limit else None
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    """Return time and id in a cursor; a time alone stands before all conversations of that time."""
+    at, _, key = cursor.partition("_")
+    try:
+        time_ = float(at)
+    except ValueError:
+        time_ = math.nan
+    if not math.isfinite(time_) or len(key) > 64:
+        raise RequestError("cursor is none that this server gave", field="cursor")
+    return time_, key
+
+
+def _mine(owner: str) -> tuple[ColumnElement[bool], ...]:
+    return (ConversationRecord.owner == owner, ConversationRecord.deleted_at.is_(None))
+
+
+def set_fields(session: Session, record: ConversationRecord, checked: Mapping[str, Any]) -> None:
+    """Put `checked_changes` into a record."""
+    for name, value in checked.items():
+        if name == "archived":
+            record.archived_at = time.time() if value else None
+        else:
+            setattr(record, "is_pinned" if name == "pinned" else name, value)
+    if "title" in checked:
+        record.is_title_frozen = True
+        index_text(session, record.id, "", record.title)
+
+
 def owned(session: Session, owner: str, conversation_id: str) -> ConversationRecord:
     """Return a living conversation of `owner`; NotFoundError otherwise."""
     record = session.get(ConversationRecord, conversation_id)
@@ -232,12 +293,16 @@ def index_text(session: Session, conversation_id: str, message_id: str, content:
         text("DELETE FROM message_search WHERE conversation_id = :conversation AND message_id = :message"),
         key,
     )
+    if session.get_bind().dialect.name == "postgresql":
+        columns, more = ", folded", {"folded": folded(content[:MAX_INDEXED])}
+    else:  # SQLite's index folds what it reads
+        columns, more = "", {}
     session.execute(
         text(
-            "INSERT INTO message_search (conversation_id, message_id, text) "
-            "VALUES (:conversation, :message, :text)"
+            f"INSERT INTO message_search (conversation_id, message_id, text{columns}) "  # noqa: S608 (fixed)
+            f"VALUES (:conversation, :message, :text{columns.replace(', ', ', :')})"
         ),
-        key | {"text": content},
+        key | {"text": content} | more,
     )
 
 
@@ -255,22 +320,30 @@ def checked_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in changes.items():
         if name not in _CHANGEABLE:
-            raise RequestError(f"{name} is no field of a conversation", field=name)
-        if name == "pinned":
+            raise RequestError(
+                f"{quoted(name)} is no field of a conversation that can be changed", field="body"
+            )
+        if name in ("pinned", "archived"):
             if not isinstance(value, bool):
-                raise RequestError(f"pinned must be true or false, got {value!r}", field="pinned")
+                raise RequestError(f"{name} must be true or false, got {quoted(value)}", field=name)
         elif name == "params":
             value = checked_params(value)
-        elif value is None and name in ("folder", "model"):
+        elif value is None and name in ("folder", "model", "persona_id"):
             pass
         else:
-            most = MAX_SYSTEM if name == "system" else MAX_TITLE
-            if not isinstance(value, str) or len(value) > most:
-                raise RequestError(f"{name} must be text of at most {most} characters", field=name)
-            if name in ("title", "folder"):
-                value = " ".join(value.split())
+            value = _checked_text(name, value)
         checked[name] = value
     return checked
+
+
+def _checked_text(name: str, value: Any) -> str | None:
+    most = _LONGEST.get(name, MAX_TITLE)
+    if not isinstance(value, str) or len(value) > most:
+        raise RequestError(f"{name} must be text of at most {most} characters", field=name)
+    check_storable(value, name)
+    if name == "folder":
+        return " ".join(value.split()) or None
+    return " ".join(value.split()) if name == "title" else value
 
 
 def checked_params(value: Any) -> JsonObject:
@@ -282,14 +355,15 @@ def checked_params(value: Any) -> JsonObject:
     for name, number in fields.items():
         if name not in _PARAMS:
             known = ", ".join(_PARAMS)
-            raise RequestError(f"params.{name} is not known; known: {known}", field=f"params.{name}")
+            raise RequestError(f"params.{quoted(name)} is not known; known: {known}", field="params")
         if number is None:
             continue
         low, high = _PARAMS[name]
         kinds = (int,) if name in ("max_tokens", "seed") else (int, float)
         if isinstance(number, bool) or not isinstance(number, kinds) or not low <= number <= high:
             raise RequestError(
-                f"params.{name} must be a number from {low} to {high}, got {number!r}", field=f"params.{name}"
+                f"params.{name} must be a number from {low} to {high}, got {quoted(number)}",
+                field=f"params.{name}",
             )
         checked[name] = number
     return checked
@@ -302,7 +376,9 @@ def as_conversation(record: ConversationRecord, snippet: str | None = None) -> C
         title=record.title,
         is_title_frozen=record.is_title_frozen,
         pinned=record.is_pinned,
+        archived=record.archived_at is not None,
         folder=record.folder,
+        persona_id=record.persona_id,
         model=record.model,
         system=record.system,
         params=record.params,

@@ -73,6 +73,7 @@ class Documents:
                 kind=kind,
                 text=text,
                 tokens=tokens,
+                pages=[],
                 created_at=time.time(),
             )
             session.add(record)

@@ -151,6 +151,8 @@ def _store(storage: Storage, owner: str, source: Imported, turns: list[Turn]) ->
         created_at=source.at or now,
         updated_at=source.at or now,
         deleted_at=None,
+        archived_at=None,
+        persona_id=None,
     )
     parents = {turn.key: turn.parent for turn in source.turns}
     keys = {turn.key: new_id() for turn in turns}
@@ -195,15 +197,16 @@ def _from_bise(entry: Mapping[str, Any]) -> Imported:
     turns = [
         Turn(
             turn["id"],
-            turn["parent"],
+            turn.get("parent"),
             _role(turn["role"]),
             str(turn["text"]),
-            turn["model"],
-            turn["created_at"],
+            turn.get("model"),
+            turn.get("created_at"),
         )
         for turn in entry["messages"]
     ]
-    return Imported(str(entry["title"]), turns, entry["leaf"], entry["created_at"], str(entry["system"]))
+    title, system = str(entry.get("title", "")), str(entry.get("system", ""))
+    return Imported(title, turns, entry.get("leaf"), entry.get("created_at"), system)
 
 
 def _from_chatgpt(entry: Mapping[str, Any]) -> Imported:

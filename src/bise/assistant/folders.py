@@ -8,14 +8,14 @@ from typing import Any
 
 from sqlalchemy import func, select, update
 
-from bise.assistant.conversations import Conversation, as_conversation, checked_changes, owned
+from bise.assistant.conversations import Conversation, as_conversation, checked_changes, owned, set_fields
 from bise.assistant.storage import Storage
 from bise.errors import RequestError
 from bise.store.chat_schema import ConversationRecord
 
 MAX_AT_ONCE = 1000
 """Conversations in one change, and in one folder's list."""
-_TOGETHER = {"folder", "pinned"}
+_TOGETHER = {"folder", "pinned", "archived"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def in_folder(storage: Storage, owner: str, name: str) -> list[Conversation]:
 
 def rename_folder(storage: Storage, owner: str, name: str, to: str | None) -> int:
     """Give a folder another name, or with None dissolve it; returns how many conversations it held."""
-    target = checked_changes({"folder": to})["folder"] or None
+    target = checked_changes({"folder": to})["folder"]
     statement = (
         update(ConversationRecord)
         .where(ConversationRecord.owner == owner, ConversationRecord.folder == name)
@@ -79,7 +79,7 @@ def rename_folder(storage: Storage, owner: str, name: str, to: str | None) -> in
 
 
 def change_many(storage: Storage, owner: str, ids: Sequence[str], changes: Mapping[str, Any]) -> int:
-    """Set `folder` or `pinned` of many conversations in one transaction: all or none of them.
+    """Set `folder`, `pinned` or `archived` of many conversations in one transaction: all or none of them.
 
     Raises RequestError for another field, NotFoundError when one of them is not there.
     """
@@ -87,11 +87,7 @@ def change_many(storage: Storage, owner: str, ids: Sequence[str], changes: Mappi
         if name not in _TOGETHER:
             raise RequestError(f"{name} cannot be changed for several conversations at once", field=name)
     checked = checked_changes(changes)
-    if "folder" in checked:
-        checked["folder"] = checked["folder"] or None
     with storage.writing() as session:
         for conversation_id in ids:
-            record = owned(session, owner, conversation_id)
-            for name, value in checked.items():
-                setattr(record, "is_pinned" if name == "pinned" else name, value)
+            set_fields(session, owned(session, owner, conversation_id), checked)
     return len(ids)

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from bise.assistant.conversations import index_text, owned, owned_message, touch
 from bise.assistant.storage import Storage, new_id
+from bise.assistant.wording import check_storable
 from bise.errors import ConflictError, NotFoundError, RequestError
 from bise.store.chat_schema import ConversationRecord, MessageRecord
 from bise.store.schema import JsonObject
@@ -39,6 +40,10 @@ class Message:
     status: str
     created_at: float
     params: JsonObject = field(default_factory=dict[str, Any])
+    parts: tuple[JsonObject, ...] = ()
+    """What belongs to the message and is no text of it: `type` thinking (text), tool_call (name, arguments),
+    tool_result (name, text) or dropped (messages: ids that were left out of the prompt at the person's wish).
+    """
     documents: tuple[str, ...] = ()
     sources: tuple[JsonObject, ...] = ()
     finish_reason: str | None = None
@@ -139,6 +144,8 @@ class Messages:
         """
         if not text.strip() or len(text) > MAX_TEXT:
             raise RequestError(f"text must have 1 to {MAX_TEXT} characters", field="text")
+        check_storable(text, "text")
+        check_storable(client_id or "", "client_id")
         with self._storage.writing() as session:
             owned(session, owner, conversation_id)
             if client_id is not None:
@@ -262,7 +269,7 @@ class Messages:
                     message.finish_reason,
                 )
                 row.usage, row.timings, row.created_at = message.usage, message.timings, message.created_at
-                row.sources = list(message.sources)
+                row.sources, row.parts = list(message.sources), list(message.parts)
                 session.add(row)
                 index_text(session, conversation_id, row.id, row.text)
                 parent = row.id
@@ -319,6 +326,7 @@ def new_row(
         client_id=None,
         role=role,
         text=text,
+        parts=[],
         documents=[],
         sources=[],
         model=None,
@@ -347,6 +355,7 @@ def as_message(row: MessageRecord, siblings: tuple[str, ...] = ()) -> Message:
         status=row.status,
         created_at=row.created_at,
         params=row.params,
+        parts=tuple(row.parts),
         documents=tuple(row.documents),
         sources=tuple(row.sources),
         finish_reason=row.finish_reason,

@@ -29,7 +29,7 @@ class ModelFacts:
     """Most tokens of prompt and answer together; None where its files could not be read."""
     parameters: int | None
     state: str
-    """cold, loading, ready or closing."""
+    """cold, loading, ready or closing; hosted."""
     is_embedded: bool = False
     """The small model that comes with bise: it can chat but knows little."""
     fault: str | None = None

@@ -19,6 +19,7 @@ from bise.assistant.documents import Document, Documents, read_document, with_do
 from bise.assistant.events import Hub
 from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
+from bise.assistant.personas import Personas
 from bise.assistant.runs import Run, Runs
 from bise.assistant.storage import Memory, Storage
 from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
@@ -52,6 +53,7 @@ class Assistant:
         self._memory = Memory()
         self._disk = Shelf(storage)
         self._temporary = Shelf(self._memory)
+        self.personas = Personas(storage)
         interrupted = self._disk.messages.interrupt_all()
         if interrupted:
             logger.warning("event=answers_interrupted count=%d", interrupted)
@@ -86,6 +88,8 @@ class Assistant:
     async def create(self, owner: str, *, temporary: bool = False, **fields: Any) -> Conversation:
         """Make a conversation; a temporary one never touches the disk and is gone with the process."""
         shelf = self._temporary if temporary else self._disk
+        given = {name: value for name, value in fields.items() if value}
+        fields = {**fields, **await self._of_persona(owner, fields.get("persona_id")), **given}
         made = await asyncio.to_thread(lambda: shelf.conversations.create(owner, **fields))
         if not temporary:
             self.hub.tell(owner, "conversation", id=made.id)
@@ -113,6 +117,7 @@ class Assistant:
             await asyncio.to_thread(shelf.messages.show, owner, leaf)
         if isinstance(fields.get("model"), str):
             self.model_facts(fields["model"])
+        fields = {**await self._of_persona(owner, fields.get("persona_id")), **fields}
         changed = await asyncio.to_thread(shelf.conversations.change, owner, conversation_id, fields)
         self.hub.tell(owner, "conversation", id=conversation_id)
         return changed
@@ -302,6 +307,14 @@ class Assistant:
     def _preferences(self, owner: str) -> dict[str, Any]:
         with self._disk.storage.reading() as session:
             return session.scalar(select(PreferenceRecord.value).where(PreferenceRecord.owner == owner)) or {}
+
+    async def _of_persona(self, owner: str, persona_id: Any) -> dict[str, Any]:
+        """Return what a conversation takes from a persona. Raises NotFoundError for someone else's."""
+        if not isinstance(persona_id, str):
+            return {}
+        persona = await asyncio.to_thread(self.personas.get, owner, persona_id)
+        taken = {"system": persona.system, "params": persona.params}
+        return taken | ({} if self._known(persona.model) is None else {"model": persona.model})
 
     def _shelf_of(self, owner: str, conversation_id: str) -> Shelf:
         try:

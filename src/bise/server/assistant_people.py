@@ -6,7 +6,8 @@ import asyncio
 import ipaddress
 from typing import TYPE_CHECKING, Protocol
 
-from bise.errors import AuthenticationError, PermissionDeniedError
+from bise.errors import AuthenticationError, ModelFileError, PermissionDeniedError, RequestError
+from bise.jsonfile import parse_json
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 LOCAL_OWNER = "local"
 """Owner of everything where one person uses the assistant without an account."""
 COOKIE = "bise_session"
+MAX_DEPTH = 32
+MAX_VALUES = 100_000
+"""Nesting and values of a JSON body; imports have bounds of their own."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -120,3 +124,24 @@ def check_origin(request: Request) -> None:
         # A form can send three content types without asking first; none of them is taken here.
         if has_body and kind not in ("application/json", "application/octet-stream", "application/x-ndjson"):
             raise PermissionDeniedError(f"content type '{kind[:40]}' is not taken; send application/json")
+
+
+async def check_body(request: Request) -> None:
+    """Refuse JSON that means different things to different readers, or that no database can keep: duplicate
+    keys, NaN, halves of surrogate pairs, absurd depth. Raises RequestError.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" or request.url.path.endswith("/import"):
+        return
+    data = await request.body()
+    if not data:
+        return
+
+    def check() -> None:
+        try:
+            parse_json(data, "body", max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+        except (ModelFileError, RecursionError) as error:
+            reason = str(error).removeprefix("body: ") if isinstance(error, ModelFileError) else "too deep"
+            raise RequestError(f"the body {reason}", field="body") from None
+
+    await asyncio.to_thread(check)

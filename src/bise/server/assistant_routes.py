@@ -18,13 +18,15 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bise import __version__
-from bise.assistant.context import view_context
+from bise.assistant.conversations import cursor_after
 from bise.assistant.exchange import as_json, as_markdown, read_export, store_imported
 from bise.assistant.runs import Event, Run
 from bise.assistant.service import Assistant
+from bise.server.assistant_documents import add_documents, document_facts
 from bise.server.assistant_folders import add_folders, folder_facts
 from bise.server.assistant_page import PAGE_HEADERS, StaticPage
-from bise.server.assistant_people import People, Person, check_origin
+from bise.server.assistant_people import People, Person, check_body, check_origin
+from bise.server.assistant_personas import add_personas, persona_facts
 
 HEARTBEAT_S = 5.0
 HINTS = {
@@ -45,6 +47,7 @@ class NewConversation(_Body):
     system: str = ""
     params: dict[str, Any] = Field(default_factory=dict)
     folder: str | None = None
+    persona_id: str | None = None
     temporary: bool = False
 
 
@@ -79,20 +82,15 @@ class Ids(_Body):
     ids: list[str] = Field(max_length=1000)
 
 
-class Draft(_Body):
-    """A question that is being typed."""
-
-    draft: str = ""
-    model: str | None = None
-
-
 def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIRouter:
     """Return all routes under /api/v1; `assistant` is called per request, so it may be made at start-up."""
 
     async def person(request: Request, response: Response) -> Person:
         check_origin(request)
         response.headers["cache-control"] = "no-store"
-        return await people.person(request)
+        found = await people.person(request)
+        await check_body(request)
+        return found
 
     who: Any = Depends(person)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
@@ -100,10 +98,12 @@ def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIR
     _add_changes(router, assistant, who)
     _add_exchange(router, assistant, who)
     _add_edits(router, assistant, who)
-    _add_documents(router, assistant, who)
+    _add_settings(router, assistant, who)
+    add_documents(router, assistant, who)
     _add_messages(router, assistant, who)
     _add_runs(router, assistant, who)
     add_folders(router, assistant, who)
+    add_personas(router, assistant, who)
     return router
 
 
@@ -139,20 +139,31 @@ def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], wh
             "models": [dataclasses.asdict(facts) for facts in service.models.facts()],
             "settings": await service.preferences(person.owner),
             "conversations": [dataclasses.asdict(found) for found in listing],
+            "cursor": cursor_after(listing),
             "folders": await folder_facts(service, person.owner),
+            "personas": await persona_facts(service, person.owner),
             "runs": [_run_facts(run) for run in service.runs.live(person.owner)],
         }
 
     @router.get("/conversations")
     async def conversations(
-        person: Person = who, cursor: float | None = None, q: Annotated[str, Query(max_length=500)] = ""
+        person: Person = who,
+        cursor: Annotated[str | None, Query(max_length=100)] = None,
+        q: Annotated[str, Query(max_length=500)] = "",
+        archived: bool = False,
+        folder: Annotated[str | None, Query(max_length=200)] = None,
     ) -> dict[str, Any]:
         shelf = assistant().disk
         if q.strip():
             found = await asyncio.to_thread(shelf.conversations.search, person.owner, q)
-        else:
-            found = await asyncio.to_thread(lambda: shelf.conversations.listing(person.owner, cursor=cursor))
-        return {"conversations": [dataclasses.asdict(entry) for entry in found]}
+            return {"conversations": [dataclasses.asdict(entry) for entry in found], "cursor": None}
+        found = await asyncio.to_thread(
+            lambda: shelf.conversations.listing(person.owner, cursor=cursor, archived=archived, folder=folder)
+        )
+        return {
+            "conversations": [dataclasses.asdict(entry) for entry in found],
+            "cursor": cursor_after(found),
+        }
 
 
 def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
@@ -164,6 +175,12 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
     async def delete_many(body: Ids, person: Person = who) -> dict[str, Any]:
         await assistant().delete(person.owner, body.ids)
         return {"deleted": len(body.ids)}
+
+    @router.post("/conversations/restore")
+    async def restore_many(body: Ids, person: Person = who) -> dict[str, Any]:
+        for conversation_id in body.ids:
+            await assistant().restore(person.owner, conversation_id)
+        return {"restored": len(body.ids)}
 
     @router.get("/conversations/{conversation_id}")
     async def read(
@@ -179,7 +196,7 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
         page = await service.page(person.owner, conversation_id, before=before, limit=limit)
         return {
             "conversation": dataclasses.asdict(found) | {"temporary": service.is_temporary(shelf)},
-            "documents": [_document_facts(document) for document in documents],
+            "documents": [document_facts(document) for document in documents],
             **dataclasses.asdict(page),
         }
 
@@ -200,18 +217,17 @@ def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: An
         shelf = assistant().disk
 
         async def lines() -> AsyncGenerator[bytes]:
-            cursor: float | None = None
-            while True:
-                page = await asyncio.to_thread(
-                    partial(shelf.conversations.listing, person.owner, cursor=cursor)
-                )
-                for found in page:
-                    every = await asyncio.to_thread(shelf.messages.all, person.owner, found.id)
-                    yield (_json(as_json(found, every)) + "\n").encode()
-                rest = [found.updated_at for found in page if not found.pinned]
-                if not rest:
-                    return
-                cursor = rest[-1]
+            for archived in (False, True):
+                cursor: str | None = None
+                while True:
+                    list_page = partial(shelf.conversations.listing, cursor=cursor, archived=archived)
+                    page = await asyncio.to_thread(list_page, person.owner)
+                    for found in page:
+                        every = await asyncio.to_thread(shelf.messages.all, person.owner, found.id)
+                        yield (_json(as_json(found, every)) + "\n").encode()
+                    cursor = cursor_after(page)
+                    if cursor is None:
+                        break
 
         name = {"content-disposition": "attachment; filename=bise-conversations.ndjson"}
         return StreamingResponse(lines(), media_type="application/x-ndjson", headers=PAGE_HEADERS | name)
@@ -244,47 +260,7 @@ def _add_edits(router: APIRouter, assistant: Callable[[], Assistant], who: Any) 
         return dataclasses.asdict(await assistant().restore(person.owner, conversation_id))
 
 
-def _add_documents(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
-    @router.post("/conversations/{conversation_id}/documents", status_code=201)
-    async def add_document(
-        request: Request,
-        conversation_id: str,
-        name: Annotated[str, Query(max_length=300)] = "file",
-        person: Person = who,
-    ) -> dict[str, Any]:
-        service = assistant()
-        await service.shelf_of(person.owner, conversation_id)
-        content = await request.body()
-        return _document_facts(await service.add_document(person.owner, conversation_id, name, content))
-
-    @router.get("/conversations/{conversation_id}/documents/{document_id}")
-    async def document(conversation_id: str, document_id: str, person: Person = who) -> dict[str, Any]:
-        shelf = await assistant().shelf_of(person.owner, conversation_id)
-        found = await asyncio.to_thread(shelf.documents.get, person.owner, conversation_id, document_id)
-        return _document_facts(found) | {"text": found.text}
-
-    @router.post("/conversations/{conversation_id}/context")
-    async def context(conversation_id: str, body: Draft, person: Person = who) -> dict[str, Any]:
-        service = assistant()
-        shelf = await service.shelf_of(person.owner, conversation_id)
-        found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
-        facts = service.model_facts(body.model or found.model)
-        branch = await asyncio.to_thread(shelf.messages.branch, person.owner, conversation_id)
-        branch = [service.live(message) for message in branch]
-        prompt: list[dict[str, str]] = []
-        if branch:
-            turn = await asyncio.to_thread(shelf.messages.turn, person.owner, branch[-1].id)
-            live = dataclasses.replace(turn, answer=branch[-1])
-            if branch[-1].role == "user":
-                live = dataclasses.replace(
-                    turn, history=tuple(branch), answer=dataclasses.replace(branch[-1], text="")
-                )
-            prompt, _ = await service.prompt(shelf, person.owner, live)
-        view = await view_context(
-            service.models, facts, system=found.system, branch=branch, prompt=prompt, draft=body.draft
-        )
-        return dataclasses.asdict(view)
-
+def _add_settings(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
     @router.patch("/settings")
     async def settings(body: dict[str, Any], person: Person = who) -> dict[str, Any]:
         return await assistant().change_preferences(person.owner, body)
@@ -392,7 +368,3 @@ def _json(value: dict[str, Any]) -> str:
 
 def _run_facts(run: Run) -> dict[str, Any]:
     return {"id": run.id, "conversation_id": run.conversation_id, "message_id": run.message_id}
-
-
-def _document_facts(document: Any) -> dict[str, Any]:
-    return {"id": document.id, "name": document.name, "kind": document.kind, "tokens": document.tokens}

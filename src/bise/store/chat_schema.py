@@ -6,7 +6,18 @@ Text is one row per message, so saving an answer never rewrites a conversation.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Double, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column
 
 from bise.store.schema import JsonObject, Record
@@ -37,6 +48,8 @@ class ConversationRecord(Record):
     created_at: Mapped[float] = mapped_column(Double)
     updated_at: Mapped[float] = mapped_column(Double)
     deleted_at: Mapped[float | None] = mapped_column(Double)
+    archived_at: Mapped[float | None] = mapped_column(Double)
+    persona_id: Mapped[str | None] = mapped_column(String(36))
 
 
 class MessageRecord(Record):
@@ -53,6 +66,7 @@ class MessageRecord(Record):
     client_id: Mapped[str | None] = mapped_column(String(64))
     role: Mapped[str] = mapped_column(String(16))
     text: Mapped[str] = mapped_column(Text)
+    parts: Mapped[list[JsonObject]] = mapped_column(JSON, server_default=sql("'[]'"))
     documents: Mapped[list[str]] = mapped_column(JSON)
     sources: Mapped[list[JsonObject]] = mapped_column(JSON)
     model: Mapped[str | None] = mapped_column(String(300))
@@ -81,6 +95,33 @@ class DocumentRecord(Record):
     kind: Mapped[str] = mapped_column(String(16))
     text: Mapped[str] = mapped_column(Text)
     tokens: Mapped[int] = mapped_column(Integer)
+    pages: Mapped[list[int]] = mapped_column(JSON, server_default=sql("'[]'"))
+    created_at: Mapped[float] = mapped_column(Double)
+
+
+class PassageRecord(Record):
+    """What a passage of a document means to a model: its embedding, float32 in machine order."""
+
+    __tablename__ = "passages"
+
+    document_id: Mapped[str] = mapped_column(ForeignKey("documents.id", ondelete="CASCADE"), primary_key=True)
+    model: Mapped[str] = mapped_column(String(300), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class PersonaRecord(Record):
+    """A named way of answering: instructions, and the model and parameters where they are fixed."""
+
+    __tablename__ = "personas"
+    __table_args__ = (UniqueConstraint("owner", "name"),)
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    system: Mapped[str] = mapped_column(Text)
+    model: Mapped[str | None] = mapped_column(String(300))
+    params: Mapped[JsonObject] = mapped_column(JSON)
     created_at: Mapped[float] = mapped_column(Double)
 
 
@@ -119,5 +160,14 @@ class SignInRecord(Record):
 
 ASSISTANT_TABLES = tuple(
     Record.metadata.tables[name]
-    for name in ("conversations", "messages", "documents", "preferences", "accounts", "sign_ins")
+    for name in (
+        "conversations",
+        "messages",
+        "documents",
+        "passages",
+        "personas",
+        "preferences",
+        "accounts",
+        "sign_ins",
+    )
 )
