@@ -161,6 +161,7 @@ def _serve(
     from bise.server.edge import Reach
     from bise.server.entry import StorePeople
     from bise.server.gate import StoreGate
+    from bise.server.hosted_answers import HostedAnswers
     from bise.server.limits import HttpLimits
     from bise.server.metered_models import MeteredModels
     from bise.server.serving import Serving, url_of
@@ -178,9 +179,10 @@ def _serve(
         canonical=lambda name: fleet.card(name).spec.name,
     )
     people = StorePeople(gate, Accounts(store.database))
-    models = MeteredModels(FleetModels(fleet), gate)
+    models = MeteredModels(FleetModels(fleet), gate, HostedAnswers(hosted))
     pages = assistant_routers(fleet, store.database, people, models)
     app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages], hosted=hosted)
+    models.service = app.service
     page = f"{url_of(listener)}/"
     if store.keys.any_exist() and access is Access.AUTO:
         page += f"enter?pass={gate.local_pass}"

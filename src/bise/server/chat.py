@@ -293,6 +293,8 @@ def plan_chat(job: Job, body: ChatRequest, options: ChatOptions) -> ChatPlan:
     job.ticket.check_input([json.dumps(tool, ensure_ascii=False) for tool in body.tools or ()])
     reading = Reading.of(job, body)
     prefix = prefix_of(messages)
+    if prefix:  # the answer is the whole message, its beginning included
+        job.around = lambda _, text: ("", f"{prefix}{_Opener(prefix).rest(text)}", "")
     if prefix and body.response_format is not None and reading.grammar is not None:
         # The whole answer begins with the prefix; behind it the grammar would begin anew.
         raise RequestError(

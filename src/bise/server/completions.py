@@ -63,6 +63,7 @@ def _plan(job: Job, body: CompletionRequest) -> tuple[list[Prompt], list[EngineR
             field="prompt",
         )
     job.ticket.check_input([*(prompt.text for prompt in prompts), body.suffix or ""])
+    job.around = lambda index, text: (prompts[index // candidates].text, text, body.suffix or "")
     logprobs = body.logprobs
     if candidates > (body.n or 1):
         logprobs = logprobs or 0

@@ -10,7 +10,9 @@ from starlette.responses import RedirectResponse, Response
 
 from bise.errors import AuthenticationError
 from bise.server.assistant_people import COOKIE, Household, Person
+from bise.server.access import LOCAL_OWNER, Caller
 from bise.server.gate import PASS_COOKIE
+from bise.server.metered_models import asking
 from bise.server.openapi import documented
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from bise.server.gate import StoreGate
 
 router = APIRouter()
+
+ASKS = ("/messages", "/regenerate", "/continue")
+"""Ends of the assistant's routes that begin an answer."""
 
 
 @router.get("/enter", **documented(None, "Let the operator's browser in.", tag="operation"))
@@ -43,21 +48,39 @@ class StorePeople:
     async def person(self, request: Request) -> Person:
         """Return who is signed in, else whose key (or the operator's pass) was sent.
 
-        Raises AuthenticationError; NoAccountError where the first account can be made.
+        Raises AuthenticationError; NoAccountError where the first account can be made; RateLimitError where an
+        answer is asked for and could not begin now.
         """
+        person, caller = await self._who(request)
+        if request.method != "GET":
+            if caller is None:
+                caller = await self._gate.caller_of_account(person.owner, person.name)
+            asking.set(caller)
+            if request.url.path.endswith(ASKS):
+                await self._gate.check(caller)
+        return person
+
+    async def _who(self, request: Request) -> tuple[Person, Caller | None]:
+        """Return the person and, unless they have an account, what the gate knows of them."""
         has_key = "authorization" in request.headers or "x-api-key" in request.headers
         if not has_key and (
             COOKIE in request.cookies or not await self._gate.offload(self._accounts.is_empty)
         ):
-            return await self._household.person(request)
+            return await self._at_home(request)
         try:
             caller = await self._gate.caller(request, "inference")
         except AuthenticationError:
             if has_key or self._gate.is_from_here(request):
                 raise
-            return await self._household.person(request)
+            return await self._at_home(request)
         name = "" if caller.key is None else caller.key.name
-        return Person(caller.owner, name, "admin" if caller.is_admin else "user")
+        return Person(caller.owner, name, "admin" if caller.is_admin else "user"), caller
+
+    async def _at_home(self, request: Request) -> tuple[Person, Caller | None]:
+        person = await self._household.person(request)
+        if person.owner == LOCAL_OWNER:
+            return person, Caller(owner=LOCAL_OWNER, scopes=frozenset({"inference"}))
+        return person, None
 
     async def check_first(self, request: Request) -> None:
         """Refuse whoever the gate refuses: otherwise the first visitor of a public server would become its

@@ -36,6 +36,7 @@ async def create_fim_completion(request: Request) -> Response:
 
 def _plan(job: Job, body: FimRequest) -> EngineRequest:
     job.ticket.check_input([body.prompt, body.suffix or ""])
+    job.around = lambda _, text: (body.prompt, text, body.suffix or "")
     prompt = fim_prompt(job, body.prompt, body.suffix or "")
     params = body.params(temperature=job.loaded.temperature, max_tokens=body.max_tokens)
     return EngineRequest(token_ids=prompt.token_ids, params=params, continuation=True, **body.run_options)

@@ -13,15 +13,14 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from bise.errors import (
     AuthenticationError,
-    ContentPolicyError,
     PermissionDeniedError,
     RateLimitError,
     RequestError,
@@ -29,10 +28,11 @@ from bise.errors import (
 )
 from bise.server.access import LOCAL_OWNER, Access, Caller, is_loopback, presented_key
 from bise.server.metrics import Metrics
+from bise.server.store_ticket import StoreTicket
 from bise.store.energy import RaplMeter, Shares
 from bise.store.keys import KEY_PREFIX, KeyInfo
 from bise.store.ledger import LedgerRow
-from bise.store.limits import Allowance, Reservation
+from bise.store.limits import Reservation
 from bise.store.rules import Guard
 from bise.store.secret import keyed_hash
 from bise.store.worker import LEASE_S
@@ -40,7 +40,6 @@ from bise.store.worker import LEASE_S
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from bise.engine.request import Timings, Usage
     from bise.store.opening import Store
 
 logger = logging.getLogger(__name__)
@@ -150,13 +149,32 @@ class StoreGate:
     async def admit(self, request: Request, *, scope: str, model: str | None) -> StoreTicket:
         """Let a request in that will run on a model, and return its ticket; see `bise.server.ticket.Gate`."""
         caller = await self.caller(request, scope)
+        return await self.admit_caller(
+            caller,
+            model=model,
+            endpoint=_endpoint(request),
+            request_id=str(request.scope["state"].get("request_id", "")),
+            idempotency_key=caller.idempotency_key or await self._idempotency_key(request),
+        )
+
+    async def admit_caller(
+        self,
+        caller: Caller,
+        *,
+        model: str | None,
+        endpoint: str,
+        request_id: str,
+        idempotency_key: str | None = None,
+    ) -> StoreTicket:
+        """Let someone in who is known, and return the ticket. Raises PermissionDeniedError for a model that
+        the key may not use, RateLimitError, StoreError.
+        """
         key = caller.key
         if key is not None and model is not None and not key.allows_model(self._name_of(model)):
             self.metrics.refuse("forbidden")
             raise PermissionDeniedError("this key may not use that model", field="model")
         if len(self._unwritten) >= MAX_UNWRITTEN:
             raise StoreError("usage cannot be recorded now; try again soon")
-        idempotency_key = caller.idempotency_key or await self._idempotency_key(request)
         reservation = None
         if key is not None:
             try:
@@ -165,7 +183,6 @@ class StoreGate:
                 self.metrics.refuse("rate_limit")
                 raise
             self._open[reservation.id] = reservation
-        request_id = str(request.scope["state"].get("request_id", ""))
         return StoreTicket(
             gate=self,
             share=self.begin_share(),
@@ -176,11 +193,26 @@ class StoreGate:
                 request_id=request_id,
                 key_id=caller.key_id,
                 owner=caller.owner,
-                endpoint=_endpoint(request),
+                endpoint=endpoint,
                 model="",
                 idempotency_key=idempotency_key,
             ),
         )
+
+    async def caller_of_account(self, account_id: str, name: str = "") -> Caller:
+        """Return what someone who is signed in may do and use."""
+        allowance = await self.offload(self.store.allowances.of, account_id, name)
+        return Caller(owner=account_id, scopes=allowance.scopes, key=allowance)
+
+    async def check(self, caller: Caller) -> None:
+        """Raise RateLimitError when `caller` could not begin a request now; books nothing."""
+        if caller.key is None:
+            return
+        try:
+            await self.offload(self.store.limits.check, caller.key)
+        except RateLimitError:
+            self.metrics.refuse("rate_limit")
+            raise
 
     def begin_share(self) -> str:
         """Begin to count a request's part of the machine's time and energy; `record` ends it."""
@@ -194,20 +226,33 @@ class StoreGate:
         return None if price is None else price.of(prompt, cached, completion)
 
     def extend(
-        self, reservation: Reservation, key: KeyInfo, model: str, prompt: int, most: int
+        self,
+        reservation: Reservation,
+        key: KeyInfo,
+        model: str,
+        prompt: int,
+        most: int,
+        least: int | None = None,
     ) -> Reservation:
         """Reserve tokens and their price. RateLimitError gives the place up; PermissionDeniedError when the
         key has a limit in money and the model has no price.
         """
-        cost = self.cost(model, prompt, 0, most)
-        if cost is None and key.limits.money_per_month is not None:
+        price = self.store.prices.get(model)
+        if price is None and key.limits.money_per_month is not None:
             raise PermissionDeniedError(
                 "this key has a limit in money, and the model has no price; an admin can set one with "
                 "`bise prices set`",
                 field="model",
             )
         try:
-            return self.store.limits.extend(reservation, key, prompt + most, cost or Decimal(0))
+            return self.store.limits.extend(
+                reservation,
+                key,
+                prompt + most,
+                Decimal(0) if price is None else price.of(prompt, 0, most),
+                least=None if least is None else prompt + least,
+                token_cost=Decimal(0) if price is None else price.of(0, 0, 1),
+            )
         except RateLimitError:
             self._open.pop(reservation.id, None)
             self.metrics.refuse("rate_limit")
@@ -328,117 +373,12 @@ class StoreGate:
             await asyncio.sleep(LEASE_S / 3)
             try:
                 await self.offload(self.store.limits.renew, list(self._open))
+                await self.offload(self.store.replays.renew)
             except StoreError:
                 continue
-
-
-@dataclass(slots=True, kw_only=True)
-class StoreTicket:
-    """The right to run one request; see `bise.server.ticket.Ticket`."""
-
-    gate: StoreGate
-    share: str
-    caller: Caller
-    reservation: Reservation | None
-    guard: Guard | None
-    draft: LedgerRow
-    _rule: str | None = None
-    _headers: dict[str, str] = field(default_factory=dict[str, str])
-
-    @property
-    def tenant(self) -> str:
-        """Id of the key, or the owner where there is none."""
-        return self.caller.key_id or self.caller.owner
-
-    @property
-    def priority(self) -> int:
-        """The key's priority; background work comes after everything else."""
-        priority = 0 if self.caller.key is None else self.caller.key.limits.priority
-        return priority + BACKGROUND_PRIORITY if self.caller.is_background else priority
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """The key's limits and what is left of them."""
-        return {} if self.reservation is None else rate_headers(self.reservation)
-
-    @property
-    def checks_output(self) -> bool:
-        """True when the key has rules for answers."""
-        return self.guard is not None and self.guard.watches_output
-
-    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
-        """Book the most that the request can use."""
-        if self.reservation is None or self.caller.key is None:
-            return
-        held = self.reservation
-        try:
-            self.reservation = await self.gate.offload(
-                self.gate.extend, held, self.caller.key, model, prompt_tokens, max_tokens
-            )
-        except RateLimitError:
-            self.reservation = None  # the place is given up
-            raise
-
-    def check_input(self, texts: Sequence[str]) -> None:
-        """Refuse prompts that break a rule."""
-        self._check(texts, "input")
-
-    def check_output(self, text: str) -> None:
-        """Refuse an answer that breaks a rule."""
-        self._check([text], "output")
-
-    def _check(self, texts: Sequence[str], stage: str) -> None:
-        rule = None if self.guard is None else self.guard.broken_rule(texts, stage)
-        if rule is not None:
-            self._rule = rule
-            what = "prompt" if stage == "input" else "answer"
-            raise ContentPolicyError(f"the {what} breaks this key's guardrail '{rule}'")
-
-    async def finish(
-        self,
-        *,
-        model: str | None,
-        usage: Usage | None,
-        timings: Timings | None,
-        finish_reason: str | None,
-        error_code: str | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        """Settle and record, once."""
-        fields: dict[str, Any] = {"model": model or "", "adapter": adapter, "rule": self._rule}
-        if usage is not None:
-            names = ("prompt_tokens", "cached_tokens", "completion_tokens")
-            fields |= {name: getattr(usage, name) for name in names}
-        if timings is not None:
-            fields |= {name: getattr(timings, name) for name in ("queue_s", "prefill_s", "decode_s")}
-        row = replace(self.draft, finish_reason=finish_reason, error_code=error_code, **fields)
-        await self.gate.offload(self.gate.record, row, self.reservation, self.share)
-
-
-BACKGROUND_PRIORITY = 1000
-"""Added to the priority of batch work: every interactive request runs before it."""
 
 
 def _endpoint(request: Request) -> str:
     """Return the route that was asked for, without ids: sums and metrics go by it, so there must be few."""
     route = request.scope.get("route")
     return getattr(route, "path", None) or str(request.scope["path"])[:200]
-
-
-def rate_headers(reservation: Reservation) -> dict[str, str]:
-    """Return the `x-ratelimit` headers as OpenAI and Mistral write them."""
-    headers: dict[str, str] = {}
-    for what, allowance in (("requests", reservation.requests), ("tokens", reservation.tokens)):
-        if allowance is not None:
-            headers |= _allowance_headers(what, allowance)
-    return headers
-
-
-def _allowance_headers(what: str, allowance: Allowance) -> dict[str, str]:
-    return {
-        f"x-ratelimit-limit-{what}": str(allowance.limit),
-        f"x-ratelimit-remaining-{what}": str(allowance.remaining),
-        f"x-ratelimit-reset-{what}": f"{allowance.reset_s:.3f}s",
-        f"x-ratelimit-limit-{what}-minute": str(allowance.limit),
-        f"x-ratelimit-remaining-{what}-minute": str(allowance.remaining),
-    }

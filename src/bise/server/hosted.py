@@ -56,6 +56,10 @@ class HostedModels:
         """Return the hosted model of that name; None for any other."""
         return self._clients.get(name)
 
+    def names(self) -> list[str]:
+        """Return the names of the hosted models."""
+        return list(self._clients)
+
     def refuse(self, name: str) -> None:
         """Refuse a route that hosted models do not serve."""
         if name in self._clients:
@@ -268,7 +272,7 @@ class HostedChat:
 
     def _choice(self, index: int, choice: Mapping[str, Any]) -> dict[str, Any]:
         message = fields_of(choice.get("message"), "a message")
-        content = _text(message.get("content"))
+        content = content_text(message.get("content"))
         calls = self._checks.checked_calls(message.get("tool_calls"), f"{self._id}/{index}")
         reason = reason_of(choice, len(calls))
         self._checks.check_content(content, reason, len(calls))
@@ -345,7 +349,7 @@ class HostedChat:
             _add_call(held, place, fields_of(entry, "a tool call"))
         if choice.get("finish_reason") is not None:
             ended[index] = str(choice["finish_reason"])
-        text = _text(delta.get("content"))
+        text = content_text(delta.get("content"))
         return [self._chunk(index, {"content": text})] if text else []
 
     def _usage_events(self) -> list[bytes]:
@@ -401,7 +405,7 @@ def _add_call(held: dict[int, dict[str, Any]], place: int, entry: Mapping[str, A
         call["function"][name] += json.dumps(part) if isinstance(part, dict) else str(part)
 
 
-def _text(content: object) -> str:
+def content_text(content: object) -> str:
     """Return the text of a message's content in either client's form, or refuse the answer."""
     if content is None:
         return ""

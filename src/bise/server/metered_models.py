@@ -1,50 +1,81 @@
-"""The assistant's models with a row in the ledger for every answer, so that its tokens are counted too."""
+"""The assistant's models behind the gate: every answer is let in, limited, checked and written down like any
+request over the API, for whoever asked.
+
+Who asked is told by `asking`, which the one who knows the person sets (`bise.server.entry`). An answer goes on
+after its request; it carries that context with it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from bise.assistant.models import ChatModels, ChatTurn, Job, ModelFacts, Piece
 from bise.engine.request import Timings, Usage
-from bise.errors import BiseError
-from bise.server.access import LOCAL_OWNER
-from bise.store.ledger import LedgerRow
+from bise.errors import BiseError, EngineError, NotFoundError
+from bise.server.access import LOCAL_OWNER, Caller
+from bise.server.hosted_answers import HostedAnswers
 
 if TYPE_CHECKING:
     from bise.server.gate import StoreGate
+    from bise.server.service import Service
+    from bise.server.store_ticket import StoreTicket
 
 ENDPOINT = "assistant"
+DEFAULT_ROOM = 4096
+"""Tokens of an answer that are booked for a model whose context is not known."""
+
+asking: ContextVar[Caller | None] = ContextVar("bise_asking", default=None)
+"""Who asks the assistant, within one request and the answers that it starts."""
 
 
 class MeteredModels:
-    """Passes everything on and writes down what answers used."""
+    """Passes on what the assistant asks for, within what the one who asks may use."""
 
-    def __init__(self, models: ChatModels, gate: StoreGate) -> None:
+    def __init__(self, models: ChatModels, gate: StoreGate, hosted: HostedAnswers | None = None) -> None:
         self._models = models
         self._gate = gate
+        self._hosted = hosted or HostedAnswers()
+        self.service: Service | None = None
+        """Where answers wait for each other at a stop and dead engines are replaced; set once it is there."""
 
     def facts(self) -> Sequence[ModelFacts]:
-        """Return what is served."""
-        return self._models.facts()
+        """Return what is served: first what runs here, then what leaves this machine."""
+        return [*self._models.facts(), *self._hosted.facts()]
 
     async def count(self, model: str, messages: Sequence[ChatTurn], *, continues: bool = False) -> int:
-        """Return the number of prompt tokens of a conversation."""
+        """Return the number of prompt tokens of a conversation; for a hosted model about so many."""
+        if self._hosted.serves(model):
+            return sum([await self.count_text(model, message["content"]) + 4 for message in messages])
         return await self._models.count(model, messages, continues=continues)
 
     async def count_text(self, model: str, text: str) -> int:
-        """Return the number of tokens of a text alone."""
+        """Return the number of tokens of a text alone; for a hosted model about so many."""
+        if self._hosted.serves(model):
+            return self._hosted.guess(text)
         return await self._models.count_text(model, text)
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
-        """Yield the pieces of an answer; however it ends, its row is written."""
-        share = self._gate.begin_share()
+        """Yield the pieces of an answer; however it ends, its row is written and its place given back.
+
+        Raises RateLimitError, PermissionDeniedError or ContentPolicyError when whoever asked may not.
+        """
+        caller = asking.get() or await self._owner_of(job)
+        ticket = await self._gate.admit_caller(
+            caller, model=job.model, endpoint=ENDPOINT, request_id=f"run_{secrets.token_hex(12)}"
+        )
         meter = _Meter()
         error_code: str | None = None
+        place = _Place(asyncio.current_task())
+        jobs: set[Any] = set() if self.service is None else self.service.jobs
+        jobs.add(place)
         try:
-            async with aclosing(self._models.stream(job)) as pieces:
+            async with aclosing(self._admitted(job, ticket)) as pieces:
                 async for piece in pieces:
                     meter.add(piece)
                     yield piece
@@ -52,8 +83,96 @@ class MeteredModels:
             error_code = error.code
             raise
         finally:
-            row = meter.row(job, error_code)
-            await self._gate.offload(self._gate.record, row, None, share)
+            jobs.discard(place)
+            await ticket.finish(
+                model=job.model,
+                usage=meter.usage(),
+                timings=meter.timings,
+                finish_reason=meter.finish_reason or ("error" if error_code else "abort"),
+                error_code=error_code,
+            )
+
+    async def _owner_of(self, job: Job) -> Caller:
+        """Return for whom a job is that nobody asks for now, such as one that outlived its process."""
+        try:
+            account = await self._gate.offload(self._gate.store.allowances.get, job.tenant)
+        except NotFoundError:
+            return Caller(owner=job.tenant or LOCAL_OWNER, scopes=frozenset({"inference"}))
+        return await self._gate.caller_of_account(account.account_id, account.name)
+
+    async def _admitted(self, job: Job, ticket: StoreTicket) -> AsyncGenerator[Piece]:
+        texts = [message["content"] for message in job.messages]
+        await self._gate.offload(ticket.check_input, texts)
+        job = replace(
+            job,
+            params=await self._booked(job, ticket),
+            tenant=ticket.tenant,
+            priority=job.priority + ticket.priority,
+        )
+        if not ticket.checks_output:
+            async with aclosing(self._answer(job)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        held: list[Piece] = []
+        async with aclosing(self._answer(job)) as pieces:
+            async for piece in pieces:
+                held.append(piece)
+                # Counts go on, words wait until the whole answer was checked.
+                yield replace(piece, text="", finish_reason=None, usage=None, timings=None)
+        text = "".join(piece.text for piece in held)
+        begun = texts[-1] if job.continues else ""
+        await self._gate.offload(ticket.check_output, begun + text)
+        yield replace(held[-1], text=text, tokens=0, prefill=None)
+
+    async def _booked(self, job: Job, ticket: StoreTicket) -> Mapping[str, Any]:
+        """Book what the answer can use at most and return its parameters, with the limit that follows."""
+        if ticket.reservation is None:
+            return job.params
+        prompt = await self.count(job.model, job.messages, continues=job.continues)
+        wanted = job.params.get("max_tokens")
+        context = next((facts.context for facts in self.facts() if facts.id == job.model), None)
+        room = DEFAULT_ROOM if context is None else max(1, context - prompt)
+        most = room if wanted is None else int(wanted)
+        granted = await ticket.reserve(
+            model=job.model,
+            prompt_tokens=prompt,
+            max_tokens=most,
+            least=1 if wanted is None else None,
+        )
+        return {**job.params, "max_tokens": granted} if granted < room else job.params
+
+    async def _answer(self, job: Job) -> AsyncGenerator[Piece]:
+        if self._hosted.serves(job.model):
+            async with aclosing(self._hosted.stream(job)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        try:
+            async with aclosing(self._models.stream(job)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except EngineError:
+            if self.service is not None and self._is_dead(job.model):
+                self.service.start_recovery(self.service.models.card(job.model).spec.name)
+            raise
+
+    def _is_dead(self, model: str) -> bool:
+        assert self.service is not None
+        engine = self.service.engines().get(self.service.models.card(model).spec.name)
+        return engine is not None and engine.engine.failure is not None
+
+
+class _Place:
+    """One answer among the requests that run, so that a stop waits for it, for a while."""
+
+    def __init__(self, task: asyncio.Task[Any] | None) -> None:
+        self._task = task
+
+    def stop(self) -> None:
+        """Interrupt the answer; what there is of it is kept."""
+        if self._task is not None:
+            self._task.cancel()
 
 
 class _Meter:
@@ -62,8 +181,8 @@ class _Meter:
     def __init__(self) -> None:
         self._prompt = self._completion = 0
         self._usage: Usage | None = None
-        self._timings: Timings | None = None
-        self._finish_reason: str | None = None
+        self.timings: Timings | None = None
+        self.finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
         """Count one piece."""
@@ -71,27 +190,11 @@ class _Meter:
             self._prompt = piece.prefill[1]
         self._completion += piece.tokens
         self._usage = piece.usage or self._usage
-        self._timings = piece.timings or self._timings
-        self._finish_reason = piece.finish_reason or self._finish_reason
+        self.timings = piece.timings or self.timings
+        self.finish_reason = piece.finish_reason or self.finish_reason
 
-    def row(self, job: Job, error_code: str | None) -> LedgerRow:
-        """Return the row of the answer."""
-        usage = self._usage or Usage(
+    def usage(self) -> Usage:
+        """Return the tokens so far."""
+        return self._usage or Usage(
             prompt_tokens=self._prompt, cached_tokens=0, completion_tokens=self._completion
-        )
-        timings = self._timings or Timings(queue_s=0.0, prefill_s=0.0, decode_s=0.0)
-        return LedgerRow(
-            request_id=f"run_{secrets.token_hex(12)}",
-            key_id=None,
-            owner=job.tenant or LOCAL_OWNER,
-            endpoint=ENDPOINT,
-            model=job.model,
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-            queue_s=timings.queue_s,
-            prefill_s=timings.prefill_s,
-            decode_s=timings.decode_s,
-            finish_reason=self._finish_reason or ("error" if error_code else "abort"),
-            error_code=error_code,
         )

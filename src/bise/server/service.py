@@ -248,6 +248,8 @@ class Job:
         self.client_gone = False
         self.dropped_tokens = 0
         """Prompt tokens that were left out at the caller's wish, before the engine got the prompt."""
+        self.around: Callable[[int, str], tuple[str, str, str]] = lambda _, text: ("", text, "")
+        """What guardrails for answers read of a sequence: (text before it, its text, text after it)."""
         self._lease = lease
         self._finished = False
         self._stopped = False
@@ -273,22 +275,42 @@ class Job:
         ]
         if self.client_gone:
             raise ClientGoneError
-        await self._reserve(wanted, prompts)
+        wanted = await self._reserve(wanted, prompts)
         handles = await self.service.offload(self._submit, wanted)
         self.generation = Generation(handles, prompts=prompts, dropped_tokens=self.dropped_tokens)
         if self._stopped or self.client_gone:
             self.generation.cancel()
         return self.generation
 
-    async def _reserve(self, requests: Sequence[EngineRequest], prompts: Sequence[int] | None) -> None:
-        """Book the most that `requests` can use, each prompt counted once."""
+    async def _reserve(
+        self, requests: Sequence[EngineRequest], prompts: Sequence[int] | None
+    ) -> list[EngineRequest]:
+        """Book the most that `requests` can use, each prompt counted once, and return them: those without a
+        limit of their own may use no more than their key has left.
+        """
         lengths: dict[int, int] = {}
-        most = 0
+        rooms: list[int] = []
         for prompt, request in zip(prompts or (0,) * len(requests), requests, strict=True):
             length = lengths[prompt] = len(request.token_ids)
             wanted = request.params.max_tokens
-            most += max(0, self.loaded.engine.max_context - length) if wanted is None else wanted
-        await self.ticket.reserve(model=self._base, prompt_tokens=sum(lengths.values()), max_tokens=most)
+            rooms.append(max(0, self.loaded.engine.max_context - length) if wanted is None else wanted)
+        open_ones = [request.params.max_tokens is None for request in requests]
+        fixed = sum(room for room, is_open in zip(rooms, open_ones, strict=True) if not is_open)
+        granted = await self.ticket.reserve(
+            model=self._base,
+            prompt_tokens=sum(lengths.values()),
+            max_tokens=sum(rooms),
+            least=fixed + sum(open_ones) if any(open_ones) else None,
+        )
+        if granted >= sum(rooms):
+            return list(requests)
+        each = (granted - fixed) // sum(open_ones)
+        return [
+            replace(request, params=replace(request.params, max_tokens=min(room, each)))
+            if is_open and room
+            else request
+            for request, room, is_open in zip(requests, rooms, open_ones, strict=True)
+        ]
 
     def _submit(self, requests: Sequence[EngineRequest]) -> list[RequestHandle]:
         engine = self.loaded.engine
@@ -376,8 +398,9 @@ class Job:
         for answer in answers:
             self.check(answer)
         if self.ticket.checks_output:
-            for answer in answers:
-                await self.service.offload(self.ticket.check_output, answer.text)
+            for index, answer in enumerate(answers):
+                before, text, after = self.around(index, answer.text)
+                await self.service.offload(self.ticket.check_output, text, before=before, after=after)
 
     async def collect(self) -> list[Delta]:
         """Wait for all sequences; raises what `check` raises."""

@@ -35,10 +35,14 @@ class Ticket(Protocol):
         """True when the answer must pass `check_output` whole before any of it is shown."""
         ...
 
-    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
-        """Book the most that this request can use, once the prompt is counted and before it is submitted.
+    async def reserve(
+        self, *, model: str, prompt_tokens: int, max_tokens: int, least: int | None = None
+    ) -> int:
+        """Book the most that this request can use, once the prompt is counted and before it is submitted;
+        return how many tokens its answers may have.
 
-        Raises RateLimitError when the key has not that much left.
+        That is `max_tokens`, unless the caller named no limit: then it can do with `least` tokens or more, as
+        many as the key has left. Raises RateLimitError when the key has not that much left.
         """
         ...
 
@@ -46,8 +50,10 @@ class Ticket(Protocol):
         """Refuse (ContentPolicyError) texts that break one of the key's guardrails, before generation."""
         ...
 
-    def check_output(self, text: str) -> None:
-        """Refuse (ContentPolicyError) an answer that breaks one of the key's guardrails."""
+    def check_output(self, text: str, *, before: str = "", after: str = "") -> None:
+        """Refuse (ContentPolicyError) an answer that breaks one of the key's guardrails, alone or together with
+        the text that stands around it.
+        """
         ...
 
     async def finish(
@@ -99,13 +105,16 @@ class OpenTicket:
         """Nothing: there are no limits."""
         return {}
 
-    async def reserve(self, *, model: str, prompt_tokens: int, max_tokens: int) -> None:
+    async def reserve(
+        self, *, model: str, prompt_tokens: int, max_tokens: int, least: int | None = None
+    ) -> int:
         """Book nothing."""
+        return max_tokens
 
     def check_input(self, texts: Sequence[str]) -> None:
         """Let everything pass."""
 
-    def check_output(self, text: str) -> None:
+    def check_output(self, text: str, *, before: str = "", after: str = "") -> None:
         """Let everything pass."""
 
     async def finish(

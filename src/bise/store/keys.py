@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session
 
 from bise.errors import AuthenticationError, ConfigError, NotFoundError, StoreError
@@ -21,6 +21,8 @@ from bise.store.schema import KeyRecord, SettingRecord
 from bise.store.secret import keyed_hash
 
 KEY_PREFIX = "bise-"
+ALLOWANCE_PREFIX = "acc_"
+"""Ids of the allowances of accounts, which stand among the keys and open nothing; see `bise.store.allowances`."""
 KEY_BYTES = 32
 """Random bytes of a key: 256 bits."""
 MAX_KEY_LENGTH = 200
@@ -204,7 +206,7 @@ class Keys:
             record = session.scalars(select(KeyRecord).where(KeyRecord.hash == presented_hash)).one_or_none()
         if record is None or not hmac.compare_digest(record.hash, presented_hash):
             raise AuthenticationError("the API key is not valid")
-        return self._check_usable(_info(record))
+        return self._check_usable(key_info(record))
 
     def usable(self, key_id: str) -> KeyInfo:
         """Return a key by its id for work that was queued under it. AuthenticationError as from `verify`."""
@@ -219,24 +221,24 @@ class Keys:
 
     def list(self, *, with_revoked: bool = False) -> list[KeyInfo]:
         """Return all keys, oldest first."""
-        query = select(KeyRecord).order_by(KeyRecord.created_at, KeyRecord.id)
+        query = select(KeyRecord).where(_is_key()).order_by(KeyRecord.created_at, KeyRecord.id)
         if not with_revoked:
             query = query.where(KeyRecord.revoked_at.is_(None))
         with self._database.reading() as session:
-            return [_info(record) for record in session.scalars(query)]
+            return [key_info(record) for record in session.scalars(query)]
 
     def get(self, key_id: str) -> KeyInfo:
         """Return one key by its id; NotFoundError when there is none."""
         with self._database.reading() as session:
             record = session.get(KeyRecord, key_id) if is_sound_id(key_id) else None
-        if record is None:
+        if record is None or key_id.startswith(ALLOWANCE_PREFIX):
             raise NotFoundError("there is no key of that id; `bise keys list` shows them")
-        return _info(record)
+        return key_info(record)
 
     def any_exist(self) -> bool:
         """Return True once a key was ever made, revoked ones included."""
         with self._database.reading() as session:
-            return session.scalar(select(func.count()).select_from(KeyRecord)) != 0
+            return session.scalar(select(func.count()).select_from(KeyRecord).where(_is_key())) != 0
 
     def revoke(self, id_or_name: str) -> KeyInfo:
         """Revoke a key at once; a key that is revoked already stays so.
@@ -244,18 +246,25 @@ class Keys:
         NotFoundError when there is none, ConfigError when several keys bear the name.
         """
         with self._database.writing() as session:
-            matching = or_(KeyRecord.id == id_or_name, KeyRecord.name == id_or_name)
-            query = select(KeyRecord).where(matching)
-            found = session.scalars(query).all() if id_or_name.isprintable() else ()
-            records = [record for record in found if record.revoked_at is None or len(found) == 1]
-            if not found:
-                raise NotFoundError("there is no key of that id or name; `bise keys list` shows them")
-            if len(records) != 1:
-                raise ConfigError(f"{len(records)} keys bear that name; give the id", field="key")
-            record = records[0]
+            record = _named(session, id_or_name)
             if record.revoked_at is None:
                 record.revoked_at = self._clock()
-            return _info(record)
+            return key_info(record)
+
+    def change(
+        self, id_or_name: str, limits: KeyLimits | None = None, rules: Iterable[Rule] | None = None
+    ) -> KeyInfo:
+        """Change a key's limits or guardrails; None leaves them alone. They count from its next request on.
+
+        Raises as `revoke` does.
+        """
+        with self._database.writing() as session:
+            record = _named(session, id_or_name)
+            if limits is not None:
+                record.limits = limits.as_json()
+            if rules is not None:
+                record.rules = [rule.as_json() for rule in rules]
+            return key_info(record)
 
     def _check_secret(self) -> None:
         check = keyed_hash(self._secret, "database", "secret").hex()
@@ -274,11 +283,29 @@ class Keys:
             )
 
 
+def _is_key() -> ColumnElement[bool]:
+    return KeyRecord.id.not_like(f"{ALLOWANCE_PREFIX}%")
+
+
+def _named(session: Session, id_or_name: str) -> KeyRecord:
+    """Return the one key of that id or name; of several with the name, the one that is not revoked."""
+    matching = or_(KeyRecord.id == id_or_name, KeyRecord.name == id_or_name)
+    query = select(KeyRecord).where(matching, _is_key())
+    found = session.scalars(query).all() if id_or_name.isprintable() else ()
+    records = [record for record in found if record.revoked_at is None or len(found) == 1]
+    if not found:
+        raise NotFoundError("there is no key of that id or name; `bise keys list` shows them")
+    if len(records) != 1:
+        raise ConfigError(f"{len(records)} keys bear that name; give the id", field="key")
+    return records[0]
+
+
 def _setting(session: Session) -> str | None:
     return session.scalar(select(SettingRecord.value).where(SettingRecord.name == "secret_check"))
 
 
-def _info(record: KeyRecord) -> KeyInfo:
+def key_info(record: KeyRecord) -> KeyInfo:
+    """Return what is known of a stored key."""
     return KeyInfo(
         id=record.id,
         name=record.name,

@@ -7,6 +7,7 @@ more than the limit passes in any minute. Days and months are those of UTC.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,8 @@ class Reservation:
     key_id: str
     requests: Allowance | None
     tokens: Allowance | None
+    booked: int = 0
+    """Tokens that are set aside for it."""
 
 
 class Limits:
@@ -86,17 +89,30 @@ class Limits:
         return state.reservation(reservation_id, tokens, num_new=1)
 
     def extend(
-        self, reservation: Reservation, key: KeyInfo, tokens: int, cost: Decimal = Decimal(0)
+        self,
+        reservation: Reservation,
+        key: KeyInfo,
+        tokens: int,
+        cost: Decimal = Decimal(0),
+        *,
+        least: int | None = None,
+        token_cost: Decimal = Decimal(0),
     ) -> Reservation:
         """Reserve tokens and money for a request that holds a place without any yet.
 
-        Raises RateLimitError when a limit forbids it; the place is then given up and counts for nothing.
+        A request that can do with fewer says so: of `tokens` at least `least` are booked, as many as the key
+        has left, and each one less costs `token_cost` less. Raises RateLimitError when a limit forbids it; the
+        place is then given up and counts for nothing.
         """
         now = self._clock()
         refusal: RateLimitError | None = None
         with self._database.writing() as session:
             _lock(session, key.id)
             state = self._state(session, key, now)
+            if least is not None:
+                wanted = tokens
+                tokens = max(least, tokens - state.excess(tokens, cost, token_cost))
+                cost -= (wanted - tokens) * token_cost
             try:
                 state.check(tokens, cost, is_new=False)
             except RateLimitError as error:
@@ -108,6 +124,13 @@ class Limits:
         if refusal is not None:
             raise refusal
         return state.reservation(reservation.id, tokens, num_new=0)
+
+    def check(self, key: KeyInfo) -> None:
+        """Raise RateLimitError when the key could not begin a request now; reserves nothing."""
+        now = self._clock()
+        with self._database.writing() as session:
+            _lock(session, key.id)
+            self._state(session, key, now).check(0, Decimal(0), is_new=True)
 
     def settle(
         self,
@@ -221,6 +244,19 @@ class _State:
                 _until(self.now, "month") if cost <= limits.money_per_month else None,
             )
 
+    def excess(self, tokens: int, cost: Decimal, token_cost: Decimal) -> int:
+        """Return how many of `tokens` go beyond what is left of any limit."""
+        limits = self.key.limits
+        over = 0
+        if limits.tokens_per_minute is not None:
+            over = max(over, sum(used for _, used in self.recent) + tokens - limits.tokens_per_minute)
+        if limits.tokens_per_day is not None:
+            over = max(over, self.day_tokens + tokens - limits.tokens_per_day)
+        if limits.money_per_month is not None and token_cost:
+            beyond = self.month_cost + cost - limits.money_per_month
+            over = max(over, math.ceil(beyond / token_cost))
+        return over
+
     def reservation(self, reservation_id: str, tokens: int, *, num_new: int) -> Reservation:
         """Return the place that was given, with what is left after it."""
         limits = self.key.limits
@@ -230,6 +266,7 @@ class _State:
             key_id=self.key.id,
             requests=self._allowance(limits.requests_per_minute, len(self.recent) + num_new, recent),
             tokens=self._allowance(limits.tokens_per_minute, sum(count for _, count in recent), recent),
+            booked=tokens,
         )
 
     def _allowance(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from bise.store.allowances import Allowances
 from bise.store.batches import Batches
 from bise.store.database import Database
 from bise.store.files import Files
@@ -15,6 +16,8 @@ from bise.store.keys import Keys
 from bise.store.ledger import Ledger
 from bise.store.limits import Limits
 from bise.store.prices import PriceBook
+from bise.store.replays import Replays
+from bise.store.responses import Responses
 from bise.store.secret import load_secret
 
 
@@ -25,11 +28,14 @@ class Store:
     database: Database
     secret: bytes
     keys: Keys
+    allowances: Allowances
     limits: Limits
     prices: PriceBook
     ledger: Ledger
     files: Files
     batches: Batches
+    responses: Responses
+    replays: Replays
     clock: Callable[[], float]
 
     @classmethod
@@ -52,11 +58,14 @@ class Store:
                 database=database,
                 secret=secret_bytes,
                 keys=Keys(database, secret_bytes, clock),
+                allowances=Allowances(database, clock),
                 limits=Limits(database, clock),
                 prices=PriceBook(database),
                 ledger=Ledger(database, clock),
                 files=files,
                 batches=Batches(database, files, clock),
+                responses=Responses(database, clock),
+                replays=Replays(database, clock),
                 clock=clock,
             )
         except BaseException:

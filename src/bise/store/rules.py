@@ -5,7 +5,7 @@ Matching takes time linear in the text (RE2), whatever the expression. Text is s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -69,11 +69,27 @@ def rules_from_json(value: object, where: str = "rules") -> tuple[Rule, ...]:
     return tuple(found)
 
 
+class Span(Protocol):
+    """One occurrence."""
+
+    def start(self) -> int:
+        """Return where it begins."""
+        ...
+
+    def end(self) -> int:
+        """Return where it ends."""
+        ...
+
+
 class Pattern(Protocol):
     """A compiled expression."""
 
     def search(self, text: str) -> object | None:
         """Return something when the expression occurs in the text."""
+        ...
+
+    def finditer(self, text: str) -> Iterator[Span]:
+        """Return its occurrences, none of which overlap."""
         ...
 
 
@@ -114,5 +130,21 @@ class Guard:
         """Return the name of the first rule that one of the texts breaks; None when all is well."""
         for rule, pattern in self._rules:
             if rule.stage in (stage, "both") and any(pattern.search(text) for text in texts):
+                return rule.name
+        return None
+
+    def broken_between(self, before: str, text: str, after: str) -> str | None:
+        """Return the name of the first rule for answers that `text` breaks, alone or together with what stands
+        around it; what lies in `before` or `after` alone is not the answer's doing.
+        """
+        whole = f"{before}{text}{after}"
+        first, last = len(before), len(before) + len(text)
+        for rule, pattern in self._rules:
+            if rule.stage == "input":
+                continue
+            if not pattern.search(whole):
+                continue
+            spans = pattern.finditer(whole)
+            if any(span.end() > first and span.start() < last for span in spans) or pattern.search(text):
                 return rule.name
         return None
