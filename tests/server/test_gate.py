@@ -333,13 +333,13 @@ def test_shares_of_energy_and_time_add_up_to_the_whole():
     assert shares.leave("b") == (3, 150)
 
 
-def test_a_repeated_request_is_billed_once_but_another_body_is_not_free(site):
+def test_a_repeated_request_is_billed_once_and_another_body_is_a_conflict(site):
     _, key = site.key()
     for _ in range(3):
         assert site.chat(key, headers={"idempotency-key": "one"}).status_code == 200
     assert len(site.store.ledger.rows()) == 1
-    site.chat(key, headers={"idempotency-key": "one"}, seed=5)
-    assert len(site.store.ledger.rows()) == 2
+    assert site.chat(key, headers={"idempotency-key": "one"}, seed=5).status_code == 409
+    assert len(site.store.ledger.rows()) == 1
     assert site.chat(key, headers={"idempotency-key": "x" * 300}).status_code == 400
 
 

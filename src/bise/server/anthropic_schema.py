@@ -9,14 +9,17 @@ from typing import Any, Literal, NoReturn, cast
 from pydantic import Field
 
 from bise.errors import RequestError
-from bise.server.body import WireModel, validate
+from bise.server.body import Absent, PartModel, WireModel, validate
 from bise.server.chat_schema import ChatRequest
 from bise.server.conversation import Message
 from bise.server.fields import RunFields, StopString
 from bise.server.limits import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
 
+_EFFORTS = {"enabled": "medium", "adaptive": None, "disabled": "none"}
+_TOOL_FIELDS = ("type", "name", "description", "input_schema", "strict", "cache_control")
 
-class ToolChoiceField(WireModel):
+
+class ToolChoiceField(PartModel):
     """Whether and which tool is called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -24,11 +27,13 @@ class ToolChoiceField(WireModel):
     disable_parallel_tool_use: bool | None = None
 
 
-class ThinkingField(WireModel):
+class ThinkingField(PartModel):
     """Whether to think first."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1)
+    """Accepted; a model thinks as long as it thinks."""
+    display: Literal["summarized"] | None = None
 
 
 class MessageCountRequest(WireModel):
@@ -57,7 +62,7 @@ class MessageCountRequest(WireModel):
             "tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())] or None,
             "tool_choice": choice,
             "parallel_tool_calls": parallel,
-            "reasoning_effort": "medium" if self.thinking and self.thinking.type == "enabled" else None,
+            "reasoning_effort": _EFFORTS[self.thinking.type] if self.thinking else None,
             **fields,
         }
         return validate({name: value for name, value in wanted.items() if value is not None}, ChatRequest)
@@ -84,6 +89,14 @@ class MessagesRequest(MessageCountRequest, RunFields):
     truncate: Literal["oldest", "middle"] | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    cache_control: dict[str, Any] | None = None
+    """Accepted; prefixes are cached unasked."""
+    container: Absent = None
+    context_management: Absent = None
+    mcp_servers: Absent = None
+    output_config: Absent = None
+    inference_geo: Absent = None
+    speed: Literal["standard"] | None = None
 
     def chat(self) -> ChatRequest:
         """Return the chat request that asks the same."""
@@ -118,10 +131,7 @@ def _add(messages: list[Message], message: Mapping[str, Any], place: str) -> Non
         elif kind == "tool_use" and role == "assistant":
             calls.append(_call(fields, where))
         elif kind == "tool_result" and role == "user":
-            result = fields.get("content") or ""
-            messages.append(
-                {"role": "tool", "tool_call_id": fields.get("tool_use_id"), "content": _text(result, where)}
-            )
+            messages.append(_result(fields, where))
         elif kind not in ("thinking", "redacted_thinking"):
             _refuse(where, "must be a text, tool_use or tool_result block; this server reads text only")
     if texts or calls:
@@ -131,6 +141,13 @@ def _add(messages: list[Message], message: Mapping[str, Any], place: str) -> Non
         messages.append(entry)
     elif not content:
         _refuse(f"{place}.content", "is empty")
+
+
+def _result(fields: Mapping[str, Any], place: str) -> Message:
+    text = _text(fields.get("content") or "", place)
+    if fields.get("is_error") is True:
+        text = f"Error: {text}"  # no chat format has a mark of its own for a call that failed
+    return {"role": "tool", "tool_call_id": fields.get("tool_use_id"), "content": text}
 
 
 def _call(fields: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -156,6 +173,9 @@ def _text(value: object, place: str) -> str:
 def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     if tool.get("type") not in (None, "custom") or "input_schema" not in tool:
         _refuse(place, "must be a function of your own with an input_schema; server tools are not here")
+    for name, value in tool.items():
+        if name not in _TOOL_FIELDS and value not in (None, []):
+            _refuse(f"{place}.{name[:64]}", f"is not known here; known: {', '.join(_TOOL_FIELDS)}")
     function = {
         "name": tool.get("name"),
         "description": tool.get("description"),

@@ -13,13 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from bise.errors import BiseError
 from bise.server import absent, anthropic, chat, completions, embeddings, fim, models, responses, tokens
-from bise.server.edge import Edge, Reach
+from bise.server.edge import AsgiApp, Edge, Reach
+from bise.server.gate import StoreGate
 from bise.server.hosted import HostedModels
 from bise.server.limits import HttpLimits
 from bise.server.openapi import describe
 from bise.server.problem import ApiError, as_api_error, error_response
+from bise.server.replay import Replaying
 from bise.server.service import ClientGoneError, Models, Service
-from bise.server.shelf import Shelf
+from bise.server.shelf import MemoryShelf, StoreShelf
 from bise.server.ticket import Gate, OpenGate
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def create_app(
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, title="bise", lifespan=None
     )
     app.state.service = service
-    app.state.shelf = Shelf()
+    is_stored = isinstance(gate, StoreGate)
+    app.state.shelf = StoreShelf(gate) if is_stored else MemoryShelf()
     own = (chat, completions, fim, embeddings, responses, anthropic, tokens, models)
     for router in (*(module.router for module in own), *routers, absent.router):
         app.include_router(router)
@@ -63,14 +66,17 @@ def create_app(
     app.add_exception_handler(HTTPException, _refuse_route)
     if prepare is not None:
         prepare(app)
-    return Application(app, service, bounds, reach or Reach())
+    inner = Replaying(app, gate) if is_stored else app
+    return Application(inner, app, service, bounds, reach or Reach())
 
 
 class Application(Edge):
     """The edge with the application inside."""
 
-    def __init__(self, app: FastAPI, service: Service, limits: HttpLimits, reach: Reach) -> None:
-        super().__init__(app, limits=limits, reach=reach, is_draining=lambda: service.is_draining)
+    def __init__(
+        self, inner: AsgiApp, app: FastAPI, service: Service, limits: HttpLimits, reach: Reach
+    ) -> None:
+        super().__init__(inner, limits=limits, reach=reach, is_draining=lambda: service.is_draining)
         self.service = service
         self.routes = app.routes
 

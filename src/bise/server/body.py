@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from bise.errors import ModelFileError
 from bise.jsonfile import parse_json
@@ -31,6 +31,22 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
+
+class PartModel(WireModel):
+    """An object inside a request. It takes no fields that nobody here knows: every one of them would change
+    what its neighbours mean.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def _refuse_value(value: object) -> None:
+    if value not in (None, []):
+        raise ValueError("is not supported by this server; leave it out")
+
+
+Absent = Annotated[None, BeforeValidator(_refuse_value)]
+"""A field that would change the answer and cannot be honoured here: any value is refused."""
 
 M = TypeVar("M", bound=WireModel)
 

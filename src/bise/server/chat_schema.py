@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from bise.server.body import WireModel
+from bise.server.body import Absent, PartModel
 from bise.server.fields import Prediction, SamplingFields
 from bise.server.limits import MAX_CHOICES, MAX_MESSAGES, MAX_TOOLS
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class JsonSchemaFormat(WireModel):
+class JsonSchemaFormat(PartModel):
     """A schema that the answer obeys."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
@@ -31,7 +31,7 @@ class JsonSchemaFormat(WireModel):
         return self.schema_definition if self.schema_definition is not None else {}
 
 
-class ResponseFormat(WireModel):
+class ResponseFormat(PartModel):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -41,30 +41,32 @@ class ResponseFormat(WireModel):
     def _has_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema is missing; type json_schema needs it")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema needs type json_schema, not {self.type}")
         return self
 
 
-class FunctionName(WireModel):
+class FunctionName(PartModel):
     """A function by name."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
 
 
-class NamedTool(WireModel):
+class NamedTool(PartModel):
     """The one function that must be called."""
 
     type: Literal["function"] = "function"
     function: FunctionName
 
 
-class AllowedTools(WireModel):
+class AllowedTools(PartModel):
     """Which of the tools may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
     tools: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_TOOLS)
 
 
-class AllowedToolsChoice(WireModel):
+class AllowedToolsChoice(PartModel):
     """OpenAI's `allowed_tools`."""
 
     type: Literal["allowed_tools"]
@@ -95,21 +97,15 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Effort | None = None
     prompt_mode: Literal["reasoning"] | None = None
     # What would change the answer and cannot be honoured is refused, not ignored.
-    guardrails: list[Any] | None = Field(None, max_length=0)
-    functions: None = None
-    function_call: None = None
-    audio: None = None
-    web_search_options: None = None
+    guardrails: Absent = None
+    functions: Absent = None
+    function_call: Absent = None
+    audio: Absent = None
+    web_search_options: Absent = None
+    moderation: Absent = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
     store: Literal[False] | None = None
-
-    @field_validator("guardrails", "functions", "function_call", "audio", "web_search_options", mode="before")
-    @classmethod
-    def _not_here(cls, value: object) -> object:
-        if value not in (None, []):
-            raise ValueError("is not supported by this server (functions: use tools)")
-        return value
 
     @model_validator(mode="after")
     def _fits(self) -> ChatRequest:

@@ -24,9 +24,10 @@ SAFE_PROMPT = (
 """Mistral's own text for `safe_prompt`."""
 
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_NAME = re.compile(r"[^\s<>|\\/]{1,64}")
 _ALPHABET = string.ascii_letters + string.digits
-_UNUSED = ("annotations", "audio", "refusal", "function_call", "name", "metadata", "parsed")
-"""Fields of OpenAI's messages that no chat format here can say; `name` of a tool message is kept."""
+_UNUSED = ("annotations", "metadata", "parsed")
+"""Fields of earlier answers, sent back by clients, that no model reads anywhere."""
 
 Message = dict[str, Any]
 
@@ -50,13 +51,11 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
     result: list[Message] = []
     unanswered: list[str] = []
     for index, message in enumerate(messages):
-        kept = {
-            key: value
-            for key, value in message.items()
-            if key not in _UNUSED or (key == "name" and message.get("role") == "tool")
-        }
+        kept = {key: value for key, value in message.items() if key not in _UNUSED}
         if isinstance(kept.get("content"), list):
             kept["content"] = [_plain_part(part) for part in kept["content"]]
+        if kept.get("name") is not None and message.get("role") != "tool":
+            _say_name(kept, f"messages[{index}]")
         if kept.get("role") == "assistant" and kept.get("tool_calls"):
             kept["tool_calls"] = _with_ids(kept["tool_calls"], index)
             unanswered = [call["id"] for call in kept["tool_calls"]]
@@ -64,6 +63,33 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
             kept["tool_call_id"] = _answered(kept.get("tool_call_id"), unanswered)
         result.append(kept)
     return _with_safe_prompt(result) if safe_prompt else result
+
+
+def _say_name(message: Message, place: str) -> None:
+    """Put the speaker's name before what they say, because no chat format here has a place of its own for it:
+    `ann: Hello`. A message of nothing but calls says nothing.
+    """
+    name, content = message.pop("name"), message.get("content")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RequestError(
+            f"{place}.name must be 1 to 64 characters without spaces or any of < > | \\ /",
+            field=f"{place}.name",
+        )
+    if message.get("prefix") is True:
+        raise RequestError(
+            f"{place}.name goes with no prefix: the answer begins with the content alone",
+            field=f"{place}.name",
+        )
+    if isinstance(content, str):
+        message["content"] = f"{name}: {content}"
+    elif isinstance(content, list):
+        parts = list(cast(list[object], content))
+        for index, part in enumerate(parts):
+            fields = cast(Message, part) if isinstance(part, dict) else {}
+            if isinstance(fields.get("text"), str):
+                parts[index] = {**fields, "text": f"{name}: {fields['text']}"}
+                break
+        message["content"] = parts
 
 
 def _plain_part(part: object) -> object:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, field_validator, model_validator
 
 from bise.engine.request import SamplingParams
-from bise.server.body import WireModel
+from bise.server.body import PartModel, WireModel
 from bise.server.limits import MAX_DEADLINE_S, MAX_LOGIT_BIAS, MAX_STOP_CHARS, MAX_STOPS
 
 _SEED_BITS = (1 << 64) - 1
@@ -16,12 +16,12 @@ _SEED_BITS = (1 << 64) - 1
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class StreamOptions(WireModel):
+class StreamOptions(PartModel):
     """How a stream tells its usage."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-    """Accepted; chunks are never padded."""
+    include_obfuscation: Literal[False] | None = None
+    """Chunks are never padded."""
 
 
 class RunFields(WireModel):
@@ -67,6 +67,8 @@ class SamplingFields(RunFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     service_tier: str | None = None
 
     @field_validator("stop")
@@ -147,7 +149,7 @@ class SamplingFields(RunFields):
         )
 
 
-class Prediction(WireModel):
+class Prediction(PartModel):
     """What the answer will probably be; makes it come faster, never different."""
 
     type: Literal["content"] = "content"

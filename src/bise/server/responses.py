@@ -22,10 +22,12 @@ from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.problem import ApiError, as_api_error
 from bise.server.reading import Reader
-from bise.server.responses_schema import ResponsesRequest
+from bise.server.responses_schema import ResponsesRequest, check_include
 from bise.server.service import Job, Service
-from bise.server.shelf import Shelf, StoredResponse
+from bise.server.shelf import Shelf
 from bise.server.sse import EventStream, event
+from bise.server.stored import choice_argument, only_arguments, text_argument, whole_argument
+from bise.store.responses import StoredResponse
 
 router = APIRouter()
 
@@ -37,7 +39,7 @@ async def create_response(request: Request) -> Response:
     body = await read_json(request, ResponsesRequest)
     job = await service.open(request, model=body.model)
     try:
-        messages = [*_earlier(request, job, body), *body.new_messages()]
+        messages = [*await _earlier(request, job, body), *body.new_messages()]
         chat = body.as_chat(messages)
         rivals = (body.top_logprobs or 0) if body.wants_logprobs else None
         plan = await service.offload(plan_chat, job, chat, ChatOptions(rivals=rivals))
@@ -66,7 +68,7 @@ async def count_input_tokens(request: Request) -> Response:
     body = await read_json(request, ResponsesRequest)
     job = await service.open(request, model=body.model, scope="read")
     try:
-        chat = body.as_chat([*_earlier(request, job, body), *body.new_messages()])
+        chat = body.as_chat([*await _earlier(request, job, body), *body.new_messages()])
         ids = await service.offload(encoded, job, prepared(chat.messages), chat.tools)
         return job.answer({"object": "response.input_tokens", "input_tokens": len(ids)})
     finally:
@@ -76,20 +78,42 @@ async def count_input_tokens(request: Request) -> Response:
 @router.get("/v1/responses/{response_id}", **documented(None, "Read a stored response."))
 async def retrieve_response(request: Request, response_id: str) -> Response:
     """Return a stored response."""
+    only_arguments(request, "stream", "include", "include[]", "include_obfuscation", "starting_after")
+    if choice_argument(request, "stream", ("true", "false")) == "true":
+        raise RequestError(
+            "a response that has ended is not streamed again; leave stream out", field="stream"
+        )
+    if "starting_after" in request.query_params:
+        raise RequestError(
+            "starting_after belongs to stream, which is not possible here", field="starting_after"
+        )
+    check_include([*request.query_params.getlist("include"), *request.query_params.getlist("include[]")])
     return JSONResponse((await _stored(request, response_id)).body)
 
 
 @router.get("/v1/responses/{response_id}/input_items", **documented(None, "Read a response's input."))
 async def list_input_items(request: Request, response_id: str) -> Response:
-    """Return the input of a stored response."""
+    """Return the input of a stored response, the last item first unless `order=asc`."""
+    only_arguments(request, "limit", "order", "after", "include", "include[]")
+    check_include([*request.query_params.getlist("include"), *request.query_params.getlist("include[]")])
+    limit = whole_argument(request, "limit", 20, 1, 100)
+    is_descending = choice_argument(request, "order", ("asc", "desc")) != "asc"
+    after = text_argument(request, "after")
     items = (await _stored(request, response_id)).items
+    items = items[::-1] if is_descending else items
+    if after is not None:
+        places = [place for place, item in enumerate(items) if item["id"] == after]
+        if not places:
+            raise NotFoundError(f"the input has no item {after!r}", field="after")
+        items = items[places[0] + 1 :]
+    page = items[:limit]
     return JSONResponse(
         {
             "object": "list",
-            "data": items,
-            "first_id": items[0]["id"] if items else None,
-            "last_id": items[-1]["id"] if items else None,
-            "has_more": False,
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(items) > limit,
         }
     )
 
@@ -97,8 +121,8 @@ async def list_input_items(request: Request, response_id: str) -> Response:
 @router.delete("/v1/responses/{response_id}", **documented(None, "Delete a stored response."))
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a stored response."""
-    stored = await _stored(request, response_id)
-    shelf_of(request).drop(stored.tenant, response_id)
+    tenant = await _tenant(request)
+    await shelf_of(request).delete(tenant, response_id)
     return JSONResponse({"id": response_id, "object": "response.deleted", "deleted": True})
 
 
@@ -133,19 +157,23 @@ def shelf_of(request: Request) -> Shelf:
     return shelf
 
 
-async def _stored(request: Request, response_id: str) -> StoredResponse:
+async def _tenant(request: Request) -> str:
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
     ticket = await service.gate.admit(request, scope="read", model=None)
     await ticket.finish(model=None, usage=None, timings=None, finish_reason="stop")
-    return shelf_of(request).get(ticket.tenant, response_id)
+    return ticket.tenant
 
 
-def _earlier(request: Request, job: Job, body: ResponsesRequest) -> list[Message]:
+async def _stored(request: Request, response_id: str) -> StoredResponse:
+    return await shelf_of(request).get(await _tenant(request), response_id)
+
+
+async def _earlier(request: Request, job: Job, body: ResponsesRequest) -> list[Message]:
     if body.previous_response_id is None:
         return []
     try:
-        stored = shelf_of(request).get(job.ticket.tenant, body.previous_response_id)
+        stored = await shelf_of(request).get(job.ticket.tenant, body.previous_response_id)
     except NotFoundError as error:
         raise NotFoundError(str(error), field="previous_response_id") from None
     return list(stored.messages)
@@ -180,7 +208,7 @@ class ResponseAnswer:
             pass
         if self._body.wants_logprobs:
             self._attach_logprobs(answer)
-        body = self._ended_body()
+        body = await self._ended_body()
         await self._job.finish(self._reason)
         return self._job.answer(body)
 
@@ -192,7 +220,7 @@ class ResponseAnswer:
         async for _, delta in self._job.deltas():
             for data in self._changes(delta):
                 yield data
-        body = self._ended_body()
+        body = await self._ended_body()
         name = "response.incomplete" if self._reason == "length" else "response.completed"
         yield self._event(name, response=body)
 
@@ -274,20 +302,20 @@ class ResponseAnswer:
                 item["content"][0]["logprobs"] = self._logprobs(answer)
                 return
 
-    def _ended_body(self) -> dict[str, Any]:
+    async def _ended_body(self) -> dict[str, Any]:
         """Return the finished response, stored unless the caller does not want it."""
         generation = self._job.generation
         assert generation is not None
         status = "incomplete" if self._reason == "length" else "completed"
         body = self._response(status, generation.usage())
         if self._body.store is not False:
-            self._shelf.put(
+            await self._shelf.put(
+                self._job.ticket.tenant,
                 StoredResponse(
-                    tenant=self._job.ticket.tenant,
                     body=body,
                     items=input_items(self._body),
                     messages=[*self._messages, *answer_messages(self._items)],
-                )
+                ),
             )
         return body
 

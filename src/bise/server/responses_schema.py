@@ -8,28 +8,46 @@ from typing import Any, Literal, cast
 from pydantic import Field, field_validator
 
 from bise.errors import RequestError
-from bise.server.body import WireModel, validate
+from bise.server.body import Absent, PartModel, validate
 from bise.server.chat_schema import ChatRequest, Effort
 from bise.server.conversation import Message
 from bise.server.fields import RunFields
 from bise.server.limits import MAX_MESSAGES, MAX_TOOLS
 
+LOGPROBS = "message.output_text.logprobs"
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-class TextOptions(WireModel):
+_ROLES = ("system", "developer", "user", "assistant")
+_ITEM_FIELDS = {
+    "message": ("type", "role", "content", "id", "status", "phase"),
+    "function_call": ("type", "call_id", "name", "arguments", "id", "status"),
+    "function_call_output": ("type", "call_id", "output", "id", "status"),
+}
+"""What each kind of input item may say; ids, status and phase of earlier answers change nothing."""
+
+
+class TextOptions(PartModel):
     """The form of the answer."""
 
     format: dict[str, Any] | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningOptions(WireModel):
+class ReasoningOptions(PartModel):
     """How long to think."""
 
     effort: Effort | None = None
-    summary: str | None = None
-    """Accepted; thoughts are never summarised."""
+    summary: Literal["auto"] | None = None
+    """Thoughts come whole; none are summarised."""
+    generate_summary: Literal["auto"] | None = None
+
+
+class ResponseStreamOptions(PartModel):
+    """How a stream looks."""
+
+    include_obfuscation: Literal[False] | None = None
+    """Events are never padded."""
 
 
 class ResponsesRequest(RunFields):
@@ -44,7 +62,7 @@ class ResponsesRequest(RunFields):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: ResponseStreamOptions | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=1 << 24)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -59,25 +77,30 @@ class ResponsesRequest(RunFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     service_tier: str | None = None
     # What would change the answer and cannot be honoured is refused, not ignored.
     background: Literal[False] | None = None
-    conversation: None = None
-    prompt: None = None
-    max_tool_calls: None = None
-    truncate: None = None
+    conversation: Absent = None
+    prompt: Absent = None
+    max_tool_calls: Absent = None
+    context_management: Absent = None
+    moderation: Absent = None
+    image: Absent = None
+    access_programs: Absent = None
+    background_options: Absent = None
 
-    @field_validator("conversation", "prompt", "max_tool_calls", "truncate", mode="before")
+    @field_validator("include")
     @classmethod
-    def _not_here(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("is not supported by this server (truncate: use truncation)")
+    def _known_include(cls, value: list[str] | None) -> list[str] | None:
+        check_include(value or ())
         return value
 
     @property
     def wants_logprobs(self) -> bool:
         """True when the text parts carry log-probs."""
-        return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
+        return bool(self.top_logprobs) or LOGPROBS in (self.include or ())
 
     def new_messages(self) -> list[Message]:
         """Return the input as chat messages. Raises RequestError for items that cannot be said."""
@@ -118,9 +141,25 @@ class ResponsesRequest(RunFields):
         return validate({name: value for name, value in fields.items() if value is not None}, ChatRequest)
 
 
+def check_include(names: Sequence[str]) -> None:
+    """Raise RequestError for what cannot be shown beside a response: only log-probs can."""
+    for name in names:
+        if name != LOGPROBS:
+            raise RequestError(
+                f"include: {name[:64]!r} is not known here; known: {LOGPROBS}", field="include"
+            )
+
+
 def _add_item(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
     kind = item.get("type", "message")
+    if kind in _ITEM_FIELDS:
+        _only(item, _ITEM_FIELDS[kind], place)
     if kind == "message":
+        if item.get("role") not in _ROLES:
+            shown = str(item.get("role"))[:40]
+            raise RequestError(
+                f"{place}.role is {shown!r}; known: {', '.join(_ROLES)}", field=f"{place}.role"
+            )
         messages.append({"role": item.get("role"), "content": _content(item.get("content"), place)})
     elif kind == "function_call":
         call = {
@@ -151,6 +190,15 @@ def _add_item(messages: list[Message], item: Mapping[str, Any], place: str) -> N
         )
 
 
+def _only(item: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Refuse fields that would be dropped."""
+    for name, value in item.items():
+        if name not in known and value not in (None, []):
+            raise RequestError(
+                f"{place}.{name[:64]} is not known here; known: {', '.join(known)}", field=place
+            )
+
+
 def _content(value: object, place: str) -> object:
     if not isinstance(value, list):
         return value
@@ -174,6 +222,7 @@ def _tool(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
     if isinstance(tool.get("function"), Mapping):
         return dict(tool)
     names = ("name", "description", "parameters", "strict")
+    _only(tool, ("type", *names), place)
     return {"type": "function", "function": {n: tool[n] for n in names if tool.get(n) is not None}}
 
 
@@ -192,4 +241,5 @@ def _format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if form.get("type") != "json_schema" or "json_schema" in form:
         return dict(form)
     names = ("name", "schema", "strict", "description")
+    _only(form, ("type", *names), "text.format")
     return {"type": "json_schema", "json_schema": {n: form[n] for n in names if form.get(n) is not None}}

@@ -1,60 +1,74 @@
-"""Responses that can be read or continued later: the newest ones, in memory, each for its own key only."""
+"""Where finished responses are kept: in the database, or in memory for a server that has none."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from bise.errors import NotFoundError
-from bise.server.conversation import Message
+from bise.store.responses import StoredResponse
 
-MAX_RESPONSES = 1000
-MAX_CHARS = 64 << 20
-"""Of all kept texts together, roughly."""
+if TYPE_CHECKING:
+    from bise.server.gate import StoreGate
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredResponse:
-    """A finished response and the conversation up to its end."""
-
-    tenant: str
-    body: dict[str, Any]
-    items: list[dict[str, Any]]
-    messages: list[Message]
+MAX_IN_MEMORY = 1000
 
 
-class Shelf:
-    """Keeps the newest responses; the oldest make room. For one event loop."""
+class Shelf(Protocol):
+    """Keeps finished responses, each for the tenant that made it only."""
 
-    def __init__(self, max_responses: int = MAX_RESPONSES, max_chars: int = MAX_CHARS) -> None:
-        self._kept: OrderedDict[tuple[str, str], tuple[StoredResponse, int]] = OrderedDict()
-        self._max_responses = max_responses
-        self._max_chars = max_chars
-        self._chars = 0
+    async def put(self, tenant: str, response: StoredResponse) -> None:
+        """Keep a response."""
+        ...
 
-    def put(self, response: StoredResponse) -> None:
-        """Keep a response, unless it alone is larger than the shelf."""
-        size = sum(len(str(message)) for message in response.messages) + len(str(response.body))
-        if size > self._max_chars:
-            return
-        self._kept[response.tenant, response.body["id"]] = response, size
-        self._chars += size
-        while len(self._kept) > self._max_responses or self._chars > self._max_chars:
-            _, (_, gone) = self._kept.popitem(last=False)
-            self._chars -= gone
+    async def get(self, tenant: str, response_id: str) -> StoredResponse:
+        """Return a response. Raises NotFoundError when it is gone, unknown or another tenant's."""
+        ...
 
-    def get(self, tenant: str, response_id: str) -> StoredResponse:
-        """Return a response. Raises NotFoundError when it is gone, unknown or another key's."""
+    async def delete(self, tenant: str, response_id: str) -> None:
+        """Forget a response. Raises NotFoundError as `get` does."""
+        ...
+
+
+class StoreShelf:
+    """The database's responses; see `bise.store.responses`."""
+
+    def __init__(self, gate: StoreGate) -> None:
+        self._gate = gate
+
+    async def put(self, tenant: str, response: StoredResponse) -> None:
+        """Keep a response."""
+        await self._gate.offload(self._gate.store.responses.put, tenant, response)
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse:
+        """Return a response."""
+        return await self._gate.offload(self._gate.store.responses.get, tenant, response_id)
+
+    async def delete(self, tenant: str, response_id: str) -> None:
+        """Forget a response."""
+        await self._gate.offload(self._gate.store.responses.delete, tenant, response_id)
+
+
+class MemoryShelf:
+    """The newest responses of a server without a database."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], StoredResponse] = OrderedDict()
+
+    async def put(self, tenant: str, response: StoredResponse) -> None:
+        """Keep a response; the oldest makes room."""
+        self._kept[tenant, response.body["id"]] = response
+        if len(self._kept) > MAX_IN_MEMORY:
+            self._kept.popitem(last=False)
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse:
+        """Return a response."""
         found = self._kept.get((tenant, response_id))
         if found is None:
-            raise NotFoundError(
-                "there is no such response here (only the newest are kept, and only until a restart)",
-                field="response_id",
-            )
-        return found[0]
+            raise NotFoundError("there is no such response", field="response_id")
+        return found
 
-    def drop(self, tenant: str, response_id: str) -> None:
+    async def delete(self, tenant: str, response_id: str) -> None:
         """Forget a response."""
-        _, size = self._kept.pop((tenant, response_id), (None, 0))
-        self._chars -= size
+        await self.get(tenant, response_id)
+        del self._kept[tenant, response_id]

@@ -18,6 +18,8 @@ from bise.server.service import ClientGoneError, Job
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+STREAM_FAILED = "bise.stream_failed"
+"""Set in the ASGI scope by a stream that had to tell of a failure after its status."""
 _PING = b": ping\n\n"
 
 
@@ -73,6 +75,7 @@ class EventStream(Response):
                 raise
             except Exception as error:  # the 200 is out: all that is left is to tell in the stream
                 failure = error
+                scope[STREAM_FAILED] = True
                 if as_api_error(error).status >= 500:
                     logger.warning("event=stream_failed code=%s", as_api_error(error).code, exc_info=error)
                 await sender.send(self._on_error(error))

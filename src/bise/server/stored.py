@@ -53,6 +53,16 @@ def choice_argument(request: Request, name: str, choices: Sequence[str]) -> str 
     return text
 
 
+def only_arguments(request: Request, *known: str) -> None:
+    """Refuse query arguments that a list does not know: a filter not applied would be a wrong list."""
+    for name in request.query_params:
+        if name not in known:
+            raise RequestError(
+                f"{name[:64]!r} is not an argument of this route; known: {', '.join(known) or 'none'}",
+                field=name[:64],
+            )
+
+
 def page_arguments(request: Request) -> tuple[int, int]:
     """Return (offset, limit) from Mistral's `page` and `page_size` or OpenAI's `limit`."""
     if "page" in request.query_params or "page_size" in request.query_params:

@@ -104,7 +104,9 @@ class Responses:
         mine = ResponseRecord.tenant == tenant
         totals = select(func.count(), func.coalesce(func.sum(ResponseRecord.size), 0)).where(mine)
         count, size = session.execute(totals).one()
-        oldest = select(ResponseRecord.id, ResponseRecord.size).where(mine).order_by(ResponseRecord.created_at)
+        oldest = (
+            select(ResponseRecord.id, ResponseRecord.size).where(mine).order_by(ResponseRecord.created_at)
+        )
         while count > 1 and (count > self._max_responses or size > self._max_bytes):
             gone, bytes_ = session.execute(oldest.limit(1)).one()
             session.execute(delete(ResponseRecord).where(ResponseRecord.id == gone))
