@@ -4,6 +4,10 @@ import re
 
 import pytest
 
+from bise.errors import RequestError
+from bise.grammar import compiler
+from bise.grammar.automaton import ByteMachine
+from bise.grammar.follower import Follower
 from bise.grammar.spec import GrammarSpec
 
 NESTED = GrammarSpec.json_schema(
@@ -71,3 +75,70 @@ def test_outputs_of_lark_grammars_are_in_their_language(outputs, source, pattern
 def test_outputs_of_patterns_match(outputs, pattern):
     for text in outputs(GrammarSpec.regex(pattern)).some(6, room=12):
         assert re.fullmatch(pattern, text, re.ASCII), text
+
+
+EXPLOSIVE = "x(a|b)*a(a|b){30}"
+"""Each mask visits thousands of states, and each token leads to others."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_output_on_which_the_mask_engine_gives_up_is_closed_and_still_matches(letters, monkeypatch, seed):
+    monkeypatch.setattr(compiler, "MAX_STATES", 500)
+    made = letters(GrammarSpec.regex(EXPLOSIVE), seed)
+    made.may_give_up = True
+    for limit in (made.shortest, made.shortest + 3, made.shortest + 100):
+        assert re.fullmatch(EXPLOSIVE, made.one(limit))
+    follower = made.follower()
+    follower.take(int(follower.allowed(500)[0]), 500)
+    assert follower.allowed(500).size == 1
+    assert (follower.gave_up, follower.was_cut) == (True, True)
+
+
+def test_what_the_mask_engine_cannot_even_begin_is_refused_before_any_token(letters):
+    with pytest.raises(RequestError, match="more than the grammar engine takes"):
+        letters(GrammarSpec.lark('start: x\nx: x x | "a" | "b" | "b" x "a"'))
+
+
+def test_an_output_does_not_depend_on_what_other_outputs_made_the_mask_engine_remember(letters):
+    """All outputs of a grammar share the engine's automaton, which two of these fill to its limit."""
+    made, lone = letters(GrammarSpec.regex(EXPLOSIVE)), letters(GrammarSpec.regex(EXPLOSIVE))
+    for _ in range(5):
+        made.one(40)
+    first = made.compiled.matcher
+    for seed in range(3):
+        made.random.seed(seed)
+        lone.random.seed(seed)
+        assert made.one(60) == lone.one(60)
+    assert made.compiled.matcher is not first, "the limit was not reached"
+
+
+def test_guessing_ahead_does_not_bring_the_mask_engine_nearer_to_its_limits(letters):
+    made = letters(GrammarSpec.regex(EXPLOSIVE))
+    follower = made.follower()
+    follower.take(int(follower.allowed(500)[0]), 500)
+    before = made.compiled.matcher
+    for _ in range(5000):
+        follower.validate([made.random.randrange(262, made.vocabulary.size) for _ in range(5)])
+    follower.allowed(500)
+    assert made.compiled.matcher is before
+
+
+def test_grammars_that_nobody_has_used_lately_let_go_of_what_outputs_added(vocabulary, monkeypatch):
+    monkeypatch.setattr(compiler, "MAX_GROWN", 3)
+    cache = compiler.GrammarCache(vocabulary)
+    specs = [GrammarSpec.choice([f"n{number}"]) for number in range(6)]
+    made = [cache.get(spec) for spec in specs]
+    assert [entry.matcher is not None for entry in made] == [False] * 3 + [True] * 3
+    again = cache.get(specs[0])
+    follower = Follower(again, vocabulary)
+    assert follower.allowed(5).size
+    assert again is made[0]
+    assert [entry.matcher is not None for entry in made] == [True] + [False] * 3 + [True] * 2
+
+
+def test_an_automaton_with_more_states_than_are_kept_goes_on(monkeypatch, letters):
+    monkeypatch.setattr(ByteMachine, "MAX_VISITED", 5)
+    pattern = "[ab]{0,9}a[ab]{4}"
+    made = letters(GrammarSpec.regex(pattern))
+    for text in made.some(6, room=12):
+        assert re.fullmatch(pattern, text)

@@ -82,7 +82,10 @@ def _next_token(sequence: Sequence, logits: Logits) -> int | None:
     if grammar is None:
         return sequence.sampler.choose(logits, position, sequence.num_output)
     left = sequence.max_tokens - sequence.num_output
-    token_id = sequence.sampler.choose(logits, position, sequence.num_output, grammar.allowed(left))
+    allowed = grammar.allowed(left)
+    if allowed is not None and not allowed.size:
+        return None
+    token_id = sequence.sampler.choose(logits, position, sequence.num_output, allowed)
     return token_id if token_id in sequence.stop_ids else grammar.take(token_id, left)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from bise.errors import RequestError
 from bise.grammar.regex import (
@@ -31,6 +32,9 @@ MAX_STEPS = 250_000
 
 UNREACHABLE = 1 << 60
 """A distance that stands for no way at all."""
+
+Visited: TypeAlias = "int | frozenset[int]"
+"""A state of a `ByteMachine`."""
 
 
 class Budget:
@@ -216,7 +220,8 @@ def of_length(low: int, high: int | None, budget: Budget) -> Machine:
 class ByteMachine:
     """A deterministic automaton over bytes, made of a `Machine` as far as outputs visit it.
 
-    States are numbers from 0, the start. What was visited stays, at most `MAX_VISITED` states.
+    States are numbers from 0, the start. What was visited stays, at most `MAX_VISITED` states; those beyond
+    are sets of states of `source`, found anew each time.
     """
 
     MAX_VISITED = 20_000
@@ -293,37 +298,53 @@ class ByteMachine:
             layer = following
         return rests
 
-    def step(self, state: int, byte: int) -> int | None:
+    def step(self, state: Visited, byte: int) -> Visited | None:
         """Return the state after one more byte, None where the language has no such text."""
+        if not isinstance(state, int):
+            return self._known(self._after(state, byte))
         moves = self._moves[state]
         found = moves.get(byte)
-        if found is not None:
-            return found if found >= 0 else None
+        if found is None:
+            known = self._known(self._after(self._sets[state], byte))
+            if known is not None and not isinstance(known, int):
+                return known
+            found = moves[byte] = -1 if known is None else known
+        return found if found >= 0 else None
+
+    def _after(self, members: frozenset[int], byte: int) -> frozenset[int]:
         rests = self._rests
-        targets = frozenset(
+        return frozenset(
             target
-            for source in self._sets[state]
+            for source in members
             for low, high, target in self._edges[source]
             if low <= byte <= high and rests[target] < UNREACHABLE
         )
-        number = self._numbers.get(targets, -1)
-        if targets and number < 0:
-            if len(self._sets) >= self.MAX_VISITED:
-                raise RequestError(f"a pattern took more than {self.MAX_VISITED} states", field="grammar")
-            number = self._numbers[targets] = len(self._sets)
-            self._sets.append(targets)
+
+    def _known(self, members: frozenset[int]) -> Visited | None:
+        """Return the number of a state, a new one while there are any left; None for no state."""
+        if not members:
+            return None
+        number = self._numbers.get(members)
+        if number is None:
+            number = len(self._sets)
+            if number >= self.MAX_VISITED:
+                return members
+            self._numbers[members] = number
+            self._sets.append(members)
             self._moves.append({})
-        moves[byte] = number
-        return number if number >= 0 else None
+        return number
 
-    def rest(self, state: int) -> int:
+    def _members(self, state: Visited) -> frozenset[int]:
+        return self._sets[state] if isinstance(state, int) else state
+
+    def rest(self, state: Visited) -> int:
         """Return the fewest bytes from `state` to the end of a text of the language."""
-        return min(self._rests[source] for source in self._sets[state])
+        return min(self._rests[source] for source in self._members(state))
 
-    def shortest(self, state: int) -> bytes:
+    def shortest(self, state: Visited) -> bytes:
         """Return the first in byte order of the shortest texts from `state` to an end."""
         written = bytearray()
-        members = self._sets[state]
+        members = self._members(state)
         rest = self.rest(state)
         while rest:
             rest -= 1

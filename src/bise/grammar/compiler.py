@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 from bise.errors import RequestError, quoted
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 << 20
 """What all compiled grammars of an engine may take."""
+MAX_GROWN = 32
+"""Grammars, the ones used last, that keep what outputs added to them."""
+MAX_STATES = 20_000
+"""States of the mask engine's automaton per grammar, about 10 MiB."""
 MAX_TEXT = 2 << 20
 """Characters of a grammar in the mask engine's language at most."""
 
@@ -44,15 +48,37 @@ class Lead(Enum):
     SPACE = "space"
 
 
-@dataclass(frozen=True, slots=True)
 class Compiled:
-    """A grammar, ready to be followed by any number of outputs."""
+    """A grammar, ready to be followed by any number of outputs.
 
-    table: Table
-    matcher: LLMatcher
-    """At the start; only ever copied."""
-    size_bytes: int
-    """What it takes, roughly and rather more."""
+    The mask engine's automaton grows with the outputs that follow it, and all outputs of a grammar share it,
+    up to `MAX_STATES`. Whether one of them still finds room there must not depend on the others: it can have
+    a new one, and only what is too much for a new one is too much.
+    """
+
+    __slots__ = ("_text", "_vocabulary", "matcher", "size_bytes", "table")
+
+    def __init__(
+        self, table: Table, text: str, vocabulary: Vocabulary, matcher: LLMatcher, size: int
+    ) -> None:
+        self.table = table
+        self._text = text
+        self._vocabulary = vocabulary
+        self.matcher: LLMatcher | None = matcher
+        """At the start, with what outputs have added; only ever copied. None: nobody used it lately."""
+        self.size_bytes = size
+        """What it takes without what outputs add, roughly and rather more."""
+
+    def begin(self) -> LLMatcher:
+        """Return a matcher at the start of the grammar."""
+        matcher = self.matcher
+        if matcher is None:
+            matcher = self.matcher = self.fresh()
+        return matcher.deep_copy()
+
+    def fresh(self) -> LLMatcher:
+        """Return a matcher at the start that shares nothing; takes as long as compiling."""
+        return _matcher(self._text, self._vocabulary)
 
 
 class GrammarCache:
@@ -79,6 +105,7 @@ class GrammarCache:
             found = self._entries.get(key)
             if found is not None:
                 self._entries.move_to_end(key)
+                self._let_go()
                 return found
         made = compile_grammar(spec, self.vocabulary, lead)
         with self._lock:
@@ -88,7 +115,13 @@ class GrammarCache:
             while self.size_bytes > self._max_bytes and len(self._entries) > 1:
                 _, dropped = self._entries.popitem(last=False)
                 self.size_bytes -= dropped.size_bytes
+            self._let_go()
         return made
+
+    def _let_go(self) -> None:
+        """Let the matcher of the grammar go that is no longer among those used last."""
+        for entry in islice(reversed(self._entries.values()), MAX_GROWN, MAX_GROWN + 1):
+            entry.matcher = None
 
 
 def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead.NONE) -> Compiled:
@@ -106,8 +139,16 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead
         raise RequestError(
             f"{spec.field} is too large to be enforced; use fewer alternatives", field=spec.field
         )
-    matcher = _matcher(text, vocabulary, spec)
-    return Compiled(table, matcher, size_bytes=(1 << 16) + 40 * len(text) + 200 * budget.spent)
+    matcher = _matcher(text, vocabulary)
+    # What is too much for the very first mask is refused now, not closed at once later.
+    trial = matcher.deep_copy()
+    if not matcher.is_error():
+        trial.compute_bitmask()
+    if trial.is_error():
+        reason = " ".join(trial.get_error().split())[:160]
+        raise RequestError(f"{spec.field} is more than the grammar engine takes ({reason})", field=spec.field)
+    size = (1 << 16) + 40 * len(text) + 200 * budget.spent
+    return Compiled(table, text, vocabulary, matcher, size)
 
 
 def _root(spec: GrammarSpec, builder: Builder, vocabulary: Vocabulary) -> Symbol:
@@ -159,19 +200,18 @@ def _check_shortest(table: Table, field: str) -> None:
         )
 
 
-def _matcher(text: str, vocabulary: Vocabulary, spec: GrammarSpec) -> LLMatcher:
+def _matcher(text: str, vocabulary: Vocabulary) -> LLMatcher:
     import llguidance
 
     limits = llguidance.LLParserLimits(
         max_items_in_row=50_000,
-        max_lexer_states=20_000,
+        max_lexer_states=MAX_STATES,
         max_grammar_size=200_000,
+        # Never what decides: states that are known already need no fuel, so it would count differently for an
+        # output that follows others.
+        step_lexer_fuel=20_000_000,
         verbose_errors=False,
     )
-    matcher = llguidance.LLMatcher(
+    return llguidance.LLMatcher(
         vocabulary.engine, llguidance.LLMatcher.grammar_from_lark(text), log_level=0, limits=limits
     )
-    if matcher.is_error():
-        reason = " ".join(matcher.get_error().split())[:160]
-        raise RequestError(f"{spec.field} is more than the grammar engine takes ({reason})", field=spec.field)
-    return matcher

@@ -1,7 +1,12 @@
-"""One output under a grammar: which tokens may come, and the way out before the tokens run out."""
+"""One output under a grammar: which tokens may come, and the way out before the tokens run out.
+
+The mask engine has limits of its own, which an output can reach in its middle. It is then closed by the
+shortest way out, which the tracker alone knows: what was accepted stays valid.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +21,8 @@ from bise.grammar.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+logger = logging.getLogger(__name__)
+
 Ids = npt.NDArray[np.intp]
 
 
@@ -24,6 +31,7 @@ class Follower:
 
     __slots__ = (
         "_bits",
+        "_compiled",
         "_dense",
         "_end_ids",
         "_forbids_trigger",
@@ -33,6 +41,7 @@ class Follower:
         "_tracker",
         "_trigger",
         "_vocabulary",
+        "gave_up",
         "is_started",
         "was_cut",
     )
@@ -51,8 +60,9 @@ class Follower:
         With a `trigger`, a control token, everything is free until that token, which is the first of the
         grammar's; with `forbids_trigger` that token never comes.
         """
+        self._compiled = compiled
         self._vocabulary = vocabulary
-        self._matcher: LLMatcher = compiled.matcher.deep_copy()
+        self._matcher: LLMatcher = compiled.begin()
         self._tracker = Tracker(compiled.table)
         self._end_ids = np.array(sorted(end_ids), np.intp)
         self._trigger = trigger
@@ -67,7 +77,9 @@ class Follower:
         self.is_started = trigger is None
         """The grammar holds: there is no trigger, or it has come."""
         self.was_cut = False
-        """A token was replaced because the tokens ran out."""
+        """A token was replaced because the tokens ran out, or the mask engine gave up."""
+        self.gave_up = False
+        """The mask engine reached a limit of its own: only the way out is left."""
 
     def copy(self) -> Follower:
         """Return an independent follower in the same state."""
@@ -97,32 +109,62 @@ class Follower:
     @property
     def may_end(self) -> bool:
         """The output is complete here, though it may be able to go on."""
+        if self.gave_up:
+            return self._tracker.need() == 0
         return not self.is_started or self._matcher.is_accepting()
 
     @property
     def must_end(self) -> bool:
         """The output is complete and nothing can follow."""
+        if self.gave_up:
+            return self._tracker.need() == 0
         return self.is_started and self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def allowed(self, left: int) -> Ids | None:
-        """Return the tokens that may come next, ascending, when `left` more may be produced; None for all."""
+        """Return the tokens that may come next, ascending, when `left` more may be produced; None for all,
+        an empty array where the output is complete and can only end.
+        """
         if not self.is_started:
             if not self._forbids_trigger and self._fits_after_trigger(left):
                 return None
             everything = np.arange(self._vocabulary.size, dtype=np.intp)
             assert self._trigger is not None, "without one the grammar holds from the start"
             return np.delete(everything, self._trigger)
-        bits = self._bits
-        # The engine counts in words of 32 bits, one token more than the model has.
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self._vocabulary.size // 32 * 4 + 4)
-        self._check_engine()
+        if not self.gave_up:
+            ids = self._masked()
+            if ids.size:
+                return ids
+            self._give_up()
+        path = self._way_out()
+        if path is None:
+            raise EngineError("the vocabulary cannot spell the rest of the output")
+        return np.array(path[:1], np.intp)
+
+    def _masked(self) -> Ids:
+        """Return the tokens that the mask engine allows; none when it gave up."""
+        if not self._compute_mask(self._matcher) and not self._compute_mask_anew():
+            return np.zeros(0, np.intp)
         # The engine's own end of text is none of the model's; which of those may come is decided here.
         self._set_bits(np.array([self._vocabulary.size]), False)
         self._set_bits(self._end_ids, self.may_end)
-        ids = self._ids()
-        if not ids.size:
-            raise EngineError("the grammar allows no token, not even the end of the output")
-        return ids
+        return self._ids()
+
+    def _compute_mask(self, matcher: LLMatcher) -> bool:
+        # The engine counts in words of 32 bits, one token more than the model has.
+        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._vocabulary.size // 32 * 4 + 4)
+        return not matcher.is_error()
+
+    def _compute_mask_anew(self) -> bool:
+        """Compute the mask with a matcher that no other output has filled, and leave it to the next ones."""
+        fresh = self._compiled.fresh()
+        matcher = fresh.deep_copy()
+        if not matcher.consume_tokens([token_id for token_id, _ in self._marks]):
+            return False
+        if not self._compute_mask(matcher):
+            return False
+        self._matcher = matcher
+        self._compiled.matcher = fresh
+        return True
 
     def _set_bits(self, token_ids: Ids, value: bool) -> None:
         for token_id in token_ids.tolist():
@@ -156,10 +198,11 @@ class Follower:
                 self._advance(token_id)
             return token_id
         mark, path = self._tracker.mark(), self._path
-        if not self._move(token_id):
-            raise EngineError(f"the grammar's two halves disagree about token {token_id}")
+        is_known = self._move(token_id)
+        if not is_known:  # the two halves disagree: a bug of ours, and no reason to break the promise
+            self._give_up()
         self._path = path[1:] if path and path[0] == token_id else None
-        if not self._can_end_within(left - 1):
+        if not is_known or not self._can_end_within(left - 1):
             self._tracker.back_to(mark)
             self._path = path
             self.was_cut = True
@@ -172,8 +215,8 @@ class Follower:
             if not self._move(token_id):
                 raise EngineError(f"the grammar's way out is no way (token {token_id})")
         self._marks.append((token_id, mark))
-        if not self._matcher.consume_token(token_id):
-            self._check_engine()
+        if not self.gave_up and not self._matcher.consume_token(token_id):
+            self._give_up()
         return token_id
 
     def validate(self, token_ids: Sequence[int]) -> int:
@@ -183,7 +226,15 @@ class Follower:
                 if token_id == self._trigger:
                     return index
             return len(token_ids)
-        return self._matcher.validate_tokens(list(token_ids))
+        # By the tracker: what the mask engine is asked counts against its limits, and whether somebody
+        # guesses ahead must not decide when they are reached.
+        mark, count = self._tracker.mark(), 0
+        for token_id in token_ids:
+            if not self._move(token_id):
+                break
+            count += 1
+        self._tracker.back_to(mark)
+        return count
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` tokens that came while the grammar held."""
@@ -196,7 +247,7 @@ class Follower:
         self._tracker.back_to(mark)
         self._path = None
         if not self._matcher.rollback(count):
-            self._check_engine()
+            self._give_up()
         if self._trigger is not None and not self._marks:
             self.is_started = False
 
@@ -235,7 +286,6 @@ class Follower:
             self._path = self._vocabulary.spell(self._tracker.shortest())
         return self._path
 
-    def _check_engine(self) -> None:
-        if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split())[:160]
-            raise EngineError(f"the grammar engine gave up: {reason}")
+    def _give_up(self) -> None:
+        logger.warning("event=grammar_engine_gave_up tokens=%d", len(self._marks))
+        self.gave_up = self.was_cut = True

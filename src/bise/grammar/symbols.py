@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 from bise.grammar.automaton import Budget, ByteMachine, Machine, machine
 from bise.grammar.regex import STRING_CHARACTER, Regex, spelled
 
-State: TypeAlias = "int | tuple[int, ...]"
+State: TypeAlias = "int | frozenset[int] | tuple[int, ...]"
 
 
 class Terminal(Protocol):
@@ -51,17 +51,17 @@ class Pattern:
 
     def step(self, state: State, byte: int) -> State | None:
         """Return the state after `byte`, or None."""
-        assert isinstance(state, int)
+        assert not isinstance(state, tuple)
         return self._machine.step(state, byte)
 
     def rest(self, state: State) -> int:
         """Return the fewest bytes to an end."""
-        assert isinstance(state, int)
+        assert not isinstance(state, tuple)
         return self._machine.rest(state)
 
     def shortest(self, state: State) -> bytes:
         """Return the shortest text to an end."""
-        assert isinstance(state, int)
+        assert not isinstance(state, tuple)
         return self._machine.shortest(state)
 
 
