@@ -1,328 +1,216 @@
-"""Serving under load: a chat-like trace at rising concurrency or rates, beside llama.cpp with parallel slots.
+"""Serving under load: a chat-like trace at rising concurrency and rates, `bise serve` beside llama-server.
 
-    python benchmarks/serving.py --shape mistral-7b --vs Q4_0 --streams 1,4,8,16 --rates 0.05,0.1 --out FILE
+    python benchmarks/serving.py --shape s06 --vs Q4_0 --streams 1,4,8,16 --rates 0.1,0.2,0.4 --out FILE
 
-Closed loop (`--streams`): so many conversations at once, the next turn follows the answer. Open loop
-(`--rates`): conversations arrive at so many per second. Both contestants are stepped by the same loop and the
-same clock, in processes of their own, one after the other at each load.
+Both serve the same GGUF file of random weights over the same API (/v1/completions, streamed) with as many
+slots and the same context, and take turns at each load; the other one is idle then. Closed loop
+(`--streams`): so many conversations at once, the next turn follows the answer at once. Open loop (`--rates`):
+so many conversations begin per second (Poisson), whoever got an answer thinks for two seconds. Each load is
+measured for `--seconds`, then what still runs is cut; tokens that came until then count.
 
-`--model PATH` takes a model of bise's in place of a shape; llama.cpp gets random weights of its shape (speed
-depends on bytes, not on values). Greedy, fixed answer lengths; guessing ahead is off.
+Both sample with llama.cpp's defaults (temperature 0.8, top-k 40, top-p 0.95, min-p 0.05). Greedy text of
+random weights runs in circles, which would flatter a server that guesses ahead, as bise does; sampled text
+does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
+import asyncio
+import contextlib
 import json
-import os
-import subprocess
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from serving_trace import Conversation, Event, Job, Trace
+from live_servers import LLAMA_SERVER, LiveServer, bise_server, llama_server
+from serving_client import Answer, ask, quantile
+from serving_trace import Conversation, Trace
 
-STEP_SECONDS = 0.5
+from bise.bench.gguf_file import gguf_path
+from bise.bench.report import provenance
+from bise.bench.rounds import busy_seconds
+from bise.config import default_threads
+from bise.plan import known_shape, shape_source
+
 THINK_S = 2.0
 """Open loop: pause between an answer and the next turn."""
 
-
-class Server(Protocol):
-    """What is measured."""
-
-    version: str
-    cached_tokens: int
-    outputs: dict[int, list[int]]
-
-    @property
-    def has_work(self) -> bool: ...
-    def submit(self, job: Job) -> None: ...
-    def step(self) -> list[Event]: ...
-    def forget(self) -> None: ...
+SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 
 
-class BiseServer:
-    """The engine, stepped by hand."""
-
-    def __init__(self, options: argparse.Namespace, slots: int, context: int) -> None:
-        import bise
-        from bise.bench.synthetic import random_weights
-        from bise.engine.engine import Engine
-        from bise.engine.memory import STEP_TOKENS, checked_kv_format, kv_bytes
-        from bise.engine.pace import Pace
-        from bise.kernels.cpu import CpuOps
-        from bise.model.packed import load_packed
-        from bise.model.transformer import Transformer
-
-        source = open_source(options)
-        ops = CpuOps(options.threads)
-        if source.kind == "shape":
-            packed = random_weights(source, options.quant, ops)
-        else:
-            packed, _ = load_packed(source, options.quant, ops)
-        transformer = Transformer(source.config, packed.weights(ops), ops)
-        kv_format = checked_kv_format(options.kv, options.quant)
-        context = min(context, source.config.max_context)
-        self.version = f"bise {bise.__version__}"
-        self.cached_tokens = 0
-        self.outputs: dict[int, list[int]] = {}
-        self._handles: dict[int, Any] = {}
-
-        def make() -> Engine:
-            return Engine(
-                transformer,
-                ops,
-                config=source.config,
-                tokenizer=None,
-                kv_format=kv_format,
-                kv_memory_bytes=kv_bytes(source.config, context, kv_format, slots),
-                max_context=context,
-                max_step_tokens=STEP_TOKENS,
-                max_sequences=slots,
-                pace=Pace(options.step_seconds) if options.step_seconds else None,
-                threaded=False,
-            )
-
-        self._make = make
-        self._engine = make()
-
-    @property
-    def has_work(self) -> bool:
-        """True while anything waits or runs."""
-        return bool(self._handles)
-
-    def submit(self, job: Job) -> None:
-        """Queue a job."""
-        from bise.engine.request import Request, SamplingParams
-
-        params = SamplingParams(temperature=0, max_tokens=job.num_output, ignore_eos=True)
-        handle = self._engine.submit(Request(token_ids=job.prompt, params=params))
-        self.outputs[job.number] = []
-        events: list[Event] = []
-
-        def push(delta: Any) -> None:
-            if delta.error is not None:
-                raise delta.error
-            self.outputs[job.number] += delta.token_ids
-            is_last = delta.finish_reason is not None
-            if is_last:
-                self.cached_tokens += delta.usage.cached_tokens
-            events.append(Event(job.number, len(delta.token_ids), is_last))
-
-        handle.push = push
-        self._handles[job.number] = events
-
-    def step(self) -> list[Event]:
-        """Run one step; returns what it produced."""
-        self._engine.step()
-        found: list[Event] = []
-        for number, events in list(self._handles.items()):
-            found += events
-            if events and events[-1].is_last:
-                del self._handles[number]
-            events.clear()
-        return found
-
-    def forget(self) -> None:
-        """Start with an empty cache."""
-        self._engine.close()
-        self._engine = self._make()
-        self.cached_tokens = 0
-
-
-def open_source(options: argparse.Namespace) -> Any:
-    """Return the model or shape that is measured."""
-    from bise.model.checkpoint import open_model
-    from bise.plan import known_shape
-
-    return open_model(Path(options.model)) if options.model else known_shape(options.shape)
-
-
-def make_server(options: argparse.Namespace, slots: int, context: int) -> Server:
-    """Return the contestant `options.contestant`."""
-    if options.contestant == "bise":
-        return BiseServer(options, slots, context)
-    from serving_llama import LlamaServer
-
-    from bise.bench.gguf_file import gguf_path
-
-    path = gguf_path(open_source(options), options.vs)
-    return LlamaServer(path, slots=slots, context=context, threads=options.threads)
-
-
-@dataclass
-class Result:
-    """What one load gave."""
-
-    contestant: str
-    load: str
-    seconds: float
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    tokens_per_s: float
-    """Answer tokens, all streams together."""
-    first_p50_s: float
-    first_p99_s: float
-    gap_p50_s: float
-    gap_p99_s: float
-    steps: int
-
-
+@dataclass(frozen=True)
 class Load:
-    """Feeds one server with one load and takes the times."""
+    """How much is asked of a server."""
 
-    def __init__(self, server: Server, trace: Trace, seconds: float) -> None:
-        self.server, self.trace, self.limit_s = server, trace, seconds
-        self.conversations: dict[int, Conversation] = {}
-        self.submitted: dict[int, float] = {}
-        self.last: dict[int, float] = {}
-        self.firsts: list[float] = []
-        self.gaps: list[float] = []
-        self.count = self.prompt_tokens = self.output_tokens = self.steps = 0
-        self.later: list[tuple[float, int, Conversation, list[int]]] = []
+    kind: str
+    """`streams` (closed loop) or `rate` (open loop)."""
+    value: float
 
-    def run_closed(self, streams: int) -> float:
-        """Keep `streams` conversations going for the time that was given; returns the seconds taken."""
-        began = time.perf_counter()
-        for _ in range(streams):
-            self.turn(self.trace.conversation(), [])
-        while time.perf_counter() - began < self.limit_s:
-            for _, conversation, answer in self.step():
-                if not self.turn(conversation, answer):
-                    self.turn(self.trace.conversation(), [])
-        return time.perf_counter() - began
-
-    def run_open(self, rate: float) -> float:
-        """Let conversations arrive at `rate` per second for the time that was given, then finish them."""
-        began = time.perf_counter()
-        arrival = began + self.trace.gap_s(rate)
-        while (now := time.perf_counter()) < began + self.limit_s or self.server.has_work:
-            while arrival <= min(now, began + self.limit_s):
-                self.turn(self.trace.conversation(), [], arrival)
-                arrival += self.trace.gap_s(rate)
-            while self.later and self.later[0][0] <= now:
-                due, _, conversation, answer = heapq.heappop(self.later)
-                if due < began + self.limit_s:
-                    self.turn(conversation, answer, due)
-            if not self.server.has_work:
-                time.sleep(0.001)
-                continue
-            for number, conversation, answer in self.step():
-                heapq.heappush(self.later, (time.perf_counter() + THINK_S, number, conversation, answer))
-        return time.perf_counter() - began
-
-    def turn(self, conversation: Conversation, answer: list[int], at: float | None = None) -> bool:
-        """Submit the next turn of a conversation; False when it is over."""
-        job = conversation.next_job(self.count, answer)
-        if job is None:
-            return False
-        self.count += 1
-        self.conversations[job.number] = conversation
-        self.submitted[job.number] = time.perf_counter() if at is None else at
-        self.prompt_tokens += len(job.prompt)
-        self.server.submit(job)
-        return True
-
-    def step(self) -> list[tuple[int, Conversation, list[int]]]:
-        """Step the server once; returns the jobs that ended: number, conversation, answer."""
-        events = self.server.step()
-        now = time.perf_counter()
-        self.steps += 1
-        ended: list[tuple[int, Conversation, list[int]]] = []
-        for event in events:
-            if not event.num_tokens:
-                continue
-            self.output_tokens += event.num_tokens
-            if event.number in self.last:
-                self.gaps.append(now - self.last[event.number])
-            else:
-                self.firsts.append(now - self.submitted[event.number])
-            self.last[event.number] = now
-            if event.is_last:
-                answer = self.server.outputs.pop(event.number)
-                ended.append((event.number, self.conversations.pop(event.number), answer))
-        return ended
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value:g}"
 
 
-def quantile(values: list[float], share: float) -> float:
-    """Return the value that `share` of the values do not exceed."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+class Drive:
+    """Puts one load on one server and takes the times."""
+
+    def __init__(self, server: LiveServer, trace: Trace, seconds: float) -> None:
+        self._server, self._trace = server, trace
+        self._began = time.perf_counter()
+        self._end = self._began + seconds
+        self.answers: list[Answer] = []
+        self._wanted: list[int] = []
+        self._prompts: list[int] = []
+
+    async def run(self, load: Load) -> None:
+        """Put the load on for the time that was given, then cut what still runs."""
+        if load.kind == "streams":
+            tasks = [asyncio.ensure_future(self._stream()) for _ in range(int(load.value))]
+        else:
+            tasks = [asyncio.ensure_future(self._arrivals(load.value))]
+        await asyncio.sleep(max(0.0, self._end - time.perf_counter()))
+        await _cut(tasks)
+
+    async def _stream(self) -> None:
+        while True:
+            await self._talk(self._trace.conversation(), 0.0)
+
+    async def _arrivals(self, rate: float) -> None:
+        due, talks = self._began, list[asyncio.Future[None]]()
+        try:
+            while True:
+                due += self._trace.gap_s(rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                talks.append(asyncio.ensure_future(self._talk(self._trace.conversation(), THINK_S)))
+        finally:
+            await _cut(talks)
+
+    async def _talk(self, conversation: Conversation, think_s: float) -> None:
+        text = ""
+        while turn := conversation.next_turn(text):
+            body: dict[str, Any] = {
+                "model": self._server.model,
+                "prompt": list(turn.prompt),
+                "max_tokens": turn.num_output,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "seed": len(self.answers),
+                **SAMPLING,
+            }
+            answer = Answer(time.perf_counter())
+            self.answers.append(answer)
+            self._wanted.append(turn.num_output)
+            self._prompts.append(len(turn.prompt))
+            await ask(self._server.url, "/v1/completions", body, answer=answer)
+            text = answer.text
+            await asyncio.sleep(think_s)
+
+    def result(self) -> dict[str, Any]:
+        """Return the numbers."""
+        seconds = self._end - self._began
+        pieces = [
+            (when, text) for answer in self.answers for when, text in answer.pieces if when <= self._end
+        ]
+        # Each piece of the synthetic vocabulary has one "t"; single bytes are rare and do not count.
+        tokens = sum(text.count("t") for _, text in pieces)
+        whole = [(a, n) for a, n in zip(self.answers, self._wanted, strict=True) if a.ended is not None]
+        # Who still waits has waited at least until now: leaving them out would flatter a server that is late.
+        firsts = [a.first_s if a.first_s is not None else self._end - a.asked for a in self.answers]
+        gaps = [
+            later - sooner
+            for answer in self.answers
+            for (sooner, _), (later, _) in zip(answer.pieces, answer.pieces[1:], strict=False)
+        ]
+        cached = [(a.usage or {}).get("prompt_tokens_details", {}).get("cached_tokens", 0) for a, _ in whole]
+        lengths = [n for a, n in zip(self.answers, self._prompts, strict=True) if a.ended is not None]
+        return {
+            "seconds": seconds,
+            "requests": len(self.answers),
+            "finished": len(whole),
+            "unanswered": sum(not answer.pieces for answer in self.answers),
+            "errors": sorted({a.error for a in self.answers if a.error and a.asked < self._end - 0.5}),
+            "wrong_lengths": sum((a.usage or {}).get("completion_tokens") != n for a, n in whole),
+            "output_tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "cached_share": sum(cached) / max(1, sum(lengths)),
+            "first_p50_s": quantile(firsts, 0.5),
+            "first_p99_s": quantile(firsts, 0.99),
+            "gap_p50_s": quantile(gaps, 0.5),
+            "gap_p99_s": quantile(gaps, 0.99),
+            "gap_max_s": max(gaps, default=None),
+        }
 
 
-def contest(options: argparse.Namespace) -> None:
-    """Be a contestant: read loads from stdin, one JSON line each, answer each with a line."""
-    from bise.config import default_threads
-
-    options.threads = options.threads or default_threads()
-    source = open_source(options)
-    vocab_size = source.config.vocab_size
-    context = min(Trace(vocab_size, scale=options.scale).longest + 64, source.config.max_context)
-    server = make_server(options, options.slots, context)
-    print(json.dumps({"version": server.version}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        server.forget()
-        load = Load(server, Trace(vocab_size, scale=options.scale, seed=options.seed), options.seconds)
-        value = job["value"]
-        seconds = load.run_closed(int(value)) if job["kind"] == "streams" else load.run_open(value)
-        result = Result(
-            contestant=options.contestant,
-            load=f"{job['kind']} {value:g}",
-            seconds=seconds,
-            requests=len(load.firsts),
-            prompt_tokens=load.prompt_tokens,
-            cached_tokens=server.cached_tokens,
-            output_tokens=load.output_tokens,
-            tokens_per_s=load.output_tokens / seconds,
-            first_p50_s=quantile(load.firsts, 0.5),
-            first_p99_s=quantile(load.firsts, 0.99),
-            gap_p50_s=quantile(load.gaps, 0.5),
-            gap_p99_s=quantile(load.gaps, 0.99),
-            steps=load.steps,
-        )
-        print(json.dumps(asdict(result)), flush=True)
+async def _cut(tasks: Sequence[asyncio.Future[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
-class Contestant:
-    """A process that serves one contestant."""
+def measure(
+    server: LiveServer, load: Load, options: argparse.Namespace, vocab_size: int, seed: int
+) -> dict[str, Any]:
+    """Return what one load gave on one server."""
+    drive = Drive(server, Trace(vocab_size, scale=options.scale, seed=seed), options.seconds)
+    cpu, own, busy = server.cpu_s, time.process_time(), busy_seconds()
+    asyncio.run(drive.run(load))
+    result = drive.result()
+    used, client = server.cpu_s - cpu, time.process_time() - own
+    after = busy_seconds()
+    foreign = None if busy is None or after is None else max(0.0, after - busy - used - client)
+    return {
+        "contestant": server.name,
+        "load": str(load),
+        **result,
+        "server_cpu_s": used,
+        "client_cpu_s": client,
+        "foreign_cores": None if foreign is None else foreign / result["seconds"],
+    }
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        command = [sys.executable, __file__, *arguments, "--contestant", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = self._answer()["version"]
 
-    def run(self, kind: str, value: float) -> dict[str, Any]:
-        """Return what a load gave."""
-        assert self._process.stdin is not None
-        print(json.dumps({"kind": kind, "value": value}), file=self._process.stdin, flush=True)
-        return self._answer()
+def warm_up(server: LiveServer) -> None:
+    """Let a server answer once, so that everything is in memory."""
+    body = {"model": server.model, "prompt": [1, *range(300, 364)], "max_tokens": 8, "stream": True}
+    answer = asyncio.run(ask(server.url, "/v1/completions", body))
+    if answer.error or not answer.pieces:
+        raise SystemExit(f"{server.name} does not answer: {answer.error}")
 
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a contestant ended; its message is above")
-        return json.loads(line)
+@contextlib.contextmanager
+def contestants(options: argparse.Namespace, path: Path) -> Iterator[list[LiveServer]]:
+    """Start the servers: as many sequences and the same context for each."""
+    slots, context = options.slots, options.context
+    with contextlib.ExitStack() as stack:
+        own = ["--sequences", str(slots), "--context", str(context), "--threads", str(options.threads)]
+        servers = [stack.enter_context(bise_server(path, *own, *shlex.split(options.bise_options)))]
+        if not options.alone:
+            peer = ["-np", str(slots), "-c", str(slots * context), "-t", str(options.threads), "--no-ui"]
+            peer += shlex.split(options.llama_options)
+            servers.append(stack.enter_context(llama_server(options.llama_server, path, *peer)))
+        for server in servers:
+            warm_up(server)
+        yield servers
 
 
 def shown(result: dict[str, Any]) -> str:
     """Return a result as a line of the table."""
+
+    def number(name: str, width: int, digits: int) -> str:
+        value = result[name]
+        return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+
     return (
-        f"{result['load']:<14} {result['contestant']:<10} {result['requests']:>5} "
-        f"{result['tokens_per_s']:>9.1f} {result['first_p50_s']:>9.3f} {result['first_p99_s']:>9.3f} "
-        f"{result['gap_p50_s']:>9.4f} {result['gap_p99_s']:>9.4f} "
-        f"{result['cached_tokens'] / max(1, result['prompt_tokens']):>7.0%}"
+        f"{result['load']:<12} {result['contestant']:<10} {result['finished']:>5} "
+        f"{number('tokens_per_s', 8, 1)} {number('first_p50_s', 10, 3)} {number('first_p99_s', 9, 3)} "
+        f"{number('gap_p50_s', 9, 4)} {number('gap_p99_s', 9, 4)} {result['cached_share']:>6.0%} "
+        f"{number('foreign_cores', 7, 2)}{' errors: ' + str(result['errors']) if result['errors'] else ''}"
     )
 
 
@@ -331,41 +219,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="directory or GGUF file of a model")
-    parser.add_argument("--shape", default="s06", help="shape of a model with random weights")
-    parser.add_argument("--quant", default="q4")
-    parser.add_argument("--kv", default="auto")
-    parser.add_argument("--vs", default="Q4_0", help="GGUF kind for llama.cpp; `none` leaves it out")
+    parser.add_argument("--shape", default="s06", help="shape of the model with random weights")
+    parser.add_argument("--layers", type=int, help="so many of its layers")
+    parser.add_argument("--vs", default="Q4_0", help="kind of the GGUF file that both serve")
     parser.add_argument("--streams", default="1,4,8,16", help="closed loop: conversations at once")
     parser.add_argument("--rates", default="", help="open loop: conversations per second")
-    parser.add_argument("--seconds", type=float, default=60, help="per load and contestant")
+    parser.add_argument("--seconds", type=float, default=30, help="per load and contestant")
+    parser.add_argument("--rounds", type=int, default=1, help="times that every load is measured")
     parser.add_argument("--slots", type=int, default=16, help="sequences at once")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a conversation at most")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the length of all texts")
-    parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS, help="pace of bise; 0: none")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--contestant", choices=["bise", "llama.cpp"], help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help="without llama.cpp")
+    parser.add_argument("--llama-server", type=Path, default=LLAMA_SERVER, help="the program")
+    parser.add_argument("--llama-options", default="", help="further options for it")
+    parser.add_argument("--bise-options", default="", help="further options for `bise serve`")
+    parser.add_argument("--out", type=Path, help="file to add the results to")
     options = parser.parse_args()
-    if options.contestant:
-        contest(options)
-        return
-    names = ["bise"] if options.vs == "none" else ["bise", "llama.cpp"]
-    contestants = {name: Contestant(name, sys.argv[1:]) for name in names}
-    print(*(contestant.version for contestant in contestants.values()), sep=", ")
-    print("load           contestant  done   tok/s    first p50       p99   gap p50       p99  cached")
+    source = known_shape(options.shape)
+    if options.layers:
+        name, layers = f"{options.shape}-{options.layers}-layers", options.layers
+        windows = source.config.windows[:layers]
+        source = shape_source(name, replace(source.config, num_layers=layers, windows=windows))
+    path = gguf_path(source, options.vs)
+    loads = [Load("streams", float(n)) for n in options.streams.split(",") if n]
+    loads += [Load("rate", float(rate)) for rate in options.rates.split(",") if rate]
     results: list[dict[str, Any]] = []
-    loads = [("streams", float(n)) for n in options.streams.split(",") if n]
-    loads += [("rate", float(rate)) for rate in options.rates.split(",") if rate]
-    for kind, value in loads:
-        for contestant in contestants.values():
-            results.append(contestant.run(kind, value))
-            print(shown(results[-1]), flush=True)
-    for contestant in contestants.values():
-        contestant.close()
+    with contestants(options, path) as servers:
+        print("load         contestant  done   tok/s  first p50       p99   gap p50       p99 cached foreign")
+        for number in range(options.rounds):
+            for index, load in enumerate(loads):
+                seed = options.seed + 1000 * number + index
+                for server in servers if (number + index) % 2 == 0 else reversed(servers):
+                    results.append(measure(server, load, options, source.config.vocab_size, seed))
+                    print(shown(results[-1]), flush=True)
+                    time.sleep(1)  # what was cut must have left the engine
+        commands = [shlex.join(server.command) for server in servers]
     if options.out:
-        document = {"command": sys.argv, "cpus": os.cpu_count(), "results": results}
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write(options.out, source.name, options, commands, results)
+
+
+def write(
+    out: Path, shape: str, options: argparse.Namespace, commands: list[str], results: list[dict[str, Any]]
+) -> None:
+    """Add a run to a file of results."""
+    document = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"runs": []}
+    document["runs"].append(
+        {
+            "benchmark": "serving",
+            "model": f"{shape}, {options.vs}, random weights",
+            **provenance(shlex.join(["python", *sys.argv]), options.threads, ""),
+            "servers": commands,
+            "results": results,
+        }
+    )
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
