@@ -105,11 +105,13 @@ def bise_server(model: Path | None, *options: str) -> Iterator[LiveServer]:
     """Serve a model with `bise serve` and further options."""
     port = free_port()
     name = "brise" if model is None else model.stem if model.suffix == ".gguf" else model.name
-    server = LiveServer("bise", bise_command(model, port, *options), port, name)
-    try:
-        yield server
-    finally:
-        server.close()
+    with tempfile.TemporaryDirectory() as directory:  # a ledger of its own, written as in real life
+        command = bise_command(model, port, "--db", f"{directory}/bise.db", *options)
+        server = LiveServer("bise", command, port, name)
+        try:
+            yield server
+        finally:
+            server.close()
 
 
 @contextlib.contextmanager
