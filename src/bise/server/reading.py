@@ -5,7 +5,6 @@ Owns the translation of tools, tool_choice and response_format into what the eng
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -14,14 +13,13 @@ from bise.engine.request import Delta, FinishReason
 from bise.errors import RequestError
 from bise.grammar.spec import GrammarSpec
 from bise.text.messages import parse_tools
+from bise.text.thoughts import Thoughts
 from bise.text.tool_calls import CallForm, CallReader, ReadCall, call_form
 
 if TYPE_CHECKING:
     from bise.server.chat_schema import ChatRequest, ResponseFormat, ToolChoice
     from bise.server.service import Job
     from bise.text.tokenizer import Tokenizer
-
-_OPEN, _CLOSE = "[THINK]", "[/THINK]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class Reading:
         calls = None
         if self.form is not None:
             calls = CallReader(self.form, tokenizer, seed=seed, forced=self.forced)
-        return Reader(calls=calls, thoughts=_Thoughts(tokenizer) if self.thinks else None)
+        return Reader(calls=calls, thoughts=Thoughts(tokenizer) if self.thinks else None)
 
 
 def format_grammar(form: ResponseFormat | None, *, openai_strict: bool) -> GrammarSpec | None:
@@ -142,7 +140,7 @@ class Reader:
     """Reads the deltas of one choice."""
 
     calls: CallReader | None = None
-    thoughts: _Thoughts | None = None
+    thoughts: Thoughts | None = None
     num_calls: int = field(default=0, init=False)
 
     @property
@@ -157,7 +155,7 @@ class Reader:
             read = self.calls.push(delta.token_ids, text)
             return self._said(delta, read.text + read.broken, read.calls)
         if self.thoughts is not None:
-            thought, text = self.thoughts.split(delta)
+            thought, text = self.thoughts.cut(delta.token_ids, text)
         return [Piece(text, thought)] if text or thought else []
 
     def end(self, delta: Delta) -> list[Piece]:
@@ -176,7 +174,7 @@ class Reader:
     def _said(self, delta: Delta | None, text: str, calls: Sequence[ReadCall]) -> list[Piece]:
         thought = ""
         if self.thoughts is not None and delta is not None:
-            thought, text = self.thoughts.cut(delta, text)
+            thought, text = self.thoughts.cut(delta.token_ids, text)
         pieces = [Piece(text, thought)] if text or thought else []
         if calls:
             pieces.append(Piece(calls=tuple(self._wire(call) for call in calls)))
@@ -190,40 +188,3 @@ class Reader:
             "index": self.num_calls - 1,
             "function": {"name": call.name, "arguments": call.arguments},
         }
-
-
-class _Thoughts:
-    """Tells thoughts from the answer by the control tokens around them.
-
-    The text of a sequence comes in order, only later than its tokens: so it is enough to know how many
-    characters the thoughts have.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._open = tokenizer.control_id(_OPEN)
-        self._close = tokenizer.control_id(_CLOSE)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._inside = False
-        self.num_tokens = 0
-        """Tokens of thoughts so far."""
-        self._thought_chars = 0
-        self._shown = 0
-
-    def split(self, delta: Delta) -> tuple[str, str]:
-        """Return (thought, answer) of a delta."""
-        return self.cut(delta, delta.text)
-
-    def cut(self, delta: Delta, text: str) -> tuple[str, str]:
-        """Return (thought, answer) of `text`, what a delta says."""
-        for token_id in delta.token_ids:
-            if token_id == self._open:
-                self._inside = True
-            elif token_id == self._close:
-                self._inside = False
-            elif self._inside:
-                self.num_tokens += 1
-                self._thought_chars += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
-        count = len(text) if self._inside else max(0, self._thought_chars - self._shown)
-        self._shown += len(text)
-        return text[:count], text[count:]
