@@ -1,0 +1,215 @@
+"""Packed panels on a torch device: codes and one scale (and minimum) per group of columns.
+
+The values are those of the panels of the cpu backend (docs/formats.md), taken apart once while a model loads, on
+the device itself: what crosses the bus are the packed bytes. All formats end in one form, so kernels know
+bits per code, columns per group, and whether there is a minimum; nothing of file formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PANEL_ROWS = 16
+BLOCK_COLUMNS = 32
+SUPER_COLUMNS = 256
+
+CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""Values of the codes of n4 and n4k: the published table of IQ4_NL."""
+
+
+@dataclass(frozen=True, slots=True)
+class PanelFormat:
+    """Layout of one packed format of native/formats.h, in its own words."""
+
+    low_bits: int
+    high_bits: int = 0
+    zero: int = 0
+    """Subtracted from a code."""
+    has_min: bool = False
+    sub: str = ""
+    """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat), `u8`
+    (a byte), `u8 u8` (scale and minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and
+    minimum in the halves of a byte, one per 16 columns)."""
+    codebook: bool = False
+
+    @property
+    def group(self) -> int:
+        """Columns under one scale."""
+        return 16 if self.sub.endswith("x2") else BLOCK_COLUMNS
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of scales per panel and 256 columns."""
+        return (2 * PANEL_ROWS if self.sub else 0) * (2 if self.has_min else 1)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes per panel and 32 columns."""
+        codes = 64 * (self.low_bits + self.high_bits)
+        if not self.sub:
+            return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
+        return codes + PANEL_ROWS * (1 if self.sub == "s8" else 2)
+
+
+PANEL_FORMATS: dict[str, PanelFormat] = {
+    "q8": PanelFormat(8, zero=128),
+    "q4": PanelFormat(4, zero=8),
+    "q4_1": PanelFormat(4, has_min=True),
+    "q5": PanelFormat(4, 1, zero=16),
+    "q5_1": PanelFormat(4, 1, has_min=True),
+    "n4": PanelFormat(4, codebook=True),
+    "n4k": PanelFormat(4, sub="s8", codebook=True),
+    "q4k": PanelFormat(4, has_min=True, sub="u8 u8"),
+    "q5k": PanelFormat(4, 1, has_min=True, sub="u8 u8"),
+    "q6k": PanelFormat(4, 2, zero=32, sub="s8 x2"),
+    "q3k": PanelFormat(2, 1, zero=4, sub="s8 x2"),
+    "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
+}
+
+_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """A quantised matrix [N, K] on a device; K counts whole groups of 32 columns, padding has value 0.
+
+    value[n, k] = scale[n, k / group] x level(code[n, k]) - minimum[n, k / group], where level(c) is c - `zero`,
+    or the c-th value of `CODEBOOK`.
+    """
+
+    codes: Tensor
+    """uint8 [N, K], or [N, K / 2] with two 4-bit codes in a byte: byte j of a 32-column block holds columns j
+    (low half) and 16 + j."""
+    scale: Tensor
+    """[N, K / group], float16 where it is stored so, else float32."""
+    minimum: Tensor | None
+    bits: int
+    group: int
+    zero: int
+    codebook: bool
+    num_columns: int
+    """K of the matrix without padding."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the matrix."""
+        return self.codes.shape[0], self.num_columns
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory on the device."""
+        tensors = (self.codes, self.scale, self.minimum)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def rows(self, index: Tensor) -> Grouped:
+        """Return the matrix of some of the rows [R]."""
+        minimum = None if self.minimum is None else self.minimum[index]
+        return replace(self, codes=self.codes[index], scale=self.scale[index], minimum=minimum)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the values [N, K]: formed in float32 with one rounding per operation, then cast to `dtype`."""
+        codes = self.codes
+        if self.bits == 4:
+            blocks = codes.view(codes.shape[0], -1, 1, BLOCK_COLUMNS // 2)
+            codes = torch.cat((blocks & 15, blocks >> 4), 2).flatten(1)
+        if self.codebook:
+            levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=codes.device)[codes.int()]
+        else:
+            levels = codes.float() - self.zero
+        grouped = levels.view(codes.shape[0], -1, self.group) * self.scale.float()[..., None]
+        if self.minimum is not None:
+            grouped = grouped - self.minimum.float()[..., None]
+        return grouped.flatten(1)[:, : self.num_columns].to(dtype)
+
+
+def unpack_floats(packed_format: str, num_rows: int, num_columns: int, memory: Tensor) -> Tensor:
+    """Return the matrix [N, K] in float panels, bytes uint8 [...], as f32, f16 or bf16."""
+    panels = memory.view(_FLOATS[packed_format]).view(-1, num_columns, PANEL_ROWS)
+    return panels.transpose(1, 2).reshape(-1, num_columns)[:num_rows].contiguous()
+
+
+def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: Tensor) -> Grouped:
+    """Return the matrix [N, K] in quantised panels, bytes uint8 [...] on any device."""
+    layout = PANEL_FORMATS[packed_format]
+    panels = -(-num_rows // PANEL_ROWS)
+    blocks = -(-num_columns // BLOCK_COLUMNS)
+    body, header = _split_headers(memory.view(panels, -1), layout, blocks)
+    low = body[..., : 64 * layout.low_bits]
+    high = body[..., 64 * layout.low_bits : 64 * (layout.low_bits + layout.high_bits)]
+    tail = body[..., 64 * (layout.low_bits + layout.high_bits) :]
+    bits = 4 if layout.low_bits == 4 and not layout.high_bits else 8
+    if bits == 4:
+        # Bytes [g][row][c] hold columns 4g + c and 16 + 4g + c: already the pairs that are wanted.
+        codes = low.reshape(panels, blocks, 4, PANEL_ROWS, 4).permute(0, 3, 1, 2, 4)
+    else:
+        codes = _plane(low, layout.low_bits, panels, blocks)
+        if layout.high_bits:
+            codes = codes | _plane(high, layout.high_bits, panels, blocks) << layout.low_bits
+        codes = codes.permute(0, 4, 1, 2, 3, 5)
+    scale, minimum = _scales(layout, tail, header, panels, blocks)
+    return Grouped(
+        codes=codes.reshape(panels * PANEL_ROWS, -1)[:num_rows].contiguous(),
+        scale=_by_row(scale, num_rows),
+        minimum=None if minimum is None else _by_row(minimum, num_rows),
+        bits=bits,
+        group=layout.group,
+        zero=layout.zero,
+        codebook=layout.codebook,
+        num_columns=num_columns,
+    )
+
+
+def _split_headers(panels: Tensor, layout: PanelFormat, blocks: int) -> tuple[Tensor, Tensor | None]:
+    """Return the blocks [P, B, bytes] and the headers [P, B / 8, bytes] of panels [P, bytes]."""
+    if not layout.header_bytes:
+        return panels.view(len(panels), blocks, layout.block_bytes), None
+    per_super = SUPER_COLUMNS // BLOCK_COLUMNS
+    supers = panels.view(len(panels), blocks // per_super, -1)
+    header = supers[..., : layout.header_bytes]
+    body = supers[..., layout.header_bytes :].reshape(len(panels), blocks, layout.block_bytes)
+    return body, header
+
+
+def _plane(plane: Tensor, bits: int, panels: int, blocks: int) -> Tensor:
+    """Return the codes of a bit plane as [P, B, upper, g, row, c]: column = 32 / upper x upper + 4g + c."""
+    groups = plane.reshape(panels, blocks, bits, PANEL_ROWS, 4)
+    parts = 8 // bits
+    shifted = [groups >> (part * bits) & ((1 << bits) - 1) for part in range(parts)]
+    stacked = torch.stack(shifted, 2)  # [P, B, part, stored group, row, c]
+    if bits == 2:  # a stored group is 16 columns, its parts follow one another
+        stacked = stacked.transpose(2, 3)
+    return stacked.reshape(panels, blocks, 1, 8, PANEL_ROWS, 4)
+
+
+def _halves(raw: Tensor) -> Tensor:
+    """Return bytes [..., 32] as halves [..., 16]."""
+    return raw.contiguous().view(torch.float16)
+
+
+def _scales(
+    layout: PanelFormat, tail: Tensor, header: Tensor | None, panels: int, blocks: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return scales and minimums as [P, groups, row]."""
+    if header is None:
+        scale = _halves(tail[..., :32])
+        return scale, _halves(tail[..., 32:64]) if layout.has_min else None
+    per_super = SUPER_COLUMNS // layout.group
+    scale = _halves(header[..., :32]).float().repeat_interleave(per_super, 1)
+    minimum = _halves(header[..., 32:64]).float().repeat_interleave(per_super, 1) if layout.has_min else None
+    sub = tail.reshape(panels, -1, PANEL_ROWS)  # s8: [P, B, row]; x2: [P, 2B, row]; u8 u8: scale, minimum, ...
+    if layout.sub == "u8 u8":
+        assert minimum is not None
+        pairs = tail.reshape(panels, blocks, 2, PANEL_ROWS)
+        return scale * pairs[:, :, 0].float(), minimum * pairs[:, :, 1].float()
+    if layout.sub == "u4 x2":
+        assert minimum is not None
+        return scale * (sub & 15).float(), minimum * (sub >> 4).float()
+    return scale * sub.view(torch.int8).float(), None
+
+
+def _by_row(scales: Tensor, num_rows: int) -> Tensor:
+    """Return [P, groups, row] as [N, groups]."""
+    return scales.transpose(1, 2).reshape(-1, scales.shape[1])[:num_rows].contiguous()

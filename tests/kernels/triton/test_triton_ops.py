@@ -1,0 +1,157 @@
+"""Attention, norms and experts of the Triton backend under its interpreter, against float64."""
+
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+pytest.importorskip("triton")
+
+from bise.kernels import BLOCK_SIZE, AttentionMeta  # noqa: E402
+from bise.kernels.torch import TorchOps  # noqa: E402
+from bise.kernels.triton.ops import TritonOps  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Feed:
+    """The same rows fed to the kernels and to the float64 oracle, in chunks, through shuffled blocks."""
+
+    def __init__(self, heads, kv_heads, width, window, rows, dtype=torch.float32, seed=0):
+        rng = np.random.default_rng(seed)
+        self.backends = [
+            (TritonOps(dtype, DEVICE), "f32" if dtype == torch.float32 else "f16"),
+            (TorchOps(torch.float64, "cpu"), "f32"),
+        ]
+        self.width, self.window = width, window
+        blocks = -(-rows // BLOCK_SIZE)
+        self.pages = [ops.pages(blocks + 2, kv_heads, width, kv) for ops, kv in self.backends]
+        self.table = rng.permutation(blocks + 2)[:blocks].astype(np.int32)[None]
+        self.q = rng.standard_normal((rows, heads * width)).astype(np.float32)
+        self.k = rng.standard_normal((rows, kv_heads * width)).astype(np.float32)
+        self.v = rng.standard_normal((rows, kv_heads * width)).astype(np.float32)
+        self.inv_freq = 10000.0 ** -(np.arange(0, width, 2) / width)
+
+    def step(self, first, count):
+        rows = slice(first, first + count)
+        positions = np.arange(first, first + count, dtype=np.int32)
+        table = self.table.copy()
+        if self.window:
+            table[0, : max(0, first - self.window + 1) // BLOCK_SIZE] = -1
+        meta = AttentionMeta(
+            q_start=np.array([0, count], np.int32),
+            q_pos=np.array([first], np.int32),
+            block_table=table,
+            slots=(table[0, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32),
+        )
+        found = []
+        for (ops, _), pages in zip(self.backends, self.pages, strict=True):
+            rope = ops.rope(self.inv_freq, positions, 1.0)
+            q, k, v = (
+                torch.as_tensor(each[rows], device=ops.device).to(
+                    torch.float64 if ops.dtype == torch.float64 else torch.float32
+                )
+                for each in (self.q, self.k, self.v)
+            )
+            found.append(ops.attend(q, k, v, rope, meta, pages, self.width, self.window).cpu().double())
+        return found
+
+    def largest_error(self, sizes):
+        first, worst = 0, 0.0
+        for size in sizes:
+            got, want = self.step(first, size)
+            worst = max(worst, float((got - want).abs().max()))
+            first += size
+        assert first == len(self.q)
+        return worst
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 32), (6, 2, 20), (2, 2, 128), (5, 1, 64)])
+@pytest.mark.parametrize("window", [None, 1, 7, 40])
+def test_prompts_and_single_tokens_match_float64(heads, kv_heads, width, window):
+    assert Feed(heads, kv_heads, width, window, 76).largest_error([70, 1, 1, 4]) < 3e-6
+
+
+@pytest.mark.parametrize("window", [None, 515])
+def test_attention_over_several_splits_matches_float64(window):
+    assert Feed(2, 1, 16, window, 1033).largest_error([500, 520, 1, 11, 1]) < 3e-6
+
+
+def test_half_precision_keeps_the_precision_of_its_type():
+    assert Feed(4, 2, 64, 50, 120, torch.float16).largest_error([100, 1, 19]) < 4e-3
+
+
+def test_rows_of_several_sequences_do_not_see_one_another():
+    together = TritonOps(torch.float32, DEVICE)
+    width, rng = 16, np.random.default_rng(3)
+    lengths, firsts = [1, 5, 40], [37, 0, 30]
+    pages = together.pages(8, 1, width, "f32")
+    pages.k.normal_(generator=torch.Generator(pages.k.device).manual_seed(0))
+    pages.v.normal_(generator=torch.Generator(pages.k.device).manual_seed(1))
+    before = pages.k.clone(), pages.v.clone()
+    table = np.array([[0, 1, -1], [2, -1, -1], [3, 4, 5]], np.int32)
+    q = rng.standard_normal((46, 2 * width)).astype(np.float32)
+    kv = rng.standard_normal((2, 46, width)).astype(np.float32)
+
+    def run(pick):
+        rows, start, tables, positions = [], [0], [], []
+        for index in pick:
+            low = sum(lengths[:index])
+            rows += range(low, low + lengths[index])
+            start.append(len(rows))
+            tables.append(table[index])
+            positions += range(firsts[index], firsts[index] + lengths[index])
+        at = np.array(positions, np.int32)
+        owner = np.repeat(pick, [lengths[index] for index in pick])
+        meta = AttentionMeta(
+            np.array(start, np.int32),
+            np.array([firsts[index] for index in pick], np.int32),
+            np.array(tables),
+            table[owner, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE,
+        )
+        pages.k.copy_(before[0])
+        pages.v.copy_(before[1])
+        rope = together.rope(10000.0 ** -(np.arange(0, width, 2) / width), at, 1.0)
+        parts = (torch.as_tensor(each[rows], device=together.device) for each in (q, kv[0], kv[1]))
+        return together.attend(*parts, rope, meta, pages, width, 33)
+
+    whole = run([0, 1, 2])
+    assert torch.allclose(whole[:1], run([0]), atol=1e-6)
+    assert torch.allclose(whole[1:6], run([1]), atol=1e-6)
+    assert torch.allclose(whole[6:], run([2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11, 70])
+def test_norms_and_the_feed_forward_part_match_float64(rows):
+    rng = np.random.default_rng(rows)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in ((72, 40), (72, 40), (40, 72))]
+    x, y = rng.standard_normal((2, rows, 40)).astype(np.float32)
+    weight = rng.standard_normal(40).astype(np.float32)
+    found = []
+    for ops, dtype in ((TritonOps(torch.float32, DEVICE), torch.float32), (TorchOps(torch.float64), None)):
+        bank = ops.experts([tuple(ops.weight(each) for each in arrays)])
+        left, right = (torch.as_tensor(each, device=ops.device).to(dtype or torch.float64) for each in (x, y))
+        total, normed = ops.add_norm(left.clone(), right, ops.vector(weight), 1e-5)
+        found.append([each.double().cpu() for each in (total, normed, ops.mlp(normed, bank))])
+    for got, want in zip(*found, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 150])
+def test_a_mixture_matches_float64_sorted_or_not(rows):
+    rng = np.random.default_rng(rows)
+    experts = [
+        [rng.standard_normal(shape).astype(np.float32) for shape in ((48, 32), (48, 32), (32, 48))]
+        for _ in range(5)
+    ]
+    x = rng.standard_normal((rows, 32)).astype(np.float32)
+    router = rng.standard_normal((5, 32)).astype(np.float32)
+    router[3] = router[1]  # equal scores go to the lower expert
+    found = []
+    for ops in (TritonOps(torch.float32, DEVICE), TorchOps(torch.float64)):
+        bank = ops.experts([tuple(ops.weight(each) for each in expert) for expert in experts])
+        found.append(ops.moe(torch.as_tensor(x, device=ops.device).to(ops.dtype), ops.weight(router), bank, 2))
+    got, want = (each.double().cpu() for each in found)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
