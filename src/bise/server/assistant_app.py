@@ -11,6 +11,7 @@ from bise.server.assistant_accounts import accounts_router
 from bise.server.assistant_page import StaticPage
 from bise.server.assistant_people import Household, People
 from bise.server.assistant_routes import assistant_router, page_router
+from bise.server.assistant_usage import usage_router
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -33,5 +34,6 @@ def assistant_routers(
     return [
         assistant_router(lambda: assistant, people or Household(accounts)),
         accounts_router(accounts, people or Household(accounts)),
+        usage_router(people or Household(accounts)),
         page_router(StaticPage()),
     ]

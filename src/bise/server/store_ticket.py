@@ -31,6 +31,8 @@ class StoreTicket:
     reservation: Reservation | None
     guard: Guard | None
     draft: LedgerRow
+    row: LedgerRow | None = None
+    """What the ledger was told at the end, with its costs."""
     _rule: str | None = None
     _headers: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -108,7 +110,7 @@ class StoreTicket:
         if timings is not None:
             fields |= {name: getattr(timings, name) for name in ("queue_s", "prefill_s", "decode_s")}
         row = replace(self.draft, finish_reason=finish_reason, error_code=error_code, **fields)
-        await self.gate.offload(self.gate.record, row, self.reservation, self.share)
+        self.row = await self.gate.offload(self.gate.record, row, self.reservation, self.share)
 
 
 def rate_headers(reservation: Reservation) -> dict[str, str]:
