@@ -62,8 +62,25 @@ def test_a_receipt_that_could_not_be_written_is_refused_before_any_work(cli, hom
         (("--receipt", str(path)), "exists"),
         (("--receipt", str(tmp_path / "none" / "r.json")), "no such folder"),
         (("--receipt-without-prompt",), "needs --receipt"),
-        (("--receipt", str(tmp_path / "r.json"), "--adapter", "a"), "cannot vouch for an --adapter"),
     ):
         result = cli(*ASK, *options)
         assert (result.code, result.out) == (2, "")
         assert words in result.error_lines[0]
+
+
+def test_an_output_that_a_schema_held_is_confirmed_with_and_without_its_schema_in_the_receipt(
+    cli, home, tmp_path
+):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"word": {"type": "string"}}}))
+    ask = (*ASK[:-4], "--threads", "1", "-n", "30", "--json-schema", str(schema))
+    whole, bare = tmp_path / "whole.json", tmp_path / "bare.json"
+    assert cli(*ask, "--receipt", str(whole)).code == 0
+    assert cli("replay", str(whole)).out.startswith("same: ")
+    assert cli(*ask, "--receipt", str(bare), "--receipt-without-prompt").code == 0
+    assert "word" not in bare.read_text()
+    given = ("replay", str(bare), "--prompt", "Once upon a time")
+    assert cli(*given, "--json-schema", str(schema)).out.startswith("same: ")
+    assert "made without its grammar" in cli(*given).error_lines[0]
+    schema.write_text("true")
+    assert "not the one" in cli(*given, "--json-schema", str(schema)).error_lines[0]

@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("bise._native", reason="the native extension is not built")
 
@@ -20,7 +22,25 @@ from bise.engine.receipt import (
 )
 from bise.engine.request import Request, SamplingParams
 from bise.errors import ReceiptError
+from bise.grammar.spec import GrammarSpec
 from bise.hub.registry import resolve
+
+
+def write_adapter(path, config, seed):
+    """Write an adapter in PEFT's format, for the output matrices of attention."""
+    rng = np.random.default_rng(seed)
+    path.mkdir()
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["o_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.o_proj.lora_{half}.weight": rng.standard_normal(
+            shape, np.float32
+        )
+        for layer in range(config.num_layers)
+        for half, shape in (("A", (2, config.q_dim)), ("B", (config.dim, 2)))
+    }
+    save_file(weights, path / "adapter_model.safetensors")
+
 
 PARAMS = SamplingParams(
     temperature=0.8, seed=5, max_tokens=12, stop=("zebra",), logit_bias={7: 1.5}, ignore_eos=True
@@ -138,16 +158,94 @@ def test_each_part_of_another_model_is_named(loaded, made):
         assert "000000000000... in the receipt" in told
 
 
-def test_a_request_that_rests_on_more_than_its_model_gets_no_receipt(loaded, made):
+SCHEMA = GrammarSpec.json_schema({"type": "object", "properties": {"word": {"type": "string"}}})
+
+
+@pytest.mark.parametrize(
+    "grammar", [SCHEMA, GrammarSpec.regex("[a-z]{3,9}"), GrammarSpec.choice(["yes", "no"])], ids=str
+)
+def test_an_output_that_a_grammar_held_is_confirmed(loaded, made, tmp_path, grammar):
+    params = receipt_params(replace(PARAMS, stop=()), 100)
+    request = replace(made[0], grammar=grammar, params=params)
+    done = loaded.engine.submit(request).result()
+    receipt = make_receipt(loaded, request, done.logprobs, done.finish_reason.value)
+    write_receipt(receipt, tmp_path / "receipt.json")
+    assert read_receipt(tmp_path / "receipt.json") == receipt
+    assert replayed(loaded, read_receipt(tmp_path / "receipt.json")) is None
+    free = replace(receipt, grammar=None, grammar_sha256=None)
+    assert "the output differs" in replayed(loaded, free), "the grammar decides nothing"
+
+
+def test_a_grammar_that_was_left_out_is_asked_for_and_must_be_the_same(loaded, made, tmp_path):
+    request = replace(made[0], grammar=SCHEMA, params=receipt_params(replace(PARAMS, stop=()), 100))
+    done = loaded.engine.submit(request).result()
+    receipt = make_receipt(loaded, request, done.logprobs, done.finish_reason.value, keeps_prompt=False)
+    write_receipt(receipt, tmp_path / "receipt.json")
+    assert "word" not in (tmp_path / "receipt.json").read_text()
+    receipt = read_receipt(tmp_path / "receipt.json")
+    again = replay_request(receipt, request.token_ids, grammar=replace(SCHEMA, field="other"))
+    assert loaded.engine.submit(again).result().logprobs == done.logprobs
+    with pytest.raises(ReceiptError, match="made without its grammar"):
+        replay_request(receipt, request.token_ids)
+    with pytest.raises(ReceiptError, match="grammar is not the one"):
+        replay_request(receipt, request.token_ids, grammar=GrammarSpec.json_object())
+    with pytest.raises(ReceiptError, match="grammar is not the one"):
+        replay_request(made[2], grammar=SCHEMA)
+
+
+@pytest.fixture
+def tuned(loaded, tmp_path):
+    """The directory of an adapter, loaded as `tuned`."""
+    write_adapter(tmp_path / "tuned", loaded.source.config, seed=1)
+    loaded.load_adapter("tuned", tmp_path / "tuned")
+    yield tmp_path / "tuned"
+    loaded.unload_adapter("tuned")
+
+
+def test_an_output_made_with_an_adapter_is_confirmed_with_the_same_one_alone(loaded, made, tuned, tmp_path):
+    request = replace(made[0], adapter="tuned")
+    done = loaded.engine.submit(request).result()
+    receipt = make_receipt(loaded, request, done.logprobs, done.finish_reason.value)
+    write_receipt(receipt, tmp_path / "receipt.json")
+    receipt = read_receipt(tmp_path / "receipt.json")
+    assert model_differences(receipt, loaded, "tuned") == []
+    again = loaded.engine.submit(replay_request(receipt, adapter="tuned")).result()
+    assert output_difference(receipt, again.logprobs, again.finish_reason.value) is None
+    assert "the output differs" in replayed(loaded, receipt), "the adapter decides nothing"
+    assert "--adapter DIR loads it" in model_differences(receipt, loaded)[0]
+    assert "leave --adapter out" in model_differences(made[2], loaded, "tuned")[0]
+    write_adapter(tmp_path / "other", loaded.source.config, seed=2)
+    loaded.load_adapter("other", tmp_path / "other")
+    assert "the adapter differs" in model_differences(receipt, loaded, "other")[0]
+    loaded.unload_adapter("other")
+
+
+def test_a_receipt_from_before_adapters_and_grammars_is_read(loaded, made, tmp_path):
+    path = tmp_path / "receipt.json"
+    write_receipt(made[2], path)
+    value = json.loads(path.read_text())
+    for name in ("adapter", "grammar", "grammar_sha256"):
+        del value[name]
+    path.write_text(json.dumps(value | {"receipt": 1}))
+    assert read_receipt(path) == made[2]
+
+
+def test_a_request_whose_prompt_the_engine_shortens_gets_no_receipt(loaded, made):
     request, done, _ = made
-    with pytest.raises(ReceiptError, match="'adapter'"):
-        make_receipt(loaded, replace(request, adapter="a"), done.logprobs, "stop")
+    with pytest.raises(ReceiptError, match="'truncate'"):
+        make_receipt(loaded, replace(request, truncate="oldest"), done.logprobs, "stop")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"receipt": 2}, "no receipt of form 1"),
+        ({"receipt": 3}, "no receipt of form 2"),
+        ({"adapter": {"name": "a"}}, "a receipt needs 'sha256'"),
+        ({"grammar": {"kind": "x"}}, "a receipt needs 'source'"),
+        (
+            {"grammar": {"kind": "x", "source": "", "strict": False, "field": "", "trigger": None}},
+            "grammar: ",
+        ),
         ({"extra": 1}, "a receipt has no 'extra'"),
         ({"kv": None}, "'kv' must not be null"),
         ({"numerics": True}, "'numerics' must not be"),

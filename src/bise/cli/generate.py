@@ -12,7 +12,6 @@ import click
 from bise.cli.answer import ask, ignore_text, logprob_rows
 from bise.cli.grammar_options import grammar_options, pop_grammar
 from bise.cli.options import (
-    LoadOptions,
     load_options,
     model_argument,
     pop_load_options,
@@ -53,7 +52,9 @@ DEFAULT_MAX_TOKENS = 256
     metavar="FILE",
     help="Write what `bise replay` needs to confirm the output; it holds the prompt as token ids.",
 )
-@click.option("--receipt-without-prompt", is_flag=True, help="Leave the prompt out of the receipt.")
+@click.option(
+    "--receipt-without-prompt", is_flag=True, help="Leave the prompt and the grammar out of the receipt."
+)
 def command(model: str | None, **values: Any) -> None:
     """Continue a prompt.
 
@@ -72,7 +73,7 @@ def command(model: str | None, **values: Any) -> None:
         max_tokens=values["max_tokens"], logprobs=values["logprobs"], ignore_eos=values["ignore_eos"]
     )
     receipt: Path | None = values["receipt"]
-    _check_receipt(receipt, load, without_prompt=values["receipt_without_prompt"])
+    _check_receipt(receipt, without_prompt=values["receipt_without_prompt"])
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
     with open_model(model, load) as loaded:
@@ -113,14 +114,12 @@ def command(model: str | None, **values: Any) -> None:
             aside(answer.speed_line(loaded.engine.max_context))
 
 
-def _check_receipt(receipt: Path | None, load: LoadOptions, *, without_prompt: bool) -> None:
+def _check_receipt(receipt: Path | None, *, without_prompt: bool) -> None:
     """Refuse, before any work, a receipt that could not be written."""
     if receipt is None:
         if without_prompt:
             raise click.UsageError("--receipt-without-prompt needs --receipt FILE")
         return
-    if load.adapter is not None:
-        raise click.UsageError("--receipt cannot vouch for an --adapter yet; leave one of them out")
     if receipt.exists() or receipt.is_symlink():
         raise click.UsageError(f"--receipt {receipt} exists; remove it or name another file")
     if not receipt.absolute().parent.is_dir():

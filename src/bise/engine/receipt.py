@@ -1,8 +1,9 @@
 """Receipts: a small JSON file that says what made an output, and lets anyone make it again and compare.
 
 A receipt names the model by the hash of its files, the version of bise and of its arithmetic, the parameters
-with the seed, the prompt (as token ids, or only as a hash) and the hash of the output: every token id and the
-bits of its log-prob. It holds no text of the answer. `docs/receipts.md` lists the fields.
+with the seed, the adapter by its hash, the prompt and the grammar (in full, or only as hashes) and the hash
+of the output: every token id and the bits of its log-prob. It holds no text of the answer. `docs/receipts.md`
+lists the fields.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bise import __version__
 from bise.engine.request import Request, SamplingParams, TokenLogprob
 from bise.errors import ModelFileError, ReceiptError, RequestError, quoted
+from bise.grammar.spec import GrammarKind, GrammarSpec
 from bise.jsonfile import kind_of, read_json_object
 from bise.model.packed import content_hash
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 NUMERICS_VERSION = 1
 """Raised when a change of kernels, sampling or packing changes the bits of some output; a test holds it."""
 
-_FORM = 1
+_FORM = 2
 _MAX_BYTES = 16 << 20
 
 
@@ -43,6 +45,15 @@ class ModelIdentity:
     weights_sha256: str
     config_sha256: str
     tokenizer_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterIdentity:
+    """Which LoRA adapter, by content."""
+
+    name: str
+    sha256: str
+    """Of its configuration and weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +73,12 @@ class Receipt:
     params: SamplingParams
     """With the seed that was used."""
     continuation: bool
+    adapter: AdapterIdentity | None
+    grammar: GrammarSpec | None
+    """None for none, and when it was left out with the prompt."""
+    grammar_sha256: str | None
     salt: str
-    """Random hex that goes into both hashes, so that guessing a prompt takes this very file."""
+    """Random hex that goes into the hashes, so that guessing a prompt takes this very file."""
     prompt_sha256: str
     prompt_ids: tuple[int, ...] | None
     """None when the prompt was left out."""
@@ -106,13 +121,14 @@ def make_receipt(
     """Return the receipt of an output, given by its tokens' log-probs; `request` has `receipt_params` and a
     seed.
 
-    Raises ReceiptError for requests whose output rests on more than model, prompt and parameters.
+    Raises ReceiptError for requests that have no output, or whose prompt depends on the engine's context.
     """
-    for name in ("adapter", "grammar", "truncate", "pooling"):
-        if getattr(request, name, None) is not None:
-            raise ReceiptError(f"a receipt cannot vouch for a request with '{name}' yet", field=name)
+    for name in ("truncate", "pooling"):
+        if getattr(request, name) is not None:
+            raise ReceiptError(f"a receipt cannot vouch for a request with '{name}'", field=name)
     assert request.params.seed is not None, "without its seed a request cannot be replayed"
     salt = secrets.token_hex(16)
+    grammar = request.grammar
     return Receipt(
         bise=__version__,
         numerics=NUMERICS_VERSION,
@@ -122,6 +138,9 @@ def make_receipt(
         kv=loaded.kv,
         params=replace(request.params, logprobs=0),
         continuation=request.continuation,
+        adapter=_adapter_identity(loaded, request.adapter),
+        grammar=grammar if keeps_prompt else None,
+        grammar_sha256=None if grammar is None else _grammar_hash(salt, grammar),
         salt=salt,
         prompt_sha256=_prompt_hash(salt, request.token_ids),
         prompt_ids=request.token_ids if keeps_prompt else None,
@@ -133,22 +152,44 @@ def make_receipt(
     )
 
 
-def replay_request(receipt: Receipt, prompt_ids: tuple[int, ...] | None = None) -> Request:
-    """Return the request to run again; `prompt_ids` where the receipt was made without its prompt.
+def replay_request(
+    receipt: Receipt,
+    prompt_ids: tuple[int, ...] | None = None,
+    *,
+    grammar: GrammarSpec | None = None,
+    adapter: str | None = None,
+) -> Request:
+    """Return the request to run again, with the adapter that is loaded as `adapter`.
 
-    Raises ReceiptError when the prompt is missing or is not the one of the receipt.
+    `prompt_ids` and `grammar` are for receipts that were made without them. Raises ReceiptError when one is
+    missing or is not the one of the receipt.
     """
     token_ids = receipt.prompt_ids if prompt_ids is None else prompt_ids
     if token_ids is None:
         raise ReceiptError("the receipt was made without its prompt; give it with --prompt", field="prompt")
     if _prompt_hash(receipt.salt, token_ids) != receipt.prompt_sha256:
         raise ReceiptError("the prompt is not the one the receipt was made for", field="prompt")
-    return Request(token_ids=token_ids, params=receipt.params, continuation=receipt.continuation)
+    grammar = receipt.grammar if grammar is None else grammar
+    if grammar is None and receipt.grammar_sha256 is not None:
+        raise ReceiptError(
+            "the receipt was made without its grammar; give it with --json-schema, --regex, --choice or "
+            "--grammar",
+            field="grammar",
+        )
+    if (None if grammar is None else _grammar_hash(receipt.salt, grammar)) != receipt.grammar_sha256:
+        raise ReceiptError("the grammar is not the one the receipt was made for", field="grammar")
+    return Request(
+        token_ids=token_ids,
+        params=receipt.params,
+        continuation=receipt.continuation,
+        grammar=grammar,
+        adapter=adapter,
+    )
 
 
-def model_differences(receipt: Receipt, loaded: LoadedModel) -> list[str]:
-    """Return one phrase per part of the model that is not the receipt's; nothing to replay if there are
-    any.
+def model_differences(receipt: Receipt, loaded: LoadedModel, adapter: str | None = None) -> list[str]:
+    """Return one phrase per part of the model, and of the adapter loaded as `adapter`, that is not the
+    receipt's; nothing to replay if there are any.
     """
     found = identify(loaded)
     parts = (
@@ -156,12 +197,30 @@ def model_differences(receipt: Receipt, loaded: LoadedModel) -> list[str]:
         ("configuration", receipt.model.config_sha256, found.config_sha256),
         ("tokenizer", receipt.model.tokenizer_sha256, found.tokenizer_sha256),
     )
-    return [
+    told = [
         f"the model's {part} differ{'' if part == 'weights' else 's'}: SHA-256 {expected[:12]}... in the "
         f"receipt, {actual[:12]}... here"
         for part, expected, actual in parts
         if expected != actual
     ]
+    return told + _adapter_differences(receipt.adapter, _adapter_identity(loaded, adapter))
+
+
+def _adapter_differences(wanted: AdapterIdentity | None, here: AdapterIdentity | None) -> list[str]:
+    if wanted is None:
+        return [] if here is None else ["the receipt is of the model without an adapter; leave --adapter out"]
+    if here is None:
+        return [f"the receipt is of the model with the adapter {quoted(wanted.name)}; --adapter DIR loads it"]
+    if wanted.sha256 == here.sha256:
+        return []
+    return [
+        f"the adapter differs: SHA-256 {wanted.sha256[:12]}... in the receipt, {here.sha256[:12]}... here"
+    ]
+
+
+def _adapter_identity(loaded: LoadedModel, name: str | None) -> AdapterIdentity | None:
+    adapter = loaded.engine.adapters.find(name)
+    return None if adapter is None or name is None else AdapterIdentity(name=name, sha256=adapter.sha256)
 
 
 def output_difference(receipt: Receipt, logprobs: Sequence[TokenLogprob], finish_reason: str) -> str | None:
@@ -193,7 +252,9 @@ def read_receipt(path: Path) -> Receipt:
     except ModelFileError as error:
         raise ReceiptError(str(error), field=error.field) from error
     form = value.pop("receipt", None)
-    if form != _FORM:
+    if form == 1:  # from before receipts knew adapters and grammars
+        value |= {"adapter": None, "grammar": None, "grammar_sha256": None}
+    elif form != _FORM:
         raise ReceiptError(
             f"{path}: is no receipt of form {_FORM} (its 'receipt' is {kind_of(form)})", field="receipt"
         )
@@ -204,6 +265,12 @@ def read_receipt(path: Path) -> Receipt:
     parts["prompt_ids"] = None if ids is None else tuple(ids)
     parts["model"] = ModelIdentity(**_typed(path, parts["model"], dict.fromkeys(_MODEL_FIELDS, (str,))))
     parts["params"] = _params(path, parts["params"])
+    if parts["adapter"] is not None:
+        parts["adapter"] = AdapterIdentity(
+            **_typed(path, parts["adapter"], dict.fromkeys(_ADAPTER_FIELDS, (str,)))
+        )
+    if parts["grammar"] is not None:
+        parts["grammar"] = _grammar(path, parts["grammar"])
     return Receipt(**parts)
 
 
@@ -228,6 +295,9 @@ _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "kv": (str,),
         "params": (dict,),
         "continuation": (bool,),
+        "adapter": (dict, NoneType),
+        "grammar": (dict, NoneType),
+        "grammar_sha256": (str, NoneType),
         "salt": (str,),
         "prompt_sha256": (str,),
         "prompt_ids": (list, NoneType),
@@ -238,6 +308,10 @@ _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     }
 )
 _MODEL_FIELDS = ("name", "weights_sha256", "config_sha256", "tokenizer_sha256")
+_ADAPTER_FIELDS = ("name", "sha256")
+_GRAMMAR_KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {"kind": (str,), "source": (str,), "strict": (bool,), "field": (str,), "trigger": (str, NoneType)}
+)
 
 
 def _typed(path: Path, value: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
@@ -274,6 +348,16 @@ def _params(path: Path, value: dict[str, Any]) -> SamplingParams:
         raise ReceiptError(f"{path}: params: {error}", field="params") from error
 
 
+def _grammar(path: Path, value: dict[str, Any]) -> GrammarSpec:
+    """Return the grammar of a receipt; whether it is one is found out when it is compiled."""
+    fields = _typed(path, value, _GRAMMAR_KINDS)
+    try:
+        fields["kind"] = GrammarKind(fields["kind"])
+        return GrammarSpec(**fields)
+    except (RequestError, ValueError) as error:
+        raise ReceiptError(f"{path}: grammar: {error}", field="grammar") from error
+
+
 def _plain(value: object) -> dict[str, Any]:
     """Return a dataclass as JSON values, fields at their default included."""
     return json.loads(json.dumps(asdict(cast("Any", value))))
@@ -298,6 +382,12 @@ def _sha256(data: bytes) -> str:
 
 def _prompt_hash(salt: str, token_ids: Sequence[int]) -> str:
     return _sha256(f"prompt {salt} ".encode() + struct.pack(f"<{len(token_ids)}q", *token_ids))
+
+
+def _grammar_hash(salt: str, grammar: GrammarSpec) -> str:
+    # What errors call it is no part of what it says.
+    parts = [grammar.kind.value, grammar.source, grammar.strict, grammar.trigger]
+    return _sha256(f"grammar {salt} ".encode() + json.dumps(parts).encode())
 
 
 def _token_bytes(entry: TokenLogprob) -> bytes:
