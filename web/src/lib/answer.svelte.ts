@@ -6,7 +6,7 @@ import { get, Refusal } from './api';
 import { Flusher } from './flush';
 import { Follower } from './follower';
 import { isWriting, liveOf, reduce, type Live } from './stream';
-import type { Message, Source } from './wire';
+import type { Message, Part, Source } from './wire';
 
 const MENDED = ['paragraph', 'list', 'heading', 'blockquote', 'text'];
 
@@ -15,6 +15,7 @@ export class MessageView {
   live = $state.raw<Live>() as Live;
   blocks = $state.raw<Block[]>([]);
   sources = $state.raw<Source[]>([]);
+  parts = $state.raw<Part[]>([]);
   isOffline = $state(false);
 
   #markdown = new GrowingMarkdown();
@@ -28,6 +29,7 @@ export class MessageView {
     this.#ended = ended;
     this.#next = this.live = liveOf(record);
     this.sources = record.sources;
+    this.parts = record.parts ?? [];
     this.#draw();
     this.#follow();
   }
@@ -49,6 +51,7 @@ export class MessageView {
     }
     this.record = record;
     this.sources = record.sources;
+    this.parts = record.parts ?? [];
     if (sameRun && record.seq < this.#next.seq && isWriting(record.status)) return;
     this.#follower?.close();
     this.#follower = null;
@@ -69,6 +72,7 @@ export class MessageView {
       take: (event) => {
         this.isOffline = false;
         if (event.kind === 'sources') this.sources = event.body['sources'] as Source[];
+        if (event.kind === 'parts') this.parts = event.body['parts'] as Part[];
         this.#next = reduce(this.#next, event);
         if (event.kind === 'end') {
           this.#follower = null;

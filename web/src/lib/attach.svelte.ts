@@ -1,6 +1,7 @@
 /** Documents that go with the next question; the server reads them. */
 import { upload } from './api';
-import { app } from './app.svelte';
+import { notices } from './notices.svelte';
+import { talk } from './talk.svelte';
 import { t } from './i18n.svelte';
 import type { DocumentFacts } from './wire';
 
@@ -11,16 +12,16 @@ export const attached = $state<{ files: DocumentFacts[]; isReading: boolean }>({
 export async function attach(files: File[]): Promise<void> {
   if (files.length === 0) return;
   attached.isReading = true;
-  app.failure = null;
+  notices.failure = null;
   try {
     for (const file of files) {
       if (file.size > MOST_BYTES) throw new Error(t('fileTooLarge', { name: file.name }));
-      const conversation = app.current ?? (await app.create());
+      const conversation = talk.current ?? (await talk.create());
       const path = `/conversations/${conversation.id}/documents?name=${encodeURIComponent(file.name)}`;
       attached.files = [...attached.files, await upload<DocumentFacts>(path, file)];
     }
   } catch (error) {
-    app.failure = error instanceof Error ? error.message : String(error);
+    notices.failure = error instanceof Error ? error.message : String(error);
   } finally {
     attached.isReading = false;
   }

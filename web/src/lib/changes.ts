@@ -13,7 +13,8 @@ export class Changes {
 
   constructor(
     private readonly take: (change: Change) => Promise<void>,
-    private readonly connection: (isDown: boolean) => void,
+    /** Hears null when the connection stands, else the milliseconds until it is tried again. */
+    private readonly connection: (waitMs: number | null) => void,
   ) {
     this.#open();
     window.addEventListener('online', () => this.retry());
@@ -43,7 +44,7 @@ export class Changes {
     this.#source = source;
     source.addEventListener('hello', () => {
       this.#wait = FIRST_WAIT_MS;
-      this.connection(false);
+      this.connection(null);
       if (this.#wasHidden) void this.take({ kind: 'reload', id: '' }).catch(() => undefined);
       this.#wasHidden = false;
     });
@@ -54,7 +55,7 @@ export class Changes {
     source.onerror = () => {
       if (this.#source !== source) return;
       this.#close();
-      this.connection(true);
+      this.connection(this.#wait);
       this.#timer = setTimeout(() => this.#open(), this.#wait);
       this.#wait = Math.min(this.#wait * 2, LAST_WAIT_MS);
     };

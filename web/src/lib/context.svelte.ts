@@ -1,6 +1,6 @@
 /** What fills the window, counted by the server with the model's own tokenizer. */
 import { post } from './api';
-import { app } from './app.svelte';
+import { talk } from './talk.svelte';
 import type { ContextView } from './wire';
 
 const WAIT_MS = 350;
@@ -31,7 +31,7 @@ class Context {
 
   plan(): void {
     clearTimeout(this.#timer);
-    const conversation = app.current;
+    const conversation = talk.current;
     if (!conversation) {
       this.view = null;
       return;
@@ -42,9 +42,9 @@ class Context {
   async #ask(id: string): Promise<void> {
     const asked = ++this.#asked;
     try {
-      const body = { draft: app.draft, model: app.model?.id ?? null };
+      const body = { draft: talk.draft, model: talk.model?.id ?? null };
       const view = await post<ContextView>(`/conversations/${id}/context`, body);
-      if (asked === this.#asked && app.current?.id === id) this.view = view;
+      if (asked === this.#asked && talk.current?.id === id) this.view = view;
     } catch {
       // The meter waits; the question itself says what is wrong.
     }

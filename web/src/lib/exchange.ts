@@ -1,12 +1,12 @@
 /** Saves a conversation as a file. */
-import { app } from './app.svelte';
+import { notices } from './notices.svelte';
 import { saveText } from './copy';
 import { t } from './i18n.svelte';
 
 export async function exportConversation(id: string, form: 'markdown' | 'json'): Promise<void> {
   const response = await fetch(`/api/v1/conversations/${id}/export?form=${form}`);
   if (!response.ok) {
-    app.failure = t('exportFailed');
+    notices.failure = t('exportFailed');
     return;
   }
   const ending = form === 'markdown' ? 'md' : 'json';

@@ -5,7 +5,7 @@
 import { eventsAddress } from './api';
 import type { RunEvent } from './stream';
 
-const KINDS = ['message', 'state', 'prefill', 'usage', 'sources', 'end'];
+const KINDS = ['message', 'state', 'prefill', 'usage', 'sources', 'parts', 'reading', 'end'];
 const FIRST_WAIT_MS = 300;
 const LAST_WAIT_MS = 5000;
 

@@ -71,6 +71,12 @@ export function short(value: number): string {
   return `${number(thousands, thousands < 100 && Math.round(thousands * 10) % 10 !== 0 ? 1 : 0)}k`;
 }
 
+/** Small sums keep two digits that matter. */
+export function money(value: number, currency: string): string {
+  const digits = value !== 0 && Math.abs(value) < 0.1 ? { maximumSignificantDigits: 2 } : { maximumFractionDigits: 2 };
+  return new Intl.NumberFormat(language, { style: 'currency', currency, ...digits }).format(value);
+}
+
 export function day(seconds: number): string {
   return new Intl.DateTimeFormat(language, { dateStyle: 'medium' }).format(new Date(seconds * 1000));
 }

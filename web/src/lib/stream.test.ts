@@ -35,6 +35,15 @@ describe('reduce', () => {
     }
   });
 
+  it('tells how many wait before and how far the reading of documents is, until the answer begins', () => {
+    const waiting = reduce(empty, { seq: 1, kind: 'state', body: { status: 'queued', before: 2 } });
+    expect(waiting.before).toBe(2);
+    const reading = reduce(waiting, { seq: 2, kind: 'reading', body: { done: 3, total: 9 } });
+    expect(reading.reading).toEqual({ done: 3, total: 9 });
+    const running = reduce(reading, { seq: 3, kind: 'state', body: { status: 'running' } });
+    expect([running.before, running.reading]).toEqual([0, null]);
+  });
+
   it('knows which states are still being written', () => {
     expect((['queued', 'prefill', 'running'] as const).every(isWriting)).toBe(true);
     expect((['complete', 'stopped', 'interrupted', 'error'] as const).some(isWriting)).toBe(false);

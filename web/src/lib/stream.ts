@@ -16,6 +16,10 @@ export interface Live {
   usage: Usage | null;
   finish_reason: string | null;
   error: string | null;
+  /** Requests that wait before this one. */
+  before?: number;
+  /** Passages of documents that were prepared for the search, of all. */
+  reading?: { done: number; total: number } | null;
 }
 
 export function liveOf(message: Message): Live {
@@ -40,9 +44,14 @@ export function reduce(live: Live, event: RunEvent): Live {
     }
     case 'state':
       next.status = body['status'] as Status;
+      next.before = Number(body['before'] ?? 0);
+      next.reading = null;
       break;
     case 'prefill':
       next.prefill = { done: Number(body['done']), total: Number(body['total']) };
+      break;
+    case 'reading':
+      next.reading = { done: Number(body['done']), total: Number(body['total']) };
       break;
     case 'usage':
       next.timings = { ...live.timings, ...(body as Timings) };

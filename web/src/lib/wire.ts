@@ -13,7 +13,9 @@ export interface Conversation {
   id: string;
   title: string;
   pinned: boolean;
+  archived?: boolean;
   folder: string | null;
+  persona_id?: string | null;
   model: string | null;
   system: string;
   params: Params;
@@ -24,10 +26,26 @@ export interface Conversation {
   temporary?: boolean;
 }
 
+export interface FolderFacts {
+  name: string;
+  conversations: number;
+}
+
+export interface Persona {
+  id: string;
+  name: string;
+  system: string;
+  model: string | null;
+  params: Params;
+}
+
 export interface Usage {
   prompt_tokens: number;
   cached_tokens: number;
   completion_tokens: number;
+  /** What the answer costs by the ledger's rates. */
+  cost?: string | null;
+  currency?: string | null;
 }
 
 export interface Timings {
@@ -44,7 +62,17 @@ export interface Source {
   document_id: string;
   name: string;
   text: string;
+  /** Where the passage lies in the document's text, and on which page. */
+  start?: number | null;
+  page?: number | null;
 }
+
+/** What belongs to a message and is no text of it. */
+export type Part =
+  | { type: 'thinking'; text: string; seconds?: number | null }
+  | { type: 'tool_call'; name: string; arguments: unknown }
+  | { type: 'tool_result'; name: string; text: string }
+  | { type: 'dropped'; messages: string[] };
 
 export interface Message {
   id: string;
@@ -56,6 +84,7 @@ export interface Message {
   status: Status;
   created_at: number;
   params: Params;
+  parts?: Part[];
   documents: string[];
   sources: Source[];
   finish_reason: string | null;
@@ -83,6 +112,8 @@ export interface ModelFacts {
   state: string;
   is_embedded: boolean;
   fault: string | null;
+  /** Tokens that one token sees in the layers with a sliding window. */
+  sliding_window?: number | null;
 }
 
 export interface Page {
@@ -108,6 +139,10 @@ export interface Bootstrap {
   models: ModelFacts[];
   settings: Settings;
   conversations: Conversation[];
+  /** Where the next page of the list begins. */
+  cursor?: string | null;
+  folders?: FolderFacts[];
+  personas?: Persona[];
   runs: { id: string; conversation_id: string; message_id: string }[];
 }
 
@@ -123,10 +158,15 @@ export interface ContextView {
   segments: Segment[];
   cached: number;
   prompt: number;
+  /** The oldest message, which would go first. */
+  dropped_first: string | null;
+  sliding_window?: number | null;
+  /** Where it overflows: the oldest turns that would have to go. */
+  dropping?: { messages: number; tokens: number; keep_from: string | null } | null;
 }
 
 export interface Change {
-  kind: 'conversation' | 'deleted' | 'run_started' | 'run_ended' | 'settings' | 'reload';
+  kind: 'conversation' | 'deleted' | 'run_started' | 'run_ended' | 'settings' | 'personas' | 'reload';
   id: string;
   message?: string;
   run?: string;
