@@ -12,17 +12,29 @@ namespace {
 // Bytes of weights that a thread keeps in its L2 while it walks over the row tiles.
 constexpr int64_t kGroupBytes = 640 * 1024;
 
+// Bytes of activations up to which rows count as few: they stay in the L2 beside two pairs of panels, and every panel
+// is read from memory once while all rows multiply the one before it.
+constexpr int64_t kFewBytes = 384 * 1024;
+
+// Bytes of weights worth a chunk of their own when rows are few.
+constexpr int64_t kStreamBytes = 150 * 1024;
+
+bool are_few(int64_t rows, int64_t blocks) { return rows * blocks * kTileRowBytes <= kFewBytes; }
+
 }  // namespace
 
 Context::Context(int threads) : ops_(chosen_ops()), pool_(threads) {}
 
-// Rows are cut into tiles of 6, 4, 2 and 1; a tile of 5 or 3 is padded, which costs less than a second pass.
-std::vector<Context::Tile> Context::tiles_of(int64_t rows) {
+// Rows are cut into tiles of 6, 4, 2 and 1; a tile of 5 or 3 is padded, which costs less than a second pass. Eight rows
+// of one panel cost less than six and two, but no less per row than six of two panels.
+std::vector<Context::Tile> Context::tiles_of(int64_t rows) const {
+  const bool wide = ops_.widest_tile == kMostTileRows;
   std::vector<Tile> tiles;
   int64_t padded = 0;
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row;
-    const int mt = left > 4 ? kTileRows : left > 2 ? 4 : int(left);
+    const bool eight = wide && (left == 7 || left == 8 || (left >= 14 && left <= 16));
+    const int mt = eight ? kMostTileRows : left > 4 ? kTileRows : left > 2 ? 4 : int(left);
     const int used = int(std::min<int64_t>(left, mt));
     tiles.push_back({row, used, mt, padded});
     row += used;
@@ -54,16 +66,16 @@ const uint8_t* Context::quantized(const float* x, int64_t rows, int64_t k, const
   return out;
 }
 
-// Panels [p0, p1) of w times one tile into columns of out [rows, n].
+// Panels [p0, p1) of w times one tile into columns of out [rows, n]; more rows than one fetch `next_bytes` at `next`.
 void Context::multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& t, const uint8_t* acts, const float* x,
-                       float* out) {
+                       float* out, const uint8_t* next, int64_t next_bytes) {
   const int64_t blocks = w.blocks();
   const uint8_t* tile = acts + t.offset * blocks * kTileRowBytes;
   const auto run = [&](int64_t p, int panels, float* to, int64_t ldo) {
     if (is_float(w.format)) ops_.matmul_float(w.format, w.panel(p), x + t.row * w.k, w.k, w.k, t.rows, to, ldo);
-    else ops_.matmul(w.format, w.panel(p), panels, tile, blocks, t.mt, to, ldo);
+    else ops_.matmul(w.format, w.panel(p), panels, tile, blocks, t.mt, to, ldo, next, next_bytes);
   };
-  alignas(64) float local[kTileRows * 2 * kPanelRows];
+  alignas(64) float local[kMostTileRows * 2 * kPanelRows];
   const int64_t step = is_float(w.format) ? 1 : 2;
   for (int64_t p = p0; p < p1; p += step) {
     const int panels = int(std::min(step, p1 - p));
@@ -79,12 +91,41 @@ void Context::multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& t, c
   }
 }
 
+// All tiles multiply a pair of panels while the next pair arrives in the L2.
+void Context::stream(const Matrix& w, int64_t p0, int64_t p1, const Tile* tiles, size_t count, const uint8_t* acts,
+                     float* out) {
+  for (int64_t p = p0; p < p1; p += 2) {
+    const int64_t stop = std::min(p + 2, p1), share = (stop - p) * w.stride() / int64_t(count);
+    const uint8_t* next = w.panel(stop);
+    for (size_t t = 0; t < count; ++t, next += share) multiply(w, p, stop, tiles[t], acts, nullptr, out, next, share);
+  }
+}
+
+void Context::linear_panels(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, bool few,
+                            const uint8_t* acts, const float* x, float* out) {
+  size_t done = 0;
+  if (!is_float(w.format)) {
+    done = few ? tiles.size() : 1;  // of many rows the first tile brings the panels into the L2
+    stream(w, p0, p1, tiles.data(), done, acts, out);
+  }
+  for (; done < tiles.size(); ++done) multiply(w, p0, p1, tiles[done], acts, x, out);
+}
+
 // Panels per chunk: few rows want many chunks of contiguous weights, many rows want a group that stays in L2.
 int64_t Context::grain(int64_t panels, int64_t bytes, int64_t rows) const {
   const int64_t fit = std::max<int64_t>(1, kGroupBytes / std::max<int64_t>(1, bytes));
   const int64_t fair = std::max<int64_t>(1, panels / (int64_t(threads()) * (rows > kTileRows ? 4 : 8)));
   const int64_t worth = std::max<int64_t>(1, 12 * 1024 / std::max<int64_t>(1, bytes * std::min<int64_t>(rows, kTileRows)));
   return round_up(std::max(std::min(fit, fair), std::min(worth, panels)), 2);  // kernels take panels in pairs
+}
+
+// fn(begin, end, thread) for chunks of adjacent panels.
+template <class Fn>
+void Context::over_panels(int64_t panels, int64_t bytes, int64_t rows, bool few, Fn&& fn) {
+  const int64_t chunk = grain(panels, bytes, rows);
+  const int64_t least = round_up(std::max<int64_t>(1, kStreamBytes / bytes), 2);
+  if (few) pool_.parallel_shrinking(panels, std::min(chunk, least), fn);
+  else pool_.parallel_for(panels, chunk, fn);
 }
 
 void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& weights,
@@ -98,14 +139,15 @@ void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& we
     total += w.panels();
     bytes = std::max(bytes, w.stride());
   }
-  pool_.parallel_for(total, grain(total, bytes, rows), [&](int64_t begin, int64_t end, int) {
+  const bool few = are_few(rows, weights[0].blocks());
+  over_panels(total, bytes, rows, few, [&](int64_t begin, int64_t end, int) {
     size_t which = 0;
     int64_t base = 0;
     while (begin >= base + weights[which].panels()) base += weights[which++].panels();
     while (begin < end) {
       const Matrix& w = weights[which];
       const int64_t stop = std::min(end, base + w.panels());
-      for (const Tile& t : tiles) multiply(w, begin - base, stop - base, t, acts, x, outs[which]);
+      linear_panels(w, begin - base, stop - base, tiles, few, acts, x, outs[which]);
       base += w.panels();
       ++which;
       begin = stop;
@@ -118,19 +160,43 @@ void Context::gate_up(const Expert& e, const std::vector<Tile>& tiles, const uin
   const int64_t blocks = round_up(e.gate.n, kBlockCols) / kBlockCols;
   const int64_t stride = 2 * (e.gate.stride() + e.up.stride());
   pool_.parallel_for(blocks, grain(blocks, stride, tiles.back().row + 1), [&](int64_t begin, int64_t end, int) {
-    alignas(64) float gate[kTileRows * kBlockCols], up[kTileRows * kBlockCols];
+    alignas(64) float gate[kMostTileRows * kBlockCols], up[kMostTileRows * kBlockCols];
     for (const Tile& t : tiles) {
       const uint8_t* a = acts + t.offset * e.gate.blocks() * kTileRowBytes;
       for (int64_t b = begin; b < end; ++b) {
         const int64_t valid = std::min<int64_t>(kBlockCols, e.gate.n - b * kBlockCols);
         const int panels = valid > kPanelRows ? 2 : 1;
-        ops_.matmul(e.gate.format, e.gate.panel(2 * b), panels, a, e.gate.blocks(), t.mt, gate, kBlockCols);
-        ops_.matmul(e.up.format, e.up.panel(2 * b), panels, a, e.up.blocks(), t.mt, up, kBlockCols);
+        const auto product = [&](const Matrix& w, float* to) {
+          const int64_t fetched = t.row ? 0 : 2 * w.stride();  // the first tile brings the panels into the L2
+          const uint8_t* next = w.panel(2 * b + 2);
+          ops_.matmul(w.format, w.panel(2 * b), panels, a, w.blocks(), t.mt, to, kBlockCols, next, fetched);
+        };
+        product(e.gate, gate);
+        product(e.up, up);
         const int64_t columns = round_up(valid, kPanelRows);
         for (int m = 0; m < t.rows; ++m) ops_.silu_mul(gate + m * kBlockCols, up + m * kBlockCols, columns);
         ops_.quantize(gate - b * kBlockCols, kBlockCols, t.rows, b * kBlockCols + valid, b, b + 1, t.mt,
                       hidden + t.offset * blocks * kTileRowBytes);
       }
+    }
+  });
+}
+
+// The same for few rows: first the gate of a chunk, then its up, so that each is one stream of memory.
+void Context::gate_up_few(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden) {
+  const int64_t width = e.gate.n, blocks = round_up(width, kBlockCols) / kBlockCols;
+  const int64_t rows = tiles.back().row + tiles.back().rows;
+  float* gate = wide_.get(2 * rows * width);
+  float* up = gate + rows * width;
+  over_panels(blocks, 2 * (e.gate.stride() + e.up.stride()), rows, true, [&](int64_t begin, int64_t end, int) {
+    stream(e.gate, 2 * begin, std::min(2 * end, e.gate.panels()), tiles.data(), tiles.size(), acts, gate);
+    stream(e.up, 2 * begin, std::min(2 * end, e.up.panels()), tiles.data(), tiles.size(), acts, up);
+    const int64_t first = begin * kBlockCols, last = std::min(end * kBlockCols, width);
+    for (const Tile& t : tiles) {
+      for (int64_t r = t.row; r < t.row + t.rows; ++r)
+        ops_.silu_mul(gate + r * width + first, up + r * width + first, last - first);
+      ops_.quantize(gate + t.row * width, width, t.rows, width, begin, end, t.mt,
+                    hidden + t.offset * blocks * kTileRowBytes);
     }
   });
 }
@@ -150,10 +216,12 @@ void Context::mlp(const float* x, int64_t rows, const Expert& e, float* out) {
   }
   const uint8_t* acts = quantized(x, rows, e.gate.k, tiles, acts_);
   uint8_t* hidden = hidden_.get(padded_rows(tiles) * e.down.blocks() * kTileRowBytes);
-  gate_up(e, tiles, acts, hidden);
+  if (are_few(rows, e.gate.blocks())) gate_up_few(e, tiles, acts, hidden);
+  else gate_up(e, tiles, acts, hidden);
   const Matrix& w = e.down;
-  pool_.parallel_for(w.panels(), grain(w.panels(), w.stride(), rows), [&](int64_t begin, int64_t end, int) {
-    for (const Tile& t : tiles) multiply(w, begin, end, t, hidden, nullptr, out);
+  const bool few = are_few(rows, w.blocks());
+  over_panels(w.panels(), w.stride(), rows, few, [&](int64_t begin, int64_t end, int) {
+    linear_panels(w, begin, end, tiles, few, hidden, nullptr, out);
   });
 }
 

@@ -84,12 +84,19 @@ class Context {
     int64_t size_ = 0;
   };
 
-  static std::vector<Tile> tiles_of(int64_t rows);
+  std::vector<Tile> tiles_of(int64_t rows) const;
   static int64_t padded_rows(const std::vector<Tile>& tiles);
   const uint8_t* quantized(const float* x, int64_t rows, int64_t k, const std::vector<Tile>& tiles, Buffer<uint8_t>& to);
   void multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& tile, const uint8_t* acts, const float* x,
-                float* out);
+                float* out, const uint8_t* next = nullptr, int64_t next_bytes = 0);
+  void stream(const Matrix& w, int64_t p0, int64_t p1, const Tile* tiles, size_t count, const uint8_t* acts,
+              float* out);
+  void linear_panels(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, bool few,
+                     const uint8_t* acts, const float* x, float* out);
+  template <class Fn>
+  void over_panels(int64_t panels, int64_t panel_bytes, int64_t rows, bool few, Fn&& fn);
   int64_t grain(int64_t panels, int64_t panel_bytes, int64_t rows) const;
+  void gate_up_few(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden);
   void gate_up(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden);
 
   const Ops& ops_;

@@ -75,6 +75,7 @@ inline int64_t packed_bytes(int format, int64_t n, int64_t k) {
 //   n8lo   int32  -8 x sum of the first 16 codes
 //   ssum   float  scale x sum of the codes
 constexpr int kTileRowBytes = 48;  // per row and block
-constexpr int kTileRows = 6;       // rows of a full tile
+constexpr int kTileRows = 6;       // rows of a tile when there are many
+constexpr int kMostTileRows = 8;   // of any tile
 
 }  // namespace bise

@@ -38,15 +38,17 @@ struct AttendTask {
 
 struct Ops {
   const char* name;
+  int widest_tile;  // rows: 6 or 8
 
   // Quantise `rows` <= mt rows of x (row stride ldx floats, k columns) into blocks [b0, b1) of one tile; missing rows
   // become zeros. Columns beyond k count as zeros.
   void (*quantize)(const float* x, int64_t ldx, int rows, int64_t k, int64_t b0, int64_t b1, int mt, uint8_t* tile);
 
   // out[m][16 p + lane] = tile row m . panel row, for `panels` adjacent quantised panels of `blocks` 32-column blocks;
-  // mt is 1, 2, 4 or 6.
+  // mt is 1, 2, 4, 6 or 8 and at most widest_tile. More than one row fetches the `bytes` at `next` meanwhile; one row
+  // fetches what lies behind the panel.
   void (*matmul)(int format, const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
-                 int64_t ldo);
+                 int64_t ldo, const uint8_t* next, int64_t bytes);
 
   // The same for a float panel and float rows.
   void (*matmul_float)(int format, const uint8_t* panel, const float* x, int64_t ldx, int64_t k, int rows, float* out,

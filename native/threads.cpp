@@ -32,17 +32,31 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::take_chunks(int thread) {
-  for (;;) {
-    const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= n_) return;
-    body_(context_, begin, begin + grain_ < n_ ? begin + grain_ : n_, thread);
+// Takes the next chunk; false when none is left.
+bool Pool::claim(int64_t& begin, int64_t& end) {
+  if (shrinking_) {
+    begin = next_.load(std::memory_order_relaxed);
+    do {
+      if (begin >= n_) return false;
+      const int64_t share = (n_ - begin) / (2 * size() * grain_);
+      end = begin + (share > 1 ? share : 1) * grain_;
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+  } else {
+    begin = next_.fetch_add(grain_, std::memory_order_relaxed);
+    end = begin + grain_;
   }
+  if (end > n_) end = n_;
+  return begin < n_;
 }
 
-void Pool::run(int64_t n, int64_t grain, Body body, void* context) {
+void Pool::take_chunks(int thread) {
+  for (int64_t begin, end; claim(begin, end);) body_(context_, begin, end, thread);
+}
+
+void Pool::run(int64_t n, int64_t grain, bool shrinking, Body body, void* context) {
   n_ = n;
   grain_ = grain;
+  shrinking_ = shrinking;
   body_ = body;
   context_ = context;
   next_.store(0, std::memory_order_relaxed);

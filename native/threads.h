@@ -22,22 +22,35 @@ class Pool {
   // below size(). Not reentrant; one caller at a time.
   template <class Fn>
   void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
+    parallel(n, grain, false, fn);
+  }
+
+  // The same with chunks that shrink: a share of what is left, in multiples of `grain`. Long streams of memory first,
+  // and no thread waits long for the other at the end.
+  template <class Fn>
+  void parallel_shrinking(int64_t n, int64_t grain, Fn&& fn) {
+    parallel(n, grain, true, fn);
+  }
+
+ private:
+  template <class Fn>
+  void parallel(int64_t n, int64_t grain, bool shrinking, Fn& fn) {
     if (n <= 0) return;
     if (workers_.empty() || n <= grain) {
       fn(int64_t(0), n, 0);
       return;
     }
-    run(n, grain,
+    run(n, grain, shrinking,
         [](void* context, int64_t begin, int64_t end, int thread) {
           (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end, thread);
         },
         &fn);
   }
 
- private:
   using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
 
-  void run(int64_t n, int64_t grain, Body body, void* context);
+  void run(int64_t n, int64_t grain, bool shrinking, Body body, void* context);
+  bool claim(int64_t& begin, int64_t& end);
   void take_chunks(int thread);
   void work(int thread);
 
@@ -49,6 +62,7 @@ class Pool {
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   int64_t n_ = 0, grain_ = 1;
+  bool shrinking_ = false;
   Body body_ = nullptr;
   void* context_ = nullptr;
   std::vector<std::thread> workers_;

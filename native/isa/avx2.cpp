@@ -143,7 +143,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_avx2;
-const Ops ops_avx2 = {"avx2", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
-                      read_all, dot_steps, float_steps};
+const Ops ops_avx2 = {"avx2", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+                        store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

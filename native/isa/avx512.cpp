@@ -132,7 +132,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_avx512;
-const Ops ops_avx512 = {"avx512", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
-                        read_all, dot_steps, float_steps};
+const Ops ops_avx512 = {"avx512", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+                        store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

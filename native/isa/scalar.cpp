@@ -271,7 +271,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_scalar;
-const Ops ops_scalar = {"scalar", quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate, store_kv, attend,
-                        read_all, dot_steps, float_steps};
+const Ops ops_scalar = {"scalar", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+                        store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

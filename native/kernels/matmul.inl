@@ -173,6 +173,9 @@ inline R::I offset_start(int32_t n8) {
   else return R::template shl32<4>(R::set1i(n8));
 }
 
+// Rows of the widest tile.
+constexpr int kWidestTile = R::kRegisters >= 32 ? 8 : 6;
+
 // A block of kPanels panels x MT rows: integer sums and the float accumulators.
 template <int kFormat, int MT, int kPanels>
 struct Block {
@@ -256,17 +259,25 @@ struct Block {
   }
 };
 
-// Bytes that a row of weights is fetched ahead of its use; by sweep on a 2-core Zen 4, 21 Nov 2026 (docs/log.md).
+// Bytes that one row of activations fetches its weights ahead: panels lie one behind the other, so the stream never
+// ends. By sweep on a 2-core Zen 4, 22 Nov 2026 (docs/log.md).
 constexpr int kAhead = 4096;
+
+// What more rows fetch meanwhile into the L2: `step` bytes per block, from `next` on. `due` is where that ends by now.
+struct Fetch {
+  const uint8_t *next, *due;
+  int64_t step;
+};
 
 template <int kFormat, int MT, int kPanels>
 inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a, int64_t blocks, int at, float* out,
-                         int64_t ldo) {
+                         int64_t ldo, Fetch& fetch) {
   using Scales = LayoutOf<kFormat>::Scales;
   constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes;
   const uint8_t* w[kPanels];
   R::F acc[kPanels][MT];
   Header header[kPanels];
+  Fetch f = fetch;
   for (int p = 0; p < kPanels; ++p) {
     w[p] = panel + p * stride;
     header[p] = {R::set1(0.0f), R::set1(0.0f)};
@@ -280,60 +291,82 @@ inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a,
           w[p] += Scales::kHeader;
         }
       }
-      for (int line = 0; line < kBlockBytes; line += 64) R::prefetch(w[p] + kAhead + line);
+      if constexpr (MT == 1)
+        for (int line = 0; line < kBlockBytes; line += 64) R::prefetch(w[p] + kAhead + line);
+    }
+    if constexpr (MT > 1) {
+      for (f.due += f.step; f.next < f.due; f.next += 64) R::prefetch_far(f.next);
     }
     Block<kFormat, MT, kPanels>::add(w, at, header, a, acc);
     for (int p = 0; p < kPanels; ++p) w[p] += kBlockBytes;
     a += MT * kTileRowBytes;
   }
+  fetch = f;
   for (int p = 0; p < kPanels; ++p)
     for (int m = 0; m < MT; ++m) R::store(out + m * ldo + p * kPanelRows + at, acc[p][m]);
 }
 
-template <int kFormat, int kPanels>
-void matmul_rows(const uint8_t* panel, int64_t stride, const uint8_t* tile, int64_t blocks, int mt, float* out,
-                 int64_t ldo) {
+template <int kFormat, int MT, int kPanels>
+void matmul_rows(const uint8_t* panel, int64_t stride, const uint8_t* tile, int64_t blocks, float* out, int64_t ldo,
+                 Fetch& fetch) {
   for (int at = 0; at < kPanelRows; at += R::L) {
-    switch (mt) {
-      case 1: matmul_lanes<kFormat, 1, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
-      case 2: matmul_lanes<kFormat, 2, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
-      case 4: matmul_lanes<kFormat, 4, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
-      case 6: matmul_lanes<kFormat, 6, kPanels>(panel, stride, tile, blocks, at, out, ldo); break;
-      default: __builtin_trap();
-    }
+    matmul_lanes<kFormat, MT, kPanels>(panel, stride, tile, blocks, at, out, ldo, fetch);
+    fetch.step = 0;  // the second half of a panel finds it in the cache
   }
 }
 
-// Two panels at once share each broadcast activation; formats with two scales per block have no registers for that.
-template <int kFormat>
-void matmul_format(const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
-                   int64_t ldo) {
+// Two panels at once share each broadcast activation. One row gains nothing by that and reads one stream of memory
+// faster than two; eight rows of two panels, and formats with two scales per block, have no registers for it.
+template <int kFormat, int MT>
+void matmul_tile(const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, float* out, int64_t ldo,
+                 const uint8_t* next, int64_t next_bytes) {
   using Scales = LayoutOf<kFormat>::Scales;
   const int64_t stride = blocks * kFormatInfo[kFormat].block_bytes + blocks / kSuperBlocks * Scales::kHeader;
-  constexpr int kTogether = Scales::kSubs == 1 && R::kRegisters >= 32 ? 2 : 1;
+  constexpr int kTogether = Scales::kSubs == 1 && R::kRegisters >= 32 && MT != 1 && MT <= 6 ? 2 : 1;
+  const int64_t step = next_bytes * kTogether / (panels * blocks);
+  Fetch fetch = {next, next, step};
   int p = 0;
-  for (; p + kTogether <= panels; p += kTogether)
-    matmul_rows<kFormat, kTogether>(panel + p * stride, stride, tile, blocks, mt, out + p * kPanelRows, ldo);
-  if constexpr (kTogether == 2) {
-    if (p < panels) matmul_rows<kFormat, 1>(panel + p * stride, stride, tile, blocks, mt, out + p * kPanelRows, ldo);
+  for (; p + kTogether <= panels; p += kTogether) {
+    fetch.step = step;
+    matmul_rows<kFormat, MT, kTogether>(panel + p * stride, stride, tile, blocks, out + p * kPanelRows, ldo, fetch);
   }
+  if constexpr (kTogether == 2) {
+    fetch.step = step / 2;
+    if (p < panels)
+      matmul_rows<kFormat, MT, 1>(panel + p * stride, stride, tile, blocks, out + p * kPanelRows, ldo, fetch);
+  }
+}
+
+template <int kFormat>
+void matmul_format(const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
+                   int64_t ldo, const uint8_t* next, int64_t bytes) {
+  switch (mt) {
+    case 1: return matmul_tile<kFormat, 1>(panel, panels, tile, blocks, out, ldo, next, bytes);
+    case 2: return matmul_tile<kFormat, 2>(panel, panels, tile, blocks, out, ldo, next, bytes);
+    case 4: return matmul_tile<kFormat, 4>(panel, panels, tile, blocks, out, ldo, next, bytes);
+    case 6: return matmul_tile<kFormat, 6>(panel, panels, tile, blocks, out, ldo, next, bytes);
+  }
+  if constexpr (kWidestTile == 8) {
+    if (mt == 8) return matmul_tile<kFormat, 8>(panel, panels, tile, blocks, out, ldo, next, bytes);
+  }
+  __builtin_trap();
 }
 
 void matmul(int format, const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
-            int64_t ldo) {
+            int64_t ldo, const uint8_t* next, int64_t bytes) {
   switch (format) {
-    case kQ8: return matmul_format<kQ8>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ4: return matmul_format<kQ4>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ41: return matmul_format<kQ41>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ5: return matmul_format<kQ5>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ51: return matmul_format<kQ51>(panel, panels, tile, blocks, mt, out, ldo);
-    case kN4: return matmul_format<kN4>(panel, panels, tile, blocks, mt, out, ldo);
-    case kN4K: return matmul_format<kN4K>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ4K: return matmul_format<kQ4K>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ5K: return matmul_format<kQ5K>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ6K: return matmul_format<kQ6K>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ3K: return matmul_format<kQ3K>(panel, panels, tile, blocks, mt, out, ldo);
-    case kQ2K: return matmul_format<kQ2K>(panel, panels, tile, blocks, mt, out, ldo);
+    case kQ8: return matmul_format<kQ8>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ4: return matmul_format<kQ4>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ41: return matmul_format<kQ41>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ5: return matmul_format<kQ5>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ51: return matmul_format<kQ51>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kN4: return matmul_format<kN4>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kN4K: return matmul_format<kN4K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ4K: return matmul_format<kQ4K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ5K: return matmul_format<kQ5K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ6K: return matmul_format<kQ6K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ3K: return matmul_format<kQ3K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kQ2K: return matmul_format<kQ2K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
     default: __builtin_trap();
   }
 }
