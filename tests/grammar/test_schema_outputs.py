@@ -166,6 +166,7 @@ WHOLES = {
         "maxLength": 2,
     },
     "constant": {"const": {"a": [1, "x"]}},
+    "odd_characters": {"const": "".join(map(chr, (0, 9, 31, 34, 92, 127, 128, 0x2028, 0xFFFF, 0x10FFFF)))},
     "beside_ref": {"$defs": {"n": {"type": "integer"}}, "$ref": "#/$defs/n", "minimum": 990, "maximum": 1010},
     "annotated": {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -77,7 +77,10 @@ class Choice:
         ordered = sorted(set(options))
         self._options = sorted(option.encode() for option in ordered)
         self._nearest: dict[tuple[int, int], int] = {}
-        self.spelling = "|".join(json.dumps(option, ensure_ascii=False) for option in ordered)
+        # The mask engine's Lark takes no DEL as it is, which JSON leaves so.
+        self.spelling = "|".join(
+            json.dumps(option, ensure_ascii=False).replace("\x7f", "\\u007f") for option in ordered
+        )
         self.start: State = (0, len(self._options), 0)
 
     def step(self, state: State, byte: int) -> State | None:
