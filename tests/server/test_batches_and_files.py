@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from decimal import Decimal
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from mistralai.client import Mistral
 from openai import OpenAI
 
 from bise.store.keys import KeyLimits
+from bise.store.prices import Price
 
 CHAT = "/v1/chat/completions"
 
@@ -134,6 +136,38 @@ def test_a_job_can_be_cancelled_while_it_runs(mistral, site):
     site.work(cancelled)
     assert mistral.batch.jobs.get(job_id=job.id).status == "CANCELLED"
     assert mistral.batch.jobs.get(job_id=job.id).succeeded_requests == 0
+
+
+def test_a_line_that_a_stop_cut_off_is_billed_once(mistral, site):
+    site.store.prices.set(Price(model="stub", input=Decimal(1), cached=Decimal(1), output=Decimal(1)))
+    requests = [{"body": {"messages": [{"role": "user", "content": "hi"}]}}]
+    job = mistral.batch.jobs.create(endpoint=CHAT, requests=requests, model="stub")
+    site.engine.endless, site.engine.token_s = True, 0.01
+    site.work(lambda: site.engine.running)  # the worker stops in the middle of the line
+    site.engine.endless, site.engine.token_s = False, 0.0
+    site.clock.now += 5000.0
+    site.work(lambda: openai_status(site, job.id) == "succeeded")
+    done, cut = site.store.ledger.rows()
+    assert (cut.finish_reason, cut.cost) == ("abort", 0)
+    assert (done.finish_reason, done.completion_tokens) == ("stop", 13)
+    assert done.cost == Decimal(done.prompt_tokens + 13) / 1_000_000
+
+
+def test_jobs_are_listed_by_metadata_and_by_key(mistral, site):
+    requests = [{"body": {"messages": [{"role": "user", "content": "hi"}]}}]
+    for number in range(2):
+        details = {"team": "red", "number": str(number)}
+        mistral.batch.jobs.create(endpoint=CHAT, requests=requests, model="stub", metadata=details)
+    assert mistral.batch.jobs.list(metadata={"team": "red"}).total == 2
+    (only,) = mistral.batch.jobs.list(metadata={"team": "red", "number": "1"}).data
+    assert only.metadata["number"] == "1"
+    assert mistral.batch.jobs.list(metadata={"team": "blue"}).total == 0
+    assert mistral.batch.jobs.list(created_by_me=True).total == 2
+    _, other = site.key("other", owner="ann")
+    listed = site.get("/v1/batch/jobs?created_by_me=true", other).json()
+    assert (listed["total"], listed["data"]) == (0, [])
+    assert site.get("/v1/batch/jobs?agent_id=x", other).status_code == 400
+    assert site.get("/v1/batches?colour=red", other).status_code == 400
 
 
 def test_lines_wait_while_the_queue_is_full_and_are_not_lost(openai, site):

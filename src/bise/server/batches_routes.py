@@ -17,7 +17,7 @@ from bise.server.body import WireModel, read_json
 from bise.server.files_routes import list_body
 from bise.server.gate import StoreGate
 from bise.server.openapi import documented
-from bise.server.stored import choice_argument, enter, page_arguments, text_argument
+from bise.server.stored import choice_argument, enter, only_arguments, page_arguments, text_argument
 from bise.store.batches import Batch, check_details
 
 router = APIRouter()
@@ -43,6 +43,9 @@ _MISTRAL = {
 _OPENAI = {"queued": "validating", "running": "in_progress", "succeeded": "completed"}
 """Where OpenAI's name differs from ours."""
 _ORDERS = ("created", "-created")
+_JOB_ARGUMENTS = (
+    "page", "page_size", "limit", "model", "agent_id", "created_after", "created_by_me", "status", "order_by",
+)  # fmt: skip
 
 
 class InlineRequest(WireModel):
@@ -109,6 +112,8 @@ async def list_jobs(request: Request) -> Response:
     """List the caller's jobs in Mistral's form."""
     gate, caller = await enter(request, "inference")
     offset, limit = page_arguments(request)
+    if text_argument(request, "agent_id") is not None:
+        raise RequestError("agents are not part of this server", field="agent_id")
     wanted = request.query_params.getlist("status")
     names = {mistral: ours for ours, mistral in _MISTRAL.items()}
     if any(status not in names for status in wanted):
@@ -119,6 +124,9 @@ async def list_jobs(request: Request) -> Response:
         statuses=[names[status] for status in wanted],
         model=text_argument(request, "model", 512),
         created_after=_moment(text_argument(request, "created_after")),
+        key_id=caller.key_id if _truth(request, "created_by_me") else None,
+        # Mistral's client writes the pairs of its `metadata` filter among the other arguments.
+        details={name: value for name, value in request.query_params.items() if name not in _JOB_ARGUMENTS},
         offset=offset,
         limit=limit,
         newest_first=choice_argument(request, "order_by", _ORDERS) != "created",
@@ -132,7 +140,7 @@ async def get_job(request: Request, job_id: str) -> Response:
     gate, caller = await enter(request, "inference")
     batch = await gate.offload(gate.store.batches.get, caller.owner, job_id)
     body = job_body(batch)
-    if choice_argument(request, "inline", ("true", "false", "True", "False")) in ("true", "True"):
+    if _truth(request, "inline"):
         body["outputs"] = await gate.offload(gate.store.batches.output_lines, caller.owner, job_id)
     return JSONResponse(body)
 
@@ -175,6 +183,7 @@ async def create_batch(request: Request) -> Response:
 async def list_batches(request: Request) -> Response:
     """List the caller's jobs in OpenAI's form."""
     gate, caller = await enter(request, "inference")
+    only_arguments(request, "after", "limit")
     offset, limit = page_arguments(request)
     after = text_argument(request, "after")
     batches, total = await gate.offload(
@@ -290,6 +299,10 @@ def _moment(text: str | None) -> float | None:
         raise RequestError(
             "created_after must be a date and time in ISO 8601", field="created_after"
         ) from None
+
+
+def _truth(request: Request, name: str) -> bool:
+    return choice_argument(request, name, ("true", "false", "True", "False")) in ("true", "True")
 
 
 def _seconds(value: float | None) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from bise.errors import ConflictError, NotFoundError, RequestError
 from bise.store.batch_lines import InputLine, parse_request, scan
 from bise.store.database import Database, is_sound_id
 from bise.store.files import Content, Files
+from bise.store.ledger import BATCH
 from bise.store.schema import BatchLineRecord, BatchRecord
 from bise.store.worker import LEASE_S, is_dead, this_worker
 
@@ -77,7 +78,7 @@ class ClaimedLine:
     @property
     def idempotency_key(self) -> str:
         """The same for every attempt at this request, so that it is billed once."""
-        return f"batch:{self.batch.id}:{self.number}"
+        return f"{BATCH}{self.batch.id}:{self.number}"
 
 
 class Batches:
@@ -160,12 +161,17 @@ class Batches:
         statuses: Iterable[str] = (),
         model: str | None = None,
         created_after: float | None = None,
+        key_id: str | None = None,
+        details: Mapping[str, str] | None = None,
         after: str | None = None,
         offset: int = 0,
         limit: int = 100,
         newest_first: bool = True,
     ) -> tuple[list[Batch], int]:
-        """Return a page of the owner's jobs, and how many there are in all; see `Files.list`."""
+        """Return a page of the owner's jobs, and how many there are in all; see `Files.list`.
+
+        `key_id` narrows to jobs that were queued with that key, `details` to those with such metadata.
+        """
         query = select(BatchRecord).where(BatchRecord.owner == owner)
         if wanted := list(statuses):
             query = query.where(BatchRecord.status.in_(wanted))
@@ -173,7 +179,14 @@ class Batches:
             query = query.where(BatchRecord.model == model)
         if created_after is not None:
             query = query.where(BatchRecord.created_at > created_after)
+        if key_id is not None:
+            query = query.where(BatchRecord.key_id == key_id)
         with self._database.reading() as session:
+            if details:
+                # The databases differ in how they read JSON, so that it is compared here.
+                pairs = session.execute(query.with_only_columns(BatchRecord.id, BatchRecord.details))
+                fitting = [ident for ident, found in pairs if _has_all(found, details)]
+                query = query.where(BatchRecord.id.in_(fitting))
             total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
             at, ident = BatchRecord.created_at, BatchRecord.id
             if after is not None:
@@ -470,6 +483,11 @@ def _count_states(session: Session, batch_id: str) -> dict[str, int]:
         .group_by(BatchLineRecord.state)
     )
     return {row.state: row.num for row in session.execute(query)}
+
+
+def _has_all(found: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    """Return True when metadata holds every wanted pair."""
+    return all(found.get(name) == value for name, value in wanted.items())
 
 
 def _find(session: Session, owner: str, batch_id: str) -> BatchRecord:

@@ -19,6 +19,8 @@ from bise.store.schema import KeyRecord, LedgerRecord, Money
 
 IDEMPOTENCY_S = 600.0
 """A request repeated with its Idempotency-Key within this time is the same request: it has one row."""
+BATCH = "batch:"
+"""What the idempotency keys of batch lines begin with; those of clients never do, being hashes."""
 GROUPS = ("key", "model", "adapter", "day", "endpoint")
 
 
@@ -52,6 +54,11 @@ class LedgerRow:
     rule: str | None = None
     """The guardrail that ended it."""
     idempotency_key: str | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """True for an attempt at a batch's line that was cut off: only the one that brings its answer costs."""
+        return self.finish_reason == "abort" and (self.idempotency_key or "").startswith(BATCH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +115,8 @@ class Ledger:
     def record(self, row: LedgerRow, session: Session | None = None, at: float | None = None) -> bool:
         """Write a row, in the caller's transaction when one is given.
 
-        Return False, and write nothing, when it repeats a request that was answered in the last ten minutes.
+        Return False, and write nothing, when it repeats a request that was answered in the last ten minutes,
+        or a batch's line that was ever answered.
         """
         if session is None:
             with self._database.writing() as own:
@@ -129,8 +137,9 @@ class Ledger:
             LedgerRecord.error_code.is_(None),
             # What was abandoned had no answer: the attempt that brings one must not be free.
             func.coalesce(LedgerRecord.finish_reason, "") != "abort",
-            LedgerRecord.at > now - IDEMPOTENCY_S,
         )
+        if not (row.idempotency_key or "").startswith(BATCH):  # a batch may go on after any time
+            query = query.where(LedgerRecord.at > now - IDEMPOTENCY_S)
         return session.scalars(query).first() is not None
 
     def sums(
