@@ -57,7 +57,7 @@ class LedgerRow:
 
     @property
     def is_free(self) -> bool:
-        """True for an attempt at a batch's line that was cut off: only the one that brings its answer costs."""
+        """True for a cut off attempt at a batch line: only the one that brings its answer costs."""
         return self.finish_reason == "abort" and (self.idempotency_key or "").startswith(BATCH)
 
 
