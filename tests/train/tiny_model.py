@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,20 +21,21 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def write_tiny_model(path: Path) -> Path:
+def write_tiny_model(path: Path, **changes: int) -> Path:
+    config = replace(CONFIG, **changes)
     path.mkdir()
     generator = torch.Generator().manual_seed(3)
     tensors = {}
-    for name, shape in weight_shapes(CONFIG).items():
+    for name, shape in weight_shapes(config).items():
         spread = 0.5 if name == "tok_embeddings" else 0.08  # so that tied outputs can be sure of a token
         values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * spread
-        tensors[hf_location(name, shape, CONFIG, ()).stored_name] = values
+        tensors[hf_location(name, shape, config, ()).stored_name] = values
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(embedded_path() / name, path / name)
     fields = json.loads((embedded_path() / "config.json").read_text())
     fields |= {
-        "hidden_size": CONFIG.dim, "intermediate_size": CONFIG.hidden_dim, "num_hidden_layers": 2,
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 24,
         "max_position_embeddings": CONFIG.max_context, "torch_dtype": "float32",
     }  # fmt: skip

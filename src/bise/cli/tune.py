@@ -49,23 +49,32 @@ def command() -> None:
 @click.argument("data", type=_path)
 @click.option("--out", required=True, type=_path, help="Directory to make: the adapter, or the model.")
 @click.option(
-    "--method", default="lora", show_default=True, type=click.Choice(["lora", "full"]),
-    help="An adapter beside the frozen model, or all weights.",
+    "--method", default="lora", show_default=True, type=click.Choice(["lora", "full", "dpo"]),
+    help="An adapter beside the frozen model, all weights, or an adapter that learns preference pairs.",
 )  # fmt: skip
+@click.option(
+    "--base", default="none", show_default=True, type=click.Choice(["none", "q8", "q4"]),
+    help="Bits that the frozen model is kept in under an adapter (QLoRA); none: --dtype.",
+)  # fmt: skip
+@click.option(
+    "--beta", default=0.1, show_default=True, help="dpo: how dear it is to move away from the base."
+)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--alpha", type=float, help="Scale of the adapter times its rank.  [default: twice the rank]")
 @click.option(
     "--targets", default="wq,wk,wv,wo,w1,w2,w3", show_default=True, type=text, help="Matrices to adapt."
 )
 @click.option("--epochs", default=3.0, show_default=True, help="Times through the data.")
+@click.option("--steps", type=int, help="Steps, whatever --epochs says.")
 @click.option("--batch", default=8, show_default=True, help="Examples per step.")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 for lora, 1e-4 for full]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3 for lora, 1e-4 for full and dpo]")
 @click.option("--warmup", default=0.05, show_default=True, help="Share of the steps in which the rate rises.")
 @click.option("--weight-decay", default=0.0, show_default=True, help="Of matrices, as in AdamW.")
 @click.option("--seed", default=0, show_default=True, help="Of the order and the first values.")
 @click.option(
     "--held-back", default=0.1, show_default=True, help="Share of the examples to evaluate on, not learned."
 )
+@click.option("--validation", type=_path, help="Data to evaluate on, instead of a share of DATA.")
 @click.option("--evaluations", default=10, show_default=True, help="Evaluations over the run.")
 @click.option(
     "--patience", default=3, show_default=True,
@@ -74,6 +83,7 @@ def command() -> None:
 @click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context]")
 @click.option("--truncate", is_flag=True, help="Cut the ends of longer examples instead of refusing them.")
 @click.option("--pass-tokens", default=4096, show_default=True, help="Tokens at once: bounds the memory.")
+@click.option("--recompute", is_flag=True, help="Keep less for the way back, compute it again: same bits.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.  [default: one a minute]")
 @click.option(
     "--dtype", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]), help="To compute in."
@@ -81,7 +91,9 @@ def command() -> None:
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="Where.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
 @click.option("--json", "as_json", is_flag=True, help="Print every event as a JSON line, then the result.")
-def run(model: str, data: Path, out: Path, resume: bool, as_json: bool, **values: Any) -> None:
+def run(
+    model: str, data: Path, out: Path, validation: Path | None, resume: bool, as_json: bool, **values: Any
+) -> None:
     """Train, and publish the result once the engine computes what the trainer does.
 
     Ctrl-C saves a checkpoint; --resume goes on with the same bits.
@@ -92,8 +104,10 @@ def run(model: str, data: Path, out: Path, resume: bool, as_json: bool, **values
 
     _require_torch()
     from bise.train.job import run_job
+    from bise.train.sharding import Ranks
 
     settings = _settings(values)
+    ranks = Ranks(settings.device)
     stops: list[int] = []
     before = {
         number: signal.signal(number, lambda received, _: stops.append(received))
@@ -104,11 +118,15 @@ def run(model: str, data: Path, out: Path, resume: bool, as_json: bool, **values
             teller = _Teller(bar, as_json)
             result = run_job(
                 resolve(model), data, out, settings,
-                resume=resume, report=teller, should_stop=lambda: bool(stops), progress=bar,
+                resume=resume, report=teller, should_stop=lambda: bool(stops), validation=validation,
+                progress=bar if ranks.is_first else None, ranks=ranks,
             )  # fmt: skip
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    ranks.close()
+    if result is None and not (ranks.is_first or stops):
+        return
     if result is None:
         aside(f"stopped; the same command with --resume goes on (checkpoint in {out}.run)")
         raise click.exceptions.Exit(128 + stops[0])
@@ -122,7 +140,7 @@ def run(model: str, data: Path, out: Path, resume: bool, as_json: bool, **values
         ("parity", f"engine and trainer differ by {result.parity:.1e} nats at most"),
     ])  # fmt: skip
     aside(f"{result.steps} steps in {result.seconds:.0f} s")
-    if settings.method == "lora":
+    if settings.method != "full":
         aside(f"try: bise chat {model} --adapter {out}")
 
 
@@ -201,7 +219,7 @@ def _settings(values: dict[str, Any]) -> JobSettings:
         lr = 1e-3 if values["method"] == "lora" else 1e-4
     names = ("epochs", "batch", "warmup", "weight_decay", "seed", "evaluations", "patience", "pass_tokens",
              "checkpoint_steps")  # fmt: skip
-    schedule = Schedule(lr=lr, **{name: values.pop(name) for name in names})
+    schedule = Schedule(lr=lr, max_steps=values.pop("steps"), **{name: values.pop(name) for name in names})
     targets = tuple(part.strip() for part in values.pop("targets").split(",") if part.strip())
     return JobSettings(targets=targets, schedule=schedule, **values)
 

@@ -146,14 +146,20 @@ class Transformer:
         rope = ops.rope(self._inv_freq, batch.positions, self._rope_factor)
         x = ops.embed(self._embeddings, batch.token_ids)
         h = ops.norm(x, self._blocks[0].attn_norm, self._eps)
-        for index, block in enumerate(self._blocks):
-            pages = None if cache is None else cache.layer(index)
-            y = block.attention(h, rope, batch, self._groups[index], pages)
-            x, h = ops.add_norm(x, y, block.ffn_norm, self._eps)
-            y = block.feed_forward(h, batch.adapted)
-            last = index + 1 == len(self._blocks)
-            x, h = ops.add_norm(x, y, self._norm if last else self._blocks[index + 1].attn_norm, self._eps)
+        for index in range(len(self._blocks)):
+            x, h = self._layer(index, x, h, rope, batch, None if cache is None else cache.layer(index))
         return h
+
+    def _layer(
+        self, index: int, x: Array, h: Array, rope: Array, batch: Batch, pages: Pages | None
+    ) -> tuple[Array, Array]:
+        """Return (x, h) after a block: the sum of all outputs so far, and it normed for who comes next."""
+        ops, block = self._ops, self._blocks[index]
+        y = block.attention(h, rope, batch, self._groups[index], pages)
+        x, h = ops.add_norm(x, y, block.ffn_norm, self._eps)
+        y = block.feed_forward(h, batch.adapted)
+        last = index + 1 == len(self._blocks)
+        return ops.add_norm(x, y, self._norm if last else self._blocks[index + 1].attn_norm, self._eps)
 
     def logits(self, hidden: Array) -> Array:
         """Return scores [R, V] of hidden rows [R, E]."""

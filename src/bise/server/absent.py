@@ -16,7 +16,7 @@ REASONS = {
     "chat/moderations": "there is no classifier model here",
     "classifications": "there is no classifier model here",
     "chat/classifications": "there is no classifier model here",
-    "fine_tuning": "jobs are not started over the API yet",
+    "fine_tuning": "jobs are; permissions, archives and graders are not part of this server",
     "agents": "agents are not part of this server",
     "conversations": "conversations are kept by the assistant, not by this API",
     "libraries": "document libraries are not part of this server",

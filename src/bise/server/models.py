@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.engine.model_spec import ADAPTER_SEPARATOR
+from bise.server.fine_tuning import remove_tuned
+from bise.server.gate import StoreGate
 from bise.server.hosted import hosted_card
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
 from bise.server.service import Service
+from bise.server.stored import only_arguments
 
 if TYPE_CHECKING:
     from bise.engine.model_spec import AdapterCard, ModelCard
@@ -22,14 +26,24 @@ router = APIRouter()
 
 @router.get("/v1/models", **documented(None, "List the models.", tag="models"))
 async def list_models(request: Request) -> Response:
-    """List the models."""
+    """List the models; `provider` narrows to an owner, `model` to a name or alias."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
+    only_arguments(request, "provider", "model")
+    hidden = await service.tuned.hidden_from(request, service.gate)
     data: list[dict[str, object]] = []
     for card in service.models.cards():
         data.append(body := await card_body(service, card))
-        data += [adapter_body(body, adapter) for adapter in card.adapters]
-    return JSONResponse({"object": "list", "data": [*data, *service.hosted.cards()]})
+        tuned = [adapter_body(service, body, adapter) for adapter in card.adapters]
+        data += [entry for entry in tuned if entry["id"] not in hidden]
+    provider, model = request.query_params.get("provider"), request.query_params.get("model")
+    shown = [
+        card
+        for card in (*data, *service.hosted.cards())
+        if provider in (None, card["owned_by"])
+        and (model is None or model == card["id"] or model in cast(list[str], card["aliases"]))
+    ]
+    return JSONResponse({"object": "list", "data": shown})
 
 
 @router.get("/v1/models/{model_id:path}", **documented(None, "Describe a model.", tag="models"))
@@ -40,23 +54,28 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
     if (client := service.hosted.get(model_id)) is not None:
         return JSONResponse(hosted_card(client))
     card = service.models.card(model_id)
+    await service.tuned.require(request, service.gate, card.spec.name, model_id)
     body = await card_body(service, card)
     _, _, name = model_id.partition(ADAPTER_SEPARATOR)
     for adapter in card.adapters:
         if adapter.spec.name == name:
-            body = adapter_body(body, adapter)
+            body = adapter_body(service, body, adapter)
     return JSONResponse(body)
 
 
 @router.delete("/v1/models/{model_id:path}", **documented(None, "Delete a tuned model.", tag="models"))
 async def delete_model(request: Request, model_id: str) -> Response:
-    """Refuse to delete a base model."""
+    """Remove a model that a job of the caller's made; refuse to delete any other."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
     card = service.models.card(model_id)
+    await service.tuned.require(request, service.gate, card.spec.name, model_id)
+    adapter = model_id.partition(ADAPTER_SEPARATOR)[2]
+    if service.tuned.get(f"{card.spec.name}{ADAPTER_SEPARATOR}{adapter}") is not None:
+        return await remove_tuned(request, card.spec.name, adapter)
     raise ApiError(
         403,
-        f"{card.spec.name} is a base model and cannot be deleted over the API",
+        f"{model_id[:200]} is not yours to delete over the API: it came with the server",
         code="permission_denied",
         param="model_id",
     )
@@ -88,13 +107,16 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, 200 if status == "ok" else 503, headers=headers)
 
 
-def adapter_body(base: dict[str, object], adapter: AdapterCard) -> dict[str, object]:
+def adapter_body(service: Service, base: dict[str, object], adapter: AdapterCard) -> dict[str, object]:
     """Return an adapter as both clients read it; `base` is its model's body."""
+    name = f"{base['id']}{ADAPTER_SEPARATOR}{adapter.spec.name}"
+    made = service.tuned.get(name)
     body: dict[str, object] = {
         **base,
-        "id": f"{base['id']}{ADAPTER_SEPARATOR}{adapter.spec.name}",
+        "id": name,
         "type": "fine-tuned",
-        "job": adapter.spec.name,  # Mistral's client needs one; adapters here come from files
+        # Mistral's client needs a job; an adapter that came from files has none but its name.
+        "job": adapter.spec.name if made is None else made.job_id,
         "archived": False,
         "name": adapter.spec.name,
         "aliases": [],
@@ -123,7 +145,7 @@ async def card_body(service: Service, card: ModelCard) -> dict[str, object]:
             "function_calling": bool(traits and traits.tools),
             "reasoning": bool(traits and traits.thinks),
             "completion_fim": bool(traits and traits.fim),
-            "fine_tuning": False,
+            "fine_tuning": isinstance(service.gate, StoreGate) and find_spec("torch") is not None,
             "vision": False,
             "ocr": False,
             "classification": False,

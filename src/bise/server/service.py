@@ -24,6 +24,7 @@ from bise.server.limits import HttpLimits
 from bise.server.problem import ApiError, as_api_error
 from bise.server.ticket import Gate, Ticket
 from bise.server.traits import Traits
+from bise.server.tuned import TunedModels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,6 +66,14 @@ class Models(Protocol):
         """Unload a model, once it has no users or after `wait_s` seconds not at all (ModelBusyError)."""
         ...
 
+    def add_adapter(self, model: str, name: str, path: Path) -> None:
+        """Serve the adapter in directory `path` as MODEL:NAME from now on."""
+        ...
+
+    def remove_adapter(self, model: str, name: str) -> None:
+        """Refuse MODEL:NAME from now on."""
+        ...
+
     def close(self, *, drain: bool = False) -> None:
         """Unload everything."""
         ...
@@ -82,6 +91,7 @@ class Service:
     ) -> None:
         self.models = models
         self.hosted = hosted or HostedModels()
+        self.tuned = TunedModels()
         self.gate = gate
         self.limits = limits
         self.pool = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="bise-text")
@@ -114,8 +124,9 @@ class Service:
         ticket = await self.gate.admit(request, scope=scope, model=model)
         lease = None
         try:
-            lease = await self._acquire(model)
             name = self.models.card(model).spec.name
+            await self.tuned.require(request, self.gate, name, model)
+            lease = await self._acquire(model)
             if lease.loaded.engine.failure is not None:
                 lease.release()
                 await self.recover(name)

@@ -19,9 +19,17 @@ MAX_PAGE = 10_000
 
 def routers() -> Sequence[APIRouter]:
     """Return the routes over the store, for `create_app`."""
-    from bise.server import admin_routes, batches_routes, entry, files_routes, metrics_routes, usage_routes
+    from bise.server import (
+        admin_routes,
+        batches_routes,
+        entry,
+        files_routes,
+        fine_tuning,
+        metrics_routes,
+        usage_routes,
+    )
 
-    modules = (files_routes, batches_routes, usage_routes, admin_routes, metrics_routes, entry)
+    modules = (files_routes, batches_routes, fine_tuning, usage_routes, admin_routes, metrics_routes, entry)
     return [module.router for module in modules]
 
 

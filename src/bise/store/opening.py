@@ -19,6 +19,7 @@ from bise.store.prices import PriceBook
 from bise.store.replays import Replays
 from bise.store.responses import Responses
 from bise.store.secret import load_secret
+from bise.store.tuning import TuningJobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Store:
     batches: Batches
     responses: Responses
     replays: Replays
+    tuning: TuningJobs
     clock: Callable[[], float]
 
     @classmethod
@@ -66,6 +68,7 @@ class Store:
                 batches=Batches(database, files, clock),
                 responses=Responses(database, clock),
                 replays=Replays(database, clock),
+                tuning=TuningJobs(database, clock),
                 clock=clock,
             )
         except BaseException:

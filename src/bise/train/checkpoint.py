@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from bise.errors import ModelFileError
+from bise.errors import ModelFileError, StoreError
 from bise.jsonfile import read_json_object
 from bise.train.write import publish
 
@@ -29,19 +29,30 @@ _PARTIAL = ".partial-"
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, object]
 ) -> Path:
-    """Write a checkpoint and return its directory; what was there before stays until it is complete."""
+    """Write a checkpoint and return its directory; what was there before stays until it is complete.
+
+    Raises StoreError when the disk does not take it; nothing of it is left then.
+    """
     path = run / f"step-{step:08d}"
     if path.exists():
         return path
     partial = run / f"{_PARTIAL}{path.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-        partial / "state.safetensors",
-    )
-    (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
-    publish(partial, path)
+    try:
+        partial.mkdir(parents=True)
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            partial / "state.safetensors",
+        )
+        (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        publish(partial, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise StoreError(
+            f"the checkpoint of step {step} cannot be written to {run}: {reason}; make room and use "
+            "--resume: the one before is good"
+        ) from error
     for old in _checkpoints(run)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return path

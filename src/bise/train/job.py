@@ -6,10 +6,12 @@ The result appears under its name by one rename, after the parity gate; until th
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,13 +31,17 @@ from bise.train.curve import draw_losses
 from bise.train.data import DataFile, read_data, truncated
 from bise.train.loop import Report, Schedule, Training
 from bise.train.network import Tensors, torch_ops
+from bise.train.objective import NextToken, Objective, Preference, Sample
 from bise.train.parameters import FullParameters, LoraParameters, Trainable, write_adapter
 from bise.train.parity import engine_logprobs, probe_texts, require_parity
+from bise.train.quantised import BITS
 from bise.train.safetensors_writer import require_layout, write_model
+from bise.train.sharding import Ranks
 from bise.train.write import publish, require_free
 
+METHODS = ("lora", "full", "dpo")
 MIN_SPLIT = 10
-"""Fewer texts than this are all learned; none is held back."""
+"""Fewer samples than this are all learned; none is held back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +49,13 @@ class JobSettings:
     """What to train and how."""
 
     method: str = "lora"
-    """lora or full."""
+    """lora, full, or dpo (an adapter that learns preferences)."""
+    base: str = "none"
+    """How the matrices of the frozen model are kept under an adapter: none (the compute dtype), q8 or q4."""
+    beta: float = 0.1
+    """dpo: how dear it is to move away from the base."""
+    recompute: bool = False
+    """Compute what is inside of a block again on the way back, instead of keeping it."""
     rank: int = 16
     alpha: float | None = None
     """None: twice the rank."""
@@ -59,8 +71,18 @@ class JobSettings:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise ConfigError(f"method must be lora or full, got '{self.method}'", field="method")
+        if self.method not in METHODS:
+            raise ConfigError(
+                f"method must be one of {', '.join(METHODS)}, got '{self.method}'", field="method"
+            )
+        if self.base != "none" and (self.base not in BITS or self.method == "full"):
+            raise ConfigError(
+                f"--base {self.base}: a model under an adapter can be kept as none, q8 or q4; all weights "
+                "cannot be trained in few bits",
+                field="base",
+            )
+        if not 0 < self.beta <= 100:
+            raise ConfigError(f"--beta must be above 0 and at most 100, got {self.beta:g}", field="beta")
         if not 0 <= self.held_back <= 0.5:
             raise ConfigError(f"--held-back must be from 0 to 0.5, got {self.held_back:g}", field="held_back")
 
@@ -78,6 +100,7 @@ class JobResult:
     parity: float
     """Largest difference of a log-prob between trainer and engine, in nats."""
     seconds: float
+    trained_tokens: int
 
 
 def run_directory(out: Path) -> Path:
@@ -85,24 +108,27 @@ def run_directory(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-def split(texts: list[LearnedText], share: float, seed: int) -> tuple[list[LearnedText], list[LearnedText]]:
-    """Return (texts to learn, texts held back), drawn by the seed."""
-    held = round(share * len(texts)) if len(texts) >= MIN_SPLIT and share else 0
-    order = np.random.default_rng([seed, 0xE7A1]).permutation(len(texts))
+def split(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Return (samples to learn, samples held back), drawn by the seed."""
+    held = round(share * len(samples)) if len(samples) >= MIN_SPLIT and share else 0
+    order = np.random.default_rng([seed, 0xE7A1]).permutation(len(samples))
     chosen = set(order[:held].tolist())
     return (
-        [text for index, text in enumerate(texts) if index not in chosen],
-        [text for index, text in enumerate(texts) if index in chosen],
+        [sample for index, sample in enumerate(samples) if index not in chosen],
+        [sample for index, sample in enumerate(samples) if index in chosen],
     )
 
 
-def checked_texts(data: DataFile, source: ModelSource, settings: JobSettings) -> list[LearnedText]:
-    """Return the texts of good data, cut only where that was asked for."""
+def checked_samples(data: DataFile, source: ModelSource, settings: JobSettings) -> list[Sample]:
+    """Return the samples of good data, cut only where that was asked for."""
     data.require_good()
-    if "preference" in data.kinds:
+    has_pairs, wants_pairs = "preference" in data.kinds, settings.method == "dpo"
+    if has_pairs != wants_pairs:
+        found = "preference pairs, which --method dpo learns" if has_pairs else "no preference pairs"
         raise UserError(
-            f"{data.path}: holds preference pairs, which no method here can learn yet",
-            field=str(data.path),
+            f"{data.path}: holds {found}; --method {settings.method} "
+            + ("needs them" if wants_pairs else "learns chats and texts"),
+            field="method",
         )
     limit = source.config.max_context if settings.max_tokens is None else settings.max_tokens
     if not 2 <= limit <= source.config.max_context:
@@ -110,7 +136,7 @@ def checked_texts(data: DataFile, source: ModelSource, settings: JobSettings) ->
             f"--max-tokens must be from 2 to the model's context of {source.config.max_context}, got {limit}",
             field="max_tokens",
         )
-    texts, cut = truncated(data.texts, limit)
+    samples, cut = truncated_samples(data, limit)
     if cut and not settings.truncate:
         line = next(e.line for e in data.examples if any(len(text.ids) > limit for text in e.texts))
         raise UserError(
@@ -118,9 +144,26 @@ def checked_texts(data: DataFile, source: ModelSource, settings: JobSettings) ->
             "them or cut their ends with --truncate",
             field="max_tokens",
         )
-    if not texts:
+    if not samples:
         raise UserError(f"{data.path}: nothing to learn is left of the texts cut to {limit} tokens")
-    return texts
+    return samples
+
+
+def truncated_samples(data: DataFile, limit: int) -> tuple[list[Sample], int]:
+    """Return the samples cut to `limit` tokens, and how many texts were cut. A text without a learned token
+    left is dropped; of a pair both answers need one.
+    """
+    if "preference" not in data.kinds:
+        texts, cut = truncated(data.texts, limit)
+        return [(text,) for text in texts], cut
+    samples: list[Sample] = []
+    total = 0
+    for example in data.examples:
+        texts, cut = truncated(example.texts, limit)
+        total += cut
+        if len(texts) == len(example.texts):
+            samples.append(tuple(texts))
+    return samples, total
 
 
 def run_job(
@@ -133,57 +176,115 @@ def run_job(
     report: Report,
     should_stop: Callable[[], bool],
     progress: Callable[[str, float], None] | None = None,
+    validation: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> JobResult | None:
-    """Train and publish `out`; return None when `should_stop` ended the run early (resume it).
+    """Train and publish `out`; return None when `should_stop` ended the run early (resume it), and in all
+    processes of a run but the first.
 
-    Raises UserError for bad data, settings or an `out` that is there already.
+    `validation` is a file of data to evaluate on, instead of a share of `data_path`. Raises UserError for bad
+    data, settings, an `out` that is there already, or one that another process works at.
     """
+    ranks = ranks or Ranks()
     run = _claim(out, resume)
+    ranks.wait()
     source = open_model(model)
     if settings.method == "full":
         require_layout(source)
-    tokenizer, template = load_text(source)
-    data = read_data(data_path, tokenizer, template, progress)
-    texts = checked_texts(data, source, settings)
-    train, held_back = split(texts, settings.held_back, settings.schedule.seed)
+    text = load_text(source)
+    data = read_data(data_path, *text, progress)
+    samples = checked_samples(data, source, settings)
+    if validation is None:
+        train, held_back = split(samples, settings.held_back, settings.schedule.seed)
+        evaluated = data
+    else:
+        evaluated = read_data(validation, *text, progress)
+        train, held_back = samples, checked_samples(evaluated, source, settings)
     torch.set_num_threads(default_threads())
-    base_sha256 = content_hash(source)
-    trainable = _trainable(source, settings)
-    record = {"bise": __version__, "model": source.name or model.name, "base_sha256": base_sha256,
-              "data_sha256": data.sha256, "settings": asdict(settings), "texts": len(train),
-              "held_back": len(held_back)}  # fmt: skip
-    fingerprint = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    record = {"bise": __version__, "model": source.name or model.name, "base_sha256": content_hash(source),
+              "data_sha256": data.sha256, "evaluation_sha256": evaluated.sha256,
+              "settings": asdict(settings), "texts": len(train), "held_back": len(held_back)}  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
+    with _alone(run, ranks):
+        trainable = _trainable(source, settings, sharded=ranks.is_many)
+        trained = _train(trainable, settings, (train, held_back), run, record, report, should_stop, ranks)
+        if trained is None or not ranks.is_first:
+            ranks.wait()  # until the first has published
+            return None
+        probes = probe_texts([sample[0] for sample in held_back or train])
+        finished = _publish(
+            model, source, out, run, trainable, settings, trained, record, probes, data_path.name
+        )
+        ranks.wait()
+        return finished
+
+
+def _train(
+    trainable: Trainable,
+    settings: JobSettings,
+    samples: tuple[list[Sample], list[Sample]],
+    run: Path,
+    record: Mapping[str, Any],
+    report: Report,
+    should_stop: Callable[[], bool],
+    ranks: Ranks,
+) -> tuple[Training, Tensors, _Log] | None:
+    """Return the finished training, its parameters and its log; None when it was stopped."""
+    train, held_back = samples
+    fingerprint = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     log = _Log(run / "events.jsonl", report)
     training = Training(
-        trainable, settings.schedule, train, held_back, run=run, fingerprint=fingerprint, report=log
-    )
-    if (step := training.resume()) > 0:
-        log({"event": "resumed", "step": step})
-    log.forget_after(step)
+        trainable.params, _objective(trainable, settings), settings.schedule, train, held_back,
+        run=run, fingerprint=fingerprint, report=log, ranks=ranks,
+    )  # fmt: skip
+    step = training.resume()
+    if ranks.is_first:
+        report(
+            {"event": "started", "steps": training.steps, "texts": len(train), "held_back": len(held_back)}
+        )
+        log.forget_after(step)
+        if step:
+            log({"event": "resumed", "step": step})
     if not training.run(should_stop):
         return None
-    result = training.result()
+    return training, training.result(), log
+
+
+def _publish(
+    model: Path,
+    source: ModelSource,
+    out: Path,
+    run: Path,
+    trainable: Trainable,
+    settings: JobSettings,
+    trained: tuple[Training, Tensors, _Log],
+    record: dict[str, Any],
+    probes: list[LearnedText],
+    data_name: str,
+) -> JobResult:
+    """Write what was trained, let it through the gate, and give it its name."""
+    training, result, log = trained
     partial = run / "result"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     if isinstance(trainable, LoraParameters):
         name = source.name or str(model)
-        write_adapter(partial, result, trainable, base_name=name, base_sha256=base_sha256)
+        write_adapter(partial, result, trainable, base_name=name, base_sha256=record["base_sha256"])
     else:
         write_model(partial, source, lambda name: result[name].float().cpu().numpy())  # pyright: ignore[reportUnknownMemberType, reportUnknownLambdaType]
-    probes = probe_texts(held_back or train)
     difference = _gate(model, partial, trainable, settings, source, result, probes)
+    has_evaluations = bool(record["held_back"])
     finished = JobResult(
         path=out,
         steps=training.progress.step,
         train_loss=log.last_loss,
-        best_loss=training.progress.best_loss if held_back else None,
-        best_step=training.progress.best_step if held_back else None,
+        best_loss=training.progress.best_loss if has_evaluations else None,
+        best_step=training.progress.best_step if has_evaluations else None,
         parity=difference,
         seconds=training.progress.elapsed_s,
+        trained_tokens=training.progress.tokens,
     )
-    (partial / "loss.svg").write_text(log.curve(f"{record['model']} on {data_path.name}"), encoding="utf-8")
+    (partial / "loss.svg").write_text(log.curve(f"{record['model']} on {data_name}"), encoding="utf-8")
     summary = record | {"result": asdict(finished) | {"path": out.name}}
     (partial / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     publish(partial, out)
@@ -202,10 +303,10 @@ def _claim(out: Path, resume: bool) -> Path:
     return run
 
 
-def _trainable(source: ModelSource, settings: JobSettings) -> Trainable:
+def _trainable(source: ModelSource, settings: JobSettings, *, sharded: bool = False) -> Trainable:
     ops = torch_ops(settings.dtype, settings.device)
     if settings.method == "full":
-        return FullParameters(source, ops)
+        return FullParameters(source, ops, recompute=settings.recompute, sharded=sharded)
     return LoraParameters(
         source,
         ops,
@@ -213,7 +314,32 @@ def _trainable(source: ModelSource, settings: JobSettings) -> Trainable:
         alpha=2.0 * settings.rank if settings.alpha is None else settings.alpha,
         targets=settings.targets,
         seed=settings.schedule.seed,
+        base_bits=BITS.get(settings.base),
+        recompute=settings.recompute,
+        sharded=sharded,
     )
+
+
+def _objective(trainable: Trainable, settings: JobSettings) -> Objective:
+    if settings.method == "dpo":
+        return Preference(trainable.network, trainable.loras, beta=settings.beta)
+    return NextToken(trainable.network, trainable.loras)
+
+
+@contextmanager
+def _alone(run: Path, ranks: Ranks) -> Generator[None]:
+    """Hold a run's directory for this run; ConfigError when another one works at it."""
+    if not ranks.is_first:
+        yield
+        return
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process trains in {run}; wait for it or end it", field="out"
+            ) from None
+        yield
 
 
 def _gate(
@@ -228,8 +354,8 @@ def _gate(
     """Compare the trained parameters in torch's float32 with what the engine makes of the written files."""
     is_lora = isinstance(trainable, LoraParameters)
     check = trainable
-    if settings.dtype != "f32":
-        check = _trainable(source, _float32(settings))
+    if settings.dtype != "f32" or settings.base != "none" or trainable.network.is_sharded:
+        check = _trainable(source, replace(settings, dtype="f32", base="none"))
     with torch.no_grad():
         for name, param in check.params.items():
             value = result[name]
@@ -240,10 +366,6 @@ def _gate(
     served = engine_logprobs(model if is_lora else partial, partial if is_lora else None, probes)
     trained = cast("list[float]", (-losses.double()).tolist())  # pyright: ignore[reportUnknownMemberType]
     return require_parity(trained, served)
-
-
-def _float32(settings: JobSettings) -> JobSettings:
-    return replace(settings, dtype="f32")
 
 
 def _stored_dtype(source: ModelSource, name: str) -> torch.dtype:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from bise.errors import ConfigError, ModelFileError, NonFiniteError
-from bise.text.turns import LearnedText
 from bise.train.checkpoint import load_latest, number, save_checkpoint
-from bise.train.network import passes
-from bise.train.parameters import Trainable
+from bise.train.objective import Objective, Sample, passes, tokens_of
+from bise.train.sharding import Ranks, shaped_like, whole
 
 Report = Callable[[Mapping[str, Any]], None]
 """Gets every event: {"event": "step" | "evaluation" | "checkpoint" | "stopped", ...}."""
@@ -36,8 +35,10 @@ class Schedule:
     """How long and how fast."""
 
     epochs: float = 3.0
+    max_steps: int | None = None
+    """Steps of the run, whatever the epochs say."""
     batch: int = 8
-    """Texts per step."""
+    """Texts or pairs per step."""
     pass_tokens: int = 4096
     """Tokens computed at once; a step of more is split, its gradients added up."""
     lr: float = 1e-3
@@ -61,9 +62,15 @@ class Schedule:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be from {low:g} to {high:g}, got {value:g}", field=name)
+        for name in ("max_steps", "checkpoint_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
 
     def steps(self, num_texts: int) -> int:
         """Return the steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
         return max(1, math.ceil(self.epochs * num_texts / self.batch))
 
     def rate(self, step: int, steps: int) -> float:
@@ -84,6 +91,8 @@ class Progress:
     best_loss: float = math.inf
     bad_evaluations: int = 0
     elapsed_s: float = 0.0
+    tokens: int = 0
+    """Tokens computed in all steps."""
     fingerprint: str = ""
     """Of settings, data and model: a run is resumed with the same ones only."""
 
@@ -93,24 +102,27 @@ class Training:
 
     def __init__(
         self,
-        trainable: Trainable,
+        params: Mapping[str, Tensor],
+        objective: Objective,
         schedule: Schedule,
-        train: Sequence[LearnedText],
-        held_back: Sequence[LearnedText],
+        train: Sequence[Sample],
+        held_back: Sequence[Sample],
         *,
         run: Path,
         fingerprint: str,
         report: Report,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Take texts to learn and texts to evaluate on (there may be none); checkpoints go to `run`."""
-        self._trainable = trainable
+        """Take samples to learn and samples to evaluate on (there may be none); checkpoints go to `run`."""
+        self._objective = objective
         self._schedule = schedule
         self._train, self._held_back = train, held_back
         self._run = run
-        self._report = report
+        self._ranks = ranks or Ranks("cpu")
+        self._report = report if self._ranks.is_first else _tell_nobody
         self.progress = Progress(fingerprint=fingerprint)
         self.steps = schedule.steps(len(train))
-        self.params = trainable.params
+        self.params = dict(params)
         self.best: dict[str, Tensor] = {}
         decay = [p for p in self.params.values() if p.ndim == 2]
         rest = [p for p in self.params.values() if p.ndim != 2]
@@ -142,17 +154,18 @@ class Training:
             best_loss=math.inf if saved["best_loss"] is None else number(saved, "best_loss"),
             bad_evaluations=int(number(saved, "bad_evaluations")),
             elapsed_s=number(saved, "elapsed_s"),
+            tokens=int(number(saved, "tokens")),
             fingerprint=self.progress.fingerprint,
         )
         with torch.no_grad():
             for name, param in self.params.items():
-                param.copy_(tensors[f"param.{name}"])
+                param.copy_(shaped_like(tensors[f"param.{name}"], param))
                 if f"best.{name}" in tensors:
-                    self.best[name] = tensors[f"best.{name}"].to(param.device)
+                    self.best[name] = shaped_like(tensors[f"best.{name}"], param)
                 self._optimizer.state[param] = {
                     "step": torch.tensor(float(self.progress.step)),
-                    "exp_avg": tensors[f"first.{name}"].to(param.device),
-                    "exp_avg_sq": tensors[f"second.{name}"].to(param.device),
+                    "exp_avg": shaped_like(tensors[f"first.{name}"], param),
+                    "exp_avg_sq": shaped_like(tensors[f"second.{name}"], param),
                 }
         return self.progress.step
 
@@ -165,8 +178,9 @@ class Training:
         every = max(1, self.steps // self._schedule.evaluations)
         started, before_s = time.monotonic(), progress.elapsed_s
         saved_s = started
+        self._objective.prepare([*self._train, *self._held_back])
         while progress.step < self.steps and not self._is_stale():
-            if should_stop():
+            if self._ranks.agree(should_stop()):
                 self._save()
                 self._report({"event": "stopped", "step": progress.step})
                 return False
@@ -176,32 +190,36 @@ class Training:
                 self._evaluate()
             wanted = self._schedule.checkpoint_steps
             due = progress.step % wanted == 0 if wanted else time.monotonic() - saved_s > CHECKPOINT_S
-            if due:
+            if self._ranks.agree(due):
                 self._save()
                 saved_s = time.monotonic()
         return True
 
     def result(self) -> dict[str, Tensor]:
         """Return the parameters of the best evaluation; the last ones where nothing was evaluated."""
-        return self.best or {name: param.detach() for name, param in self.params.items()}
+        found = self.best or {name: param.detach() for name, param in self.params.items()}
+        return {name: whole(tensor) for name, tensor in found.items()}
 
-    def loss_of(self, texts: Sequence[LearnedText]) -> float:
-        """Return the mean loss in nats a learned token."""
-        total, count = 0.0, 0
+    def losses_of(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the losses of samples in float64, without gradients."""
         with torch.no_grad():
-            for group in passes(texts, self._schedule.pass_tokens):
-                losses = self._trainable.network.token_losses(group, self._trainable.loras())
-                total += float(losses.double().sum())
-                count += len(losses)
-        return total / count
+            parts = [
+                self._objective.losses(group).double()
+                for group in passes(samples, self._schedule.pass_tokens)
+            ]
+        return torch.cat(parts)
+
+    def loss_of(self, samples: Sequence[Sample]) -> float:
+        """Return the mean loss: in nats a learned token, or of a pair."""
+        return float(self.losses_of(samples).mean())
 
     def _is_stale(self) -> bool:
         return 0 < self._schedule.patience <= self.progress.bad_evaluations
 
-    def _texts(self, step: int) -> list[LearnedText]:
-        """Return the texts of a step: every epoch goes through all of them in an order of its own."""
+    def _samples(self, step: int) -> list[Sample]:
+        """Return the samples of a step: every epoch goes through all of them in an order of its own."""
         count = len(self._train)
-        chosen: list[LearnedText] = []
+        chosen: list[Sample] = []
         for place in range(step * self._schedule.batch, (step + 1) * self._schedule.batch):
             order = np.random.default_rng([self._schedule.seed, place // count]).permutation(count)
             chosen.append(self._train[int(order[place % count])])
@@ -210,15 +228,17 @@ class Training:
     def _step(self, elapsed_s: float) -> None:
         progress = self.progress
         started = time.monotonic()
-        texts = self._texts(progress.step)
+        samples = self._samples(progress.step)
         rate = self._schedule.rate(progress.step, self.steps)
-        learned = sum(sum(text.learned) for text in texts)
+        count = sum(self._objective.count(sample) for sample in samples)
         loss = 0.0
-        for group in passes(texts, self._schedule.pass_tokens):
-            part = self._trainable.network.token_losses(group, self._trainable.loras()).sum() / learned
+        for group, factor in self._passes(samples):
+            part = self._objective.losses(group).sum() * (factor / count)
             part.backward()  # pyright: ignore[reportUnknownMemberType]
             loss += float(part.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.params.values()), CLIP, foreach=False))
+        loss = self._ranks.total(loss)
+        self._ranks.add_gradients(self.params)
+        norm = self._ranks.clip(self.params, CLIP)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"the loss of step {progress.step + 1} is {loss}, its gradient {norm}: training came apart; "
@@ -230,16 +250,30 @@ class Training:
         self._optimizer.zero_grad()
         progress.step += 1
         seconds = time.monotonic() - started
-        tokens = sum(len(text.ids) for text in texts)
+        tokens = sum(tokens_of(sample) for sample in samples)
+        progress.tokens += tokens
         self._report({
             "event": "step", "step": progress.step, "steps": self.steps, "loss": loss, "lr": rate,
-            "gradient": norm, "tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9),
+            "gradient": norm, "tokens": tokens,
+            "trained_tokens": progress.tokens, "tokens_per_s": tokens / max(seconds, 1e-9),
             "eta_s": (elapsed_s + seconds) / progress.step * (self.steps - progress.step),
         })  # fmt: skip
 
+    def _passes(self, samples: list[Sample]) -> list[tuple[list[Sample], float]]:
+        """Return this process's passes and how much each counts. All processes have as many, because they
+        gather shards together: some compute a sample that counts for nothing.
+        """
+        plans = [
+            [(group, 1.0) for group in passes(self._ranks.share(samples, rank), self._schedule.pass_tokens)]
+            for rank in range(self._ranks.count)
+        ]
+        own, most = plans[self._ranks.rank], max(len(plan) for plan in plans)
+        return [*own, *[(samples[:1], 0.0)] * (most - len(own))]
+
     def _evaluate(self) -> None:
         progress = self.progress
-        loss = self.loss_of(self._held_back)
+        losses = self.losses_of(self._held_back)
+        loss = float(losses.mean())
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the evaluation after step {progress.step} gave the loss {loss}; lower --lr"
@@ -249,21 +283,30 @@ class Training:
             self.best = {name: param.detach().clone() for name, param in self.params.items()}
         else:
             progress.bad_evaluations += 1
-        self._report({"event": "evaluation", "step": progress.step, "loss": loss, "best": progress.best_loss})
+        self._report({
+            "event": "evaluation", "step": progress.step, "loss": loss, "best": progress.best_loss,
+            **self._objective.metrics(losses),
+        })  # fmt: skip
 
     def _save(self) -> None:
         """Write a checkpoint, then announce it."""
         progress = self.progress
         if progress.step == 0:
             return
-        tensors = {f"best.{name}": tensor.cpu() for name, tensor in self.best.items()}
+        tensors = {f"best.{name}": whole(tensor).cpu() for name, tensor in self.best.items()}
         for name, param in self.params.items():
             state = cast("dict[str, Tensor]", self._optimizer.state[param])
-            tensors[f"param.{name}"] = param.detach().cpu()
-            tensors[f"first.{name}"] = state["exp_avg"].cpu()
-            tensors[f"second.{name}"] = state["exp_avg_sq"].cpu()
+            tensors[f"param.{name}"] = whole(param.detach()).cpu()
+            tensors[f"first.{name}"] = whole(state["exp_avg"]).cpu()
+            tensors[f"second.{name}"] = whole(state["exp_avg_sq"]).cpu()
+        if not self._ranks.is_first:
+            return
         values = asdict(progress)
         if not math.isfinite(progress.best_loss):
             values["best_loss"] = None
         path = save_checkpoint(self._run, progress.step, tensors, values)
         self._report({"event": "checkpoint", "step": progress.step, "path": str(path)})
+
+
+def _tell_nobody(event: Mapping[str, Any]) -> None:
+    """Say nothing: the first process tells."""

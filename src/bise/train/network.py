@@ -5,12 +5,14 @@ Texts lie end to end in one pass, so nothing is computed for padding, and none s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bise.config import ModelConfig
 from bise.errors import ConfigError
@@ -19,18 +21,29 @@ from bise.model.batch import AdaptedRows, texts_batch
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer, weight_shapes
 from bise.text.turns import LearnedText
+from bise.train.quantised import FrozenMatrix, FrozenOps
+from bise.train.sharding import ShardedTransformer
 
 Tensors = dict[str, Tensor]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 
 
+class _Recomputing(Transformer):
+    """The network with gradient checkpointing: a block at a time."""
+
+    def _layer(self, *args: Any) -> Any:
+        return checkpoint(super()._layer, *args, use_reentrant=False)  # pyright: ignore[reportUnknownMemberType]
+
+
 def torch_ops(dtype: str, device: str) -> TorchOps:
-    """Return the backend for `f32` or `bf16` on `cpu` or `cuda`; ConfigError when there is no such device."""
+    """Return the backend for `f32` or `bf16` on `cpu` or `cuda`, which takes matrices frozen in few bits too;
+    ConfigError when there is no such device.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: PyTorch finds no CUDA device here; use --device cpu", field="device"
         )
-    return TorchOps(DTYPES[dtype], device)
+    return FrozenOps(DTYPES[dtype], device)
 
 
 def read_weights(source: ModelSource, device: str, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -41,14 +54,50 @@ def read_weights(source: ModelSource, device: str, dtype: torch.dtype = torch.fl
     }
 
 
+def read_frozen(
+    source: ModelSource, device: str, dtype: torch.dtype, bits: int
+) -> dict[str, Tensor | FrozenMatrix]:
+    """Return every weight of a model on disk, the matrices in `bits` bits: all but the embeddings, which are
+    looked up, and routers, which decide. One float32 matrix at a time is in memory.
+    """
+    weights: dict[str, Tensor | FrozenMatrix] = {}
+    for name, shape in weight_shapes(source.config).items():
+        values = source.tensors[name].floats(0, shape[0])
+        if len(shape) == 2 and name != "tok_embeddings" and not name.endswith("router"):
+            weights[name] = FrozenMatrix(values, bits, device)
+        else:
+            weights[name] = torch.from_numpy(values).to(device, dtype)  # pyright: ignore[reportUnknownMemberType]
+    return weights
+
+
 class Network:
     """A model that computes losses."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: TorchOps) -> None:
-        """Compute on `ops`; the tensors stay the caller's, who may train them."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor | FrozenMatrix],
+        ops: TorchOps,
+        *,
+        recompute: bool = False,
+        sharded: bool = False,
+    ) -> None:
+        """Compute on `ops`; the tensors stay the caller's, who may train them. `recompute` keeps the inputs
+        of each block alone for the way back, and computes the rest again: the same bits, less memory.
+        `sharded` keeps a share of the layers' matrices in each of several processes; see `parameters`.
+        """
         self._groups = len(config.window_groups)
         self._ops = ops
-        self._model = Transformer(config, weights, ops)
+        if sharded and recompute:
+            raise ConfigError("--recompute: several processes do not compute again yet", field="recompute")
+        self.is_sharded = sharded
+        kind = ShardedTransformer if sharded else _Recomputing if recompute else Transformer
+        self._model = kind(config, cast(Mapping[str, Tensor], weights), ops)
+
+    def parameters(self) -> Tensors:
+        """Return the weights of a sharded model by name: this process's shards, and what all hold whole."""
+        assert isinstance(self._model, ShardedTransformer)
+        return self._model.parameters()
 
     def token_losses(
         self, texts: Sequence[LearnedText], loras: Mapping[str, TorchLora] | None = None
@@ -64,17 +113,3 @@ class Network:
         logits = self._model.logits(self._model.forward(batch).index_select(0, index))
         wanted = torch.as_tensor(targets[learned], device=self._ops.device)
         return functional.cross_entropy(logits, wanted, reduction="none")
-
-
-def passes(texts: Sequence[LearnedText], max_tokens: int) -> Iterator[list[LearnedText]]:
-    """Yield the texts in order, as many at a time as `max_tokens` tokens hold, at least one."""
-    group: list[LearnedText] = []
-    tokens = 0
-    for text in texts:
-        if group and tokens + len(text.ids) > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(text)
-        tokens += len(text.ids)
-    if group:
-        yield group

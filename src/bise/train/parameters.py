@@ -21,7 +21,7 @@ from bise.kernels.torch import TorchLora, TorchOps
 from bise.model.lora import BASE_HASH, CONFIG_FILE, MAX_RANK, MODULES, WEIGHTS_FILE
 from bise.model.source import ModelSource
 from bise.model.transformer import weight_shapes
-from bise.train.network import Network, Tensors, read_weights
+from bise.train.network import Network, Tensors, read_frozen, read_weights
 
 TARGETS = tuple(MODULES.values())
 
@@ -50,12 +50,25 @@ class LoraParameters:
         alpha: float,
         targets: Sequence[str],
         seed: int,
+        base_bits: int | None = None,
+        recompute: bool = False,
+        sharded: bool = False,
     ) -> None:
-        """Begin with B = 0, so that nothing changes, and A uniform as PEFT draws it."""
+        """Begin with B = 0, so that nothing changes, and A uniform as PEFT draws it. The model's matrices are
+        kept in `base_bits` bits, None: in the compute dtype.
+        """
         _check(source.config, rank, alpha, targets)
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
         # Kept in the compute dtype: frozen weights need no more, and are not cast at every use.
-        self.network = Network(source.config, read_weights(source, str(ops.device), ops.dtype), ops)
+        device = str(ops.device)
+        frozen = (
+            read_weights(source, device, ops.dtype)
+            if base_bits is None
+            else read_frozen(source, device, ops.dtype, base_bits)
+        )
+        if sharded and base_bits is not None:
+            raise ConfigError("--base: matrices in few bits are not sharded; use none", field="base")
+        self.network = Network(source.config, frozen, ops, recompute=recompute, sharded=sharded)
         generator = torch.Generator().manual_seed(seed)
         self.params: Tensors = {}
         for name, shape in weight_shapes(source.config).items():
@@ -76,12 +89,16 @@ class LoraParameters:
 class FullParameters:
     """Every weight of the model."""
 
-    def __init__(self, source: ModelSource, ops: TorchOps) -> None:
+    def __init__(
+        self, source: ModelSource, ops: TorchOps, *, recompute: bool = False, sharded: bool = False
+    ) -> None:
         """Begin with the stored values, in float32."""
         self.params = {
             name: weight.requires_grad_() for name, weight in read_weights(source, str(ops.device)).items()
         }
-        self.network = Network(source.config, self.params, ops)
+        self.network = Network(source.config, self.params, ops, recompute=recompute, sharded=sharded)
+        if sharded:
+            self.params = self.network.parameters()
 
     def loras(self) -> Mapping[str, TorchLora]:
         """Return nothing: there is no adapter."""
