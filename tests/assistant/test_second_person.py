@@ -33,6 +33,8 @@ NOT_FOUND = {
     ("GET", f"{CONVERSATION}/export"): None,
     ("POST", f"{CONVERSATION}/documents"): {},
     ("GET", f"{CONVERSATION}/documents/{{document_id}}"): None,
+    ("GET", f"{CONVERSATION}/documents/{{document_id}}/passage"): None,
+    ("DELETE", f"{CONVERSATION}/documents/{{document_id}}"): None,
     ("POST", f"{CONVERSATION}/context"): {},
     ("POST", f"{CONVERSATION}/messages"): {"text": "hi"},
     ("GET", MESSAGE): None,

@@ -251,9 +251,12 @@ class Messages:
             session.flush()
             return as_message(row, _Tree(session, conversation.id).siblings(row.id))
 
-    def copy(self, owner: str, conversation_id: str, messages: Sequence[Message]) -> None:
+    def copy(
+        self, owner: str, conversation_id: str, messages: Sequence[Message], documents: Mapping[str, str]
+    ) -> None:
         """Put copies of ended messages, each the child of the one before, into an empty conversation.
 
+        `documents` are the ids of their documents with those of the copies there.
         Raises ConflictError when one is still being written.
         """
         if any(message.status in LIVE for message in messages):
@@ -269,7 +272,12 @@ class Messages:
                     message.finish_reason,
                 )
                 row.usage, row.timings, row.created_at = message.usage, message.timings, message.created_at
-                row.sources, row.parts = list(message.sources), list(message.parts)
+                row.documents = [documents[key] for key in message.documents]
+                row.sources = [
+                    source | {"document_id": documents.get(source["document_id"], source["document_id"])}
+                    for source in message.sources
+                ]
+                row.parts = list(message.parts)
                 session.add(row)
                 index_text(session, conversation_id, row.id, row.text)
                 parent = row.id

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,12 @@ from bise.engine.handle import RequestHandle
 from bise.engine.load import LoadedModel
 from bise.engine.request import Delta, Request, SamplingParams, Timings, Usage
 from bise.errors import EngineError, RequestError
+from bise.text.thoughts import Thoughts
+
+EMBED_PRIORITY = 100
+"""After every answer and every title, before batch work."""
+PROGRESS_S = 0.25
+"""How often it is told how far a request has come before its first token."""
 
 ChatTurn = Mapping[str, str]
 """role and content."""
@@ -33,6 +40,8 @@ class ModelFacts:
     is_embedded: bool = False
     """The small model that comes with bise: it can chat but knows little."""
     fault: str | None = None
+    leaves_machine: bool = False
+    """Prompts to it are sent to another machine."""
     sliding_window: int | None = None
     """Tokens that one token sees in the layers with a sliding window; None where every layer sees all."""
 
@@ -48,6 +57,8 @@ class Job:
     """The last message is the beginning of the answer."""
     tenant: str = ""
     priority: int = 0
+    keeps_nothing: bool = False
+    """Nothing of it may reach a disk, cached prefixes included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +66,28 @@ class Piece:
     """What one step added to an answer; the last one has a finish_reason."""
 
     text: str = ""
+    thought: str = ""
+    """What the model thought before it answers."""
     tokens: int = 0
+    before: int | None = None
+    """Requests that wait before this one."""
     prefill: tuple[int, int] | None = None
     """Prompt tokens done, and all."""
     finish_reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    cost: str | None = None
+    """What the answer costs by the ledger, as a decimal number; None where nothing has a price."""
+    currency: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Texts as unit vectors."""
+
+    rows: tuple[bytes, ...]
+    """float32 in machine order, one row a text."""
+    usage: Usage
 
 
 class ChatModels(Protocol):
@@ -80,6 +107,10 @@ class ChatModels(Protocol):
 
     async def count_text(self, model: str, text: str) -> int:
         """Return the number of tokens of a text alone."""
+        ...
+
+    async def embed(self, model: str, texts: Sequence[str], *, tenant: str = "") -> Embeddings:
+        """Return texts as vectors, while nothing more urgent is to be done. Raises BiseError."""
         ...
 
 
@@ -113,19 +144,21 @@ class FleetModels:
         try:
             ids = await asyncio.to_thread(_prompt, lease.loaded, job)
             params: dict[str, Any] = {"temperature": lease.loaded.temperature, **job.params}
-            yield Piece(prefill=(0, len(ids)))
-            handle = lease.loaded.engine.submit(
-                Request(
-                    token_ids=tuple(ids),
-                    params=SamplingParams(**params),
-                    adapter=lease.adapter,
-                    tenant=job.tenant,
-                    priority=job.priority,
-                    continuation=job.continues,
-                )
+            outlasts = self._fleet.card(job.model).spec.prefix_cache_dir is not None
+            request = Request(
+                token_ids=tuple(ids),
+                params=SamplingParams(**params),
+                adapter=lease.adapter,
+                tenant=job.tenant,
+                priority=job.priority,
+                continuation=job.continues,
+                use_prefix_cache=not (job.keeps_nothing and outlasts),
             )
-            async for piece in _pieces(handle):
-                yield piece
+            yield Piece(prefill=(0, len(ids)))
+            handle = lease.loaded.engine.submit(request)
+            async with aclosing(_pieces(lease.loaded, handle, len(ids))) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             lease.release()
 
@@ -144,6 +177,31 @@ class FleetModels:
         try:
             return len(await asyncio.to_thread(lease.loaded.tokenizer.encode, text))
         finally:
+            lease.release()
+
+    async def embed(self, model: str, texts: Sequence[str], *, tenant: str = "") -> Embeddings:
+        """Return texts as vectors: the mean of the final hidden states, after everybody else's requests."""
+        lease = await _acquired(self._fleet, model)
+        handles: list[RequestHandle] = []
+        try:
+            rows: list[bytes] = []
+            total = 0
+            requests = await asyncio.to_thread(_embeddings, lease, texts, tenant)
+            handles += [lease.loaded.engine.submit(request) for request in requests]
+            for handle in handles:
+                async for delta in handle:
+                    if delta.error is not None:
+                        raise delta.error
+                    if delta.embedding:
+                        rows.append(array("f", delta.embedding).tobytes())
+                        total += 0 if delta.usage is None else delta.usage.prompt_tokens
+            if len(rows) != len(texts):
+                raise EngineError("the engine ended before all texts were embedded")
+            usage = Usage(prompt_tokens=total, cached_tokens=0, completion_tokens=0)
+            return Embeddings(rows=tuple(rows), usage=usage)
+        finally:
+            for handle in handles:
+                handle.cancel()
             lease.release()
 
 
@@ -168,20 +226,58 @@ def _prompt(loaded: LoadedModel, job: Job) -> list[int]:
     return loaded.template.encode(list(job.messages), continue_final=job.continues)
 
 
-async def _pieces(handle: RequestHandle) -> AsyncGenerator[Piece]:
-    async for delta in handle:
-        if delta.error is not None:
-            raise delta.error
-        yield _as_piece(delta)
+def _embeddings(lease: Lease, texts: Sequence[str], tenant: str) -> list[Request]:
+    tokenizer = lease.loaded.tokenizer
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return [
+        Request(
+            token_ids=(*start, *tokenizer.encode(text)),
+            params=SamplingParams(max_tokens=0),
+            pooling="mean",
+            adapter=lease.adapter,
+            tenant=tenant,
+            priority=EMBED_PRIORITY,
+            use_prefix_cache=False,
+        )
+        for text in texts
+    ]
 
 
-def _as_piece(delta: Delta) -> Piece:
+async def _pieces(loaded: LoadedModel, handle: RequestHandle, num_prompt: int) -> AsyncGenerator[Piece]:
+    """Yield what the engine says, and until the first token how far it has come."""
+    thoughts = Thoughts(loaded.tokenizer)
+    deltas = aiter(handle)
+    pending = asyncio.ensure_future(anext(deltas))
+    told: Piece | None = None
+    try:
+        while not (await asyncio.wait([pending], timeout=PROGRESS_S))[0]:
+            progress = loaded.engine.progress(handle)
+            piece = Piece(before=progress.before, prefill=(progress.prefilled, num_prompt))
+            if piece != told:
+                told = piece
+                yield piece
+        with suppress(StopAsyncIteration):
+            yield _as_piece(await pending, thoughts)
+        async for delta in deltas:
+            yield _as_piece(delta, thoughts)
+    finally:
+        pending.cancel()
+        with suppress(BaseException):
+            await pending
+        await deltas.aclose()
+
+
+def _as_piece(delta: Delta, thoughts: Thoughts) -> Piece:
+    if delta.error is not None:
+        raise delta.error
+    thought, text = thoughts.cut(delta.token_ids, delta.text) if thoughts.can_come else ("", delta.text)
     if delta.finish_reason is None:
-        return Piece(text=delta.text, tokens=len(delta.token_ids))
+        return Piece(text=text, thought=thought, tokens=len(delta.token_ids))
     if delta.usage is None:
         raise EngineError("the engine ended an answer without counting it")
     return Piece(
-        text=delta.text,
+        text=text,
+        thought=thought,
         tokens=len(delta.token_ids),
         finish_reason=delta.finish_reason.value,
         usage=delta.usage,

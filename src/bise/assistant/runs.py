@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ Save = Callable[[dict[str, Any], bool], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One numbered event of a run. `kind`: piece, state, prefill, usage or end."""
+    """One numbered event of a run. `kind`: piece, state, prefill, reading, sources, parts, usage or end."""
 
     seq: int
     kind: str
@@ -43,9 +43,17 @@ class Run:
     """One answer being written; lives in the event loop's thread."""
 
     def __init__(
-        self, run_id: str, *, message_id: str, conversation_id: str, owner: str, job: Job, text: str = ""
+        self,
+        run_id: str,
+        *,
+        message_id: str,
+        conversation_id: str,
+        owner: str,
+        job: Job,
+        text: str = "",
+        parts: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """`text` is what an earlier run of the same answer wrote."""
+        """`text` and `parts` are what an earlier run of the same answer wrote."""
         self.id = run_id
         self.message_id = message_id
         self.conversation_id = conversation_id
@@ -57,12 +65,19 @@ class Run:
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self.timings: Timings | None = None
+        self.cost: dict[str, str | None] = {}
+        self.parts: list[dict[str, Any]] = [*parts]
+        """What belongs to the answer and is no text of it; see `bise.assistant.messages.Message`."""
         self.tokens = 0
         self.first_token_s: float | None = None
         self.events: list[Event] = []
         self.task: asyncio.Task[None] | None = None
         self.is_stopping = False
         self._started = time.perf_counter()
+        self._prefill: tuple[int, int] | None = None
+        self._before = 0
+        self._thinking_since: float | None = None
+        self._told_thought = 0.0
         self._first: float | None = None
         self._changed = asyncio.Event()
 
@@ -75,6 +90,11 @@ class Run:
     def is_over(self) -> bool:
         """True once nothing more can come."""
         return self.status in ENDED
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a model works on it."""
+        return self.status in ("prefill", "running")
 
     def tell(self, kind: str, body: dict[str, Any]) -> None:
         """Append an event and wake all subscribers."""
@@ -115,19 +135,28 @@ class Run:
 
     def take(self, piece: Piece) -> None:
         """Add a piece to the text and tell it."""
-        if piece.prefill is not None:
+        if piece.before:
+            self._wait(piece.before)
+        elif piece.prefill is not None and self._first is None:
             self._enter("prefill")
-            self.tell("prefill", {"done": piece.prefill[0], "total": piece.prefill[1]})
+            if piece.prefill != self._prefill:
+                self._prefill = piece.prefill
+                self.tell("prefill", {"done": piece.prefill[0], "total": piece.prefill[1]})
         if piece.tokens and self._first is None:
             self._first = time.perf_counter()
             self.first_token_s = self._first - self._started
             self._enter("running")
         self.tokens += piece.tokens
+        if piece.thought:
+            self._think(piece.thought)
         if piece.text:
+            self.settle()
             self.text += piece.text
             self.tell("piece", {"content": piece.text})
         if piece.usage is not None:
             self.usage, self.timings = piece.usage, piece.timings
+        if piece.cost is not None:
+            self.cost = {"cost": piece.cost, "currency": piece.currency}
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
 
@@ -139,6 +168,7 @@ class Run:
                 "prompt_tokens": self.usage.prompt_tokens,
                 "cached_tokens": self.usage.cached_tokens,
                 "completion_tokens": self.usage.completion_tokens,
+                **self.cost,
             }
         timings: dict[str, Any] = self.speed()
         if self.timings is not None:
@@ -149,18 +179,48 @@ class Run:
             }
         return {"usage": usage, "timings": timings}
 
+    def add_part(self, part: dict[str, Any]) -> None:
+        """Put a part to the answer and tell all parts."""
+        self.parts.append(part)
+        self.tell("parts", {"parts": [*self.parts]})
+
     def end(self, status: str) -> None:
         """Tell the end; nothing comes after it."""
+        self.settle()
         self.status = status
         self.tell(
             "end",
             {"status": status, "finish_reason": self.finish_reason, "error": self.error} | self.figures(),
         )
 
+    def settle(self) -> None:
+        """End what was being thought, and say how long it took."""
+        if self._thinking_since is not None:
+            self.parts[-1] = self.parts[-1] | {
+                "seconds": round(time.perf_counter() - self._thinking_since, 2)
+            }
+            self._thinking_since = None
+            self.tell("parts", {"parts": [*self.parts]})
+
+    def _think(self, thought: str) -> None:
+        if self._thinking_since is None:
+            self._thinking_since = self._told_thought = time.perf_counter()
+            self.parts.append({"type": "thinking", "text": ""})
+        self.parts[-1] = self.parts[-1] | {"text": self.parts[-1]["text"] + thought}
+        # Parts are told whole, so not for every token.
+        if time.perf_counter() - self._told_thought >= USAGE_S or len(self.parts[-1]["text"]) == len(thought):
+            self._told_thought = time.perf_counter()
+            self.tell("parts", {"parts": [*self.parts]})
+
+    def _wait(self, before: int) -> None:
+        if before != self._before or self.status != "queued":
+            self.status, self._before = "queued", before
+            self.tell("state", {"status": "queued", "before": before})
+
     def _enter(self, status: str) -> None:
         if self.status != status:
             self.status = status
-            self.tell("state", {"status": status})
+            self.tell("state", {"status": status, "before": 0})
 
 
 class Runs:
@@ -183,6 +243,10 @@ class Runs:
         return [
             run for run in self._runs.values() if run.conversation_id == conversation_id and not run.is_over
         ]
+
+    def is_busy(self) -> bool:
+        """Return True while a model works on anybody's answer."""
+        return any(run.is_writing for run in self._runs.values())
 
     def start(
         self,
@@ -251,7 +315,8 @@ class Runs:
                     run.tell("usage", run.speed())
                 if now - saved >= SNAPSHOT_S:
                     saved = now
-                    await save({"text": run.text, "seq": run.seq, "status": run.status}, False)
+                    fields = {"text": run.text, "parts": [*run.parts], "seq": run.seq, "status": run.status}
+                    await save(fields, False)
         finally:
             await pieces.aclose()
         return "complete"
@@ -259,8 +324,19 @@ class Runs:
     async def _finish(
         self, run: Run, status: str, save: Save, ended: Callable[[Run], Awaitable[None]]
     ) -> None:
+        run.settle()
+        try:
+            status = await self._keep(run, status, save)
+        finally:  # whoever looks on must hear of the end, whatever went wrong
+            run.end(status)
+            asyncio.get_running_loop().call_later(KEEP_ENDED_S, self._runs.pop, run.id, None)
+        await ended(run)
+
+    async def _keep(self, run: Run, status: str, save: Save) -> str:
+        """Save a run that is over and return its status, `error` when that failed."""
         fields: dict[str, Any] = {
             "text": run.text,
+            "parts": run.parts,
             "status": status,
             "finish_reason": run.finish_reason,
             "error": run.error,
@@ -271,7 +347,9 @@ class Runs:
             await save(fields | run.figures(), True)
         except BiseError as error:
             run.error = f"the answer could not be saved: {error}"
-            status = "error"
-        run.end(status)
-        asyncio.get_running_loop().call_later(KEEP_ENDED_S, self._runs.pop, run.id, None)
-        await ended(run)
+            return "error"
+        except Exception:  # the root of a run: a bug of ours must not leave readers waiting for ever
+            run.error = "the answer could not be saved; the server's log tells why"
+            logger.exception("event=run_not_saved run=%s", run.id)
+            return "error"
+        return status

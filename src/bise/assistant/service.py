@@ -15,11 +15,13 @@ from typing import Any
 from sqlalchemy import select
 
 from bise.assistant.conversations import Conversation, Conversations, checked_params
-from bise.assistant.documents import Document, Documents, read_document, with_documents
+from bise.assistant.documents import Document, Documents
 from bise.assistant.events import Hub
 from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
 from bise.assistant.personas import Personas
+from bise.assistant.reader import DocumentReader
+from bise.assistant.retrieval import Progress, Retrieval
 from bise.assistant.runs import Run, Runs
 from bise.assistant.storage import Memory, Storage
 from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
@@ -54,6 +56,8 @@ class Assistant:
         self._disk = Shelf(storage)
         self._temporary = Shelf(self._memory)
         self.personas = Personas(storage)
+        self.retrieval = Retrieval(models, self.runs.is_busy)
+        self._reader = DocumentReader()
         interrupted = self._disk.messages.interrupt_all()
         if interrupted:
             logger.warning("event=answers_interrupted count=%d", interrupted)
@@ -63,6 +67,7 @@ class Assistant:
     async def close(self) -> None:
         """Interrupt the runs, keeping their text."""
         await self.runs.close()
+        await self.retrieval.close()
         for task in self._background:
             task.cancel()
         if self._background:
@@ -157,12 +162,20 @@ class Assistant:
                 text=run.text,
                 seq=run.seq,
                 status=run.status,
+                parts=tuple(run.parts),
                 finish_reason=run.finish_reason,
                 error=run.error,
                 usage=figures["usage"],
                 timings=figures["timings"],
             )
-        return replace(message, text=run.text, seq=run.seq, status=run.status, timings=run.speed())
+        return replace(
+            message,
+            text=run.text,
+            parts=tuple(run.parts),
+            seq=run.seq,
+            status=run.status,
+            timings=run.speed(),
+        )
 
     # Answers
 
@@ -239,7 +252,10 @@ class Assistant:
             made = shelf.conversations.create(
                 owner, title=source.title, model=source.model, system=source.system, params=source.params
             )
-            shelf.messages.copy(owner, made.id, [*turn.history, turn.answer])
+            kept = [*turn.history, turn.answer]
+            ids = list(dict.fromkeys(key for message in kept for key in message.documents))
+            renamed = shelf.documents.copy(owner, source.id, made.id, ids)
+            shelf.messages.copy(owner, made.id, kept, renamed)
             return shelf.conversations.get(owner, made.id)
 
         made = await asyncio.to_thread(copy)
@@ -270,12 +286,12 @@ class Assistant:
         """Read a file and keep its text in a conversation. Raises RequestError for what cannot be read."""
         shelf = await self.shelf_of(owner, conversation_id)
         conversation = await asyncio.to_thread(shelf.conversations.get, owner, conversation_id)
-        kind, text = await read_document(name, content)
+        kind, read = await self._reader.read(name, content)
         model = self.model_facts(self._known(conversation.model)).id
-        tokens = await self.models.count_text(model, text)
+        tokens = await self.models.count_text(model, read.text)
         return await asyncio.to_thread(
             lambda: shelf.documents.add(
-                owner, conversation_id, name=name, kind=kind, text=text, tokens=tokens
+                owner, conversation_id, name=name, kind=kind, read=read, tokens=tokens
             )
         )
 
@@ -337,9 +353,19 @@ class Assistant:
             message_id=answer.id,
             conversation_id=answer.conversation_id,
             owner=owner,
-            job=Job(model=answer.model, messages=(), params=answer.params, tenant=owner),
+            job=Job(
+                model=answer.model,
+                messages=(),
+                params=answer.params,
+                tenant=owner,
+                keeps_nothing=self.is_temporary(shelf),
+            ),
             text=answer.text,
+            parts=answer.parts,
         )
+
+        def reading(done: int, total: int) -> None:
+            run.tell("reading", {"done": done, "total": total})
 
         async def save(fields: dict[str, Any], is_final: bool) -> None:
             await asyncio.to_thread(lambda: shelf.messages.save(answer.id, fields, is_final=is_final))
@@ -350,7 +376,7 @@ class Assistant:
                 self._later(self._make_title(shelf, owner, turn, run))
 
         async def prepared() -> None:
-            messages, sources = await self.prompt(shelf, owner, turn, hint)
+            messages, sources = await self.prompt(shelf, owner, turn, hint, progress=reading)
             run.job = replace(run.job, messages=messages, continues=bool(answer.text))
             if sources:
                 await save({"sources": sources}, False)
@@ -360,9 +386,18 @@ class Assistant:
         self.hub.tell(owner, "run_started", id=answer.conversation_id, message=answer.id, run=run.id)
 
     async def prompt(
-        self, shelf: Shelf, owner: str, turn: Turn, hint: str | None = None
+        self,
+        shelf: Shelf,
+        owner: str,
+        turn: Turn,
+        hint: str | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
-        """Return the messages that a run is asked with, and the passages of documents among them."""
+        """Return the messages that a run is asked with, and the passages of documents among them.
+
+        `progress` is told of embeddings that the question waits for; without it none are made.
+        """
         messages: list[dict[str, str]] = []
         system = turn.conversation.system.strip()
         if system:
@@ -374,7 +409,9 @@ class Assistant:
         sources: list[dict[str, Any]] = []
         if any(message.documents for message in history):
             facts = self.model_facts(turn.answer.model)
-            texts, sources = await with_documents(shelf.documents, owner, facts, history, texts)
+            texts, sources = await self.retrieval.fill(
+                shelf.documents, owner, facts, history, texts, progress=progress
+            )
         messages += [
             {"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)
         ]
@@ -397,6 +434,7 @@ class Assistant:
             params={"max_tokens": 24, "temperature": 0.0},
             tenant=owner,
             priority=10,
+            keeps_nothing=self.is_temporary(shelf),
         )
         try:
             title = "".join([piece.text async for piece in self.models.stream(job)])

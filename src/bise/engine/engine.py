@@ -26,6 +26,7 @@ from bise.engine.grammar import Grammars
 from bise.engine.handle import RequestHandle
 from bise.engine.kv_memory import KVMemory, blocks_per_group, checked_context
 from bise.engine.pace import Pace
+from bise.engine.progress import Progress, progress_of
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.engine.runner import Logits, Model, Runner, score_rows
 from bise.engine.sampling import check_finite, token_logprob
@@ -220,6 +221,10 @@ class Engine:
             cached_tokens=self._cached_tokens,
             kv_bytes=self._memory.pages.size_bytes,
         )
+
+    def progress(self, handle: RequestHandle) -> Progress:
+        """Return how far a request has come before its first token."""
+        return progress_of(handle, self._scheduler, self._arrived)
 
     def _cancel(self, sequence: Sequence) -> None:
         with self._wake:

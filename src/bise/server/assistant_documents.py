@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 
 from bise.assistant.context import view_context
-from bise.assistant.documents import Document
+from bise.assistant.documents import Document, excerpt
 from bise.assistant.service import Assistant
 from bise.server.assistant_people import Person
 
@@ -45,7 +45,25 @@ def add_documents(router: APIRouter, assistant: Callable[[], Assistant], who: An
     async def document(conversation_id: str, document_id: str, person: Person = who) -> dict[str, Any]:
         shelf = await assistant().shelf_of(person.owner, conversation_id)
         found = await asyncio.to_thread(shelf.documents.get, person.owner, conversation_id, document_id)
-        return document_facts(found) | {"text": found.text}
+        return document_facts(found) | {"text": found.text, "pages": found.pages}
+
+    @router.get("/conversations/{conversation_id}/documents/{document_id}/passage")
+    async def passage(
+        conversation_id: str,
+        document_id: str,
+        person: Person = who,
+        start: int = 0,
+        end: int = 1,
+        around: Annotated[int, Query(ge=0, le=20_000)] = 600,
+    ) -> dict[str, Any]:
+        shelf = await assistant().shelf_of(person.owner, conversation_id)
+        found = await asyncio.to_thread(shelf.documents.get, person.owner, conversation_id, document_id)
+        return {"document": document_facts(found)} | excerpt(found, start, end, around)
+
+    @router.delete("/conversations/{conversation_id}/documents/{document_id}", status_code=204)
+    async def remove(conversation_id: str, document_id: str, person: Person = who) -> None:
+        shelf = await assistant().shelf_of(person.owner, conversation_id)
+        await asyncio.to_thread(shelf.documents.delete, person.owner, conversation_id, document_id)
 
     @router.post("/conversations/{conversation_id}/context")
     async def context(conversation_id: str, body: Draft, person: Person = who) -> dict[str, Any]:
@@ -72,4 +90,5 @@ def add_documents(router: APIRouter, assistant: Callable[[], Assistant], who: An
 
 def document_facts(document: Document) -> dict[str, Any]:
     """Return a document in wire form, without its text."""
-    return {"id": document.id, "name": document.name, "kind": document.kind, "tokens": document.tokens}
+    names = ("id", "name", "kind", "tokens", "chars")
+    return {name: getattr(document, name) for name in names}

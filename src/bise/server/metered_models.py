@@ -15,9 +15,9 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bise.assistant.models import ChatModels, ChatTurn, Job, ModelFacts, Piece
+from bise.assistant.models import ChatModels, ChatTurn, Embeddings, Job, ModelFacts, Piece
 from bise.engine.request import Timings, Usage
-from bise.errors import BiseError, EngineError, NotFoundError
+from bise.errors import BiseError, EngineError, NotFoundError, RequestError
 from bise.server.access import LOCAL_OWNER, Caller
 from bise.server.hosted_answers import HostedAnswers
 
@@ -60,12 +60,41 @@ class MeteredModels:
             return self._hosted.guess(text)
         return await self._models.count_text(model, text)
 
+    async def embed(self, model: str, texts: Sequence[str], *, tenant: str = "") -> Embeddings:
+        """Return texts as vectors, admitted and written down like an answer. Raises RequestError for a hosted
+        model: documents are not sent away for it.
+        """
+        if self._hosted.serves(model):
+            reason = f"{model} leaves this machine; documents are not embedded there"
+            raise RequestError(reason, field="model")
+        job = Job(model=model, messages=(), tenant=tenant)
+        caller = asking.get() or await self._owner_of(job.tenant)
+        ticket = await self._gate.admit_caller(
+            caller, model=model, endpoint=ENDPOINT, request_id=f"run_{secrets.token_hex(12)}"
+        )
+        made: Embeddings | None = None
+        error_code: str | None = None
+        try:
+            made = await self._models.embed(model, texts, tenant=ticket.tenant)
+            return made
+        except BiseError as error:
+            error_code = error.code
+            raise
+        finally:
+            await ticket.finish(
+                model=model,
+                usage=None if made is None else made.usage,
+                timings=None,
+                finish_reason="stop" if made is not None else "error" if error_code else "abort",
+                error_code=error_code,
+            )
+
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
         """Yield the pieces of an answer; however it ends, its row is written and its place given back.
 
         Raises RateLimitError, PermissionDeniedError or ContentPolicyError when whoever asked may not.
         """
-        caller = asking.get() or await self._owner_of(job)
+        caller = asking.get() or await self._owner_of(job.tenant)
         ticket = await self._gate.admit_caller(
             caller, model=job.model, endpoint=ENDPOINT, request_id=f"run_{secrets.token_hex(12)}"
         )
@@ -74,11 +103,15 @@ class MeteredModels:
         place = _Place(asyncio.current_task())
         jobs: set[Any] = set() if self.service is None else self.service.jobs
         jobs.add(place)
+        last: Piece | None = None
         try:
             async with aclosing(self._admitted(job, ticket)) as pieces:
                 async for piece in pieces:
                     meter.add(piece)
-                    yield piece
+                    if piece.usage is None:
+                        yield piece
+                    else:
+                        last = piece  # its row comes first, and says what the answer cost
         except BiseError as error:
             error_code = error.code
             raise
@@ -91,13 +124,26 @@ class MeteredModels:
                 finish_reason=meter.finish_reason or ("error" if error_code else "abort"),
                 error_code=error_code,
             )
+        if last is not None:
+            yield replace(last, **await self._cost(ticket))
 
-    async def _owner_of(self, job: Job) -> Caller:
-        """Return for whom a job is that nobody asks for now, such as one that outlived its process."""
+    async def _cost(self, ticket: StoreTicket) -> dict[str, str]:
+        """Return what an answer cost: by the price book, else what running this machine costs."""
+        row = ticket.row
+        cost = None if row is None else row.house_cost if row.cost is None else row.cost
+        if cost is None:
+            return {}
+        rates = await self._gate.offload(self._gate.store.prices.rates)
+        return {"cost": f"{cost:f}", "currency": rates.currency}
+
+    async def _owner_of(self, tenant: str) -> Caller:
+        """Return for whom something is done that nobody asks for now, such as for one whose request is long
+        over.
+        """
         try:
-            account = await self._gate.offload(self._gate.store.allowances.get, job.tenant)
+            account = await self._gate.offload(self._gate.store.allowances.get, tenant)
         except NotFoundError:
-            return Caller(owner=job.tenant or LOCAL_OWNER, scopes=frozenset({"inference"}))
+            return Caller(owner=tenant or LOCAL_OWNER, scopes=frozenset({"inference"}))
         return await self._gate.caller_of_account(account.account_id, account.name)
 
     async def _admitted(self, job: Job, ticket: StoreTicket) -> AsyncGenerator[Piece]:
@@ -119,11 +165,13 @@ class MeteredModels:
             async for piece in pieces:
                 held.append(piece)
                 # Counts go on, words wait until the whole answer was checked.
-                yield replace(piece, text="", finish_reason=None, usage=None, timings=None)
+                yield replace(piece, text="", thought="", finish_reason=None, usage=None, timings=None)
         text = "".join(piece.text for piece in held)
+        thought = "".join(piece.thought for piece in held)
         begun = texts[-1] if job.continues else ""
         await self._gate.offload(ticket.check_output, begun + text)
-        yield replace(held[-1], text=text, tokens=0, prefill=None)
+        await self._gate.offload(ticket.check_output, thought)
+        yield replace(held[-1], text=text, thought=thought, tokens=0, prefill=None, before=None)
 
     async def _booked(self, job: Job, ticket: StoreTicket) -> Mapping[str, Any]:
         """Book what the answer can use at most and return its parameters, with the limit that follows."""

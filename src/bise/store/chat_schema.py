@@ -95,7 +95,7 @@ class DocumentRecord(Record):
     kind: Mapped[str] = mapped_column(String(16))
     text: Mapped[str] = mapped_column(Text)
     tokens: Mapped[int] = mapped_column(Integer)
-    pages: Mapped[list[int]] = mapped_column(JSON, server_default=sql("'[]'"))
+    pages: Mapped[list[list[int]]] = mapped_column(JSON, server_default=sql("'[]'"))
     created_at: Mapped[float] = mapped_column(Double)
 
 
