@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 import bise.store.chat_schema  # noqa: F401 (its records are compared with the migrations too)
-import bise.store.tuning  # noqa: F401
+import bise.store.tuning
 from bise.errors import ConfigError, StoreError
 from bise.store.database import Database, migrate
 from bise.store.schema import Record, SettingRecord
