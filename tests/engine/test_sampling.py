@@ -328,3 +328,15 @@ def test_token_ids_outside_the_vocabulary_are_refused(params, field):
 def test_min_tokens_cannot_mask_the_whole_vocabulary():
     with pytest.raises(RequestError, match="every token is a stop token"):
         sampler(2, stop_ids=(0, 1), min_tokens=1)
+
+
+@pytest.mark.parametrize("size", [1, 31, 64, 700, 5000])
+def test_the_largest_are_those_of_a_whole_sort_whatever_ties_and_infinities_there_are(size):
+    rng = np.random.default_rng(size)
+    for count in (0, 1, 7, 20, 150):
+        for values in (
+            rng.standard_normal(size),
+            np.round(rng.standard_normal(size)),
+            np.where(rng.random(size) < 0.5, -np.inf, 1.0),
+        ):
+            assert largest(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
