@@ -76,8 +76,8 @@ kill: .venv/.dev ## Kill the writer of the database 200 times and every migratio
 pull-kill: .venv/.dev ## Kill a pull from a hub on loopback at 200 random moments; it must end with the same bytes
 	@$(BIN)/python -m pytest -q -s -m slow --timeout 1800 tests/hub/test_pull.py
 
-web: ## Build the assistant's page into the package (needs node 20.19 or newer)
-	@cd web && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent test && npm run --silent build
+web: ## Check, test and build the assistant's page into the package (node from PyPI where there is none)
+	@sh tools/make_web.sh
 
 wheel: .venv/.dev ## Build a wheel and an sdist into dist/
 	@$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
