@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +63,9 @@ class StaticPage:
             "vary": "accept-encoding",
         }
         kind = _TYPES[path.suffix]
-        packed = path.with_name(path.name + ".gz")
-        if "gzip" in request.headers.get("accept-encoding", "") and packed.is_file():
-            return FileResponse(packed, headers=headers | {"content-encoding": "gzip"}, media_type=kind)
+        accepted = request.headers.get("accept-encoding", "")
+        for coding, ending in (("br", ".br"), ("gzip", ".gz")):
+            packed = path.with_name(path.name + ending)
+            if re.search(rf"(^|[\s,]){coding}($|[\s,;])", accepted) and packed.is_file():
+                return FileResponse(packed, headers=headers | {"content-encoding": coding}, media_type=kind)
         return FileResponse(path, headers=headers, media_type=kind)
