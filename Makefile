@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill wheel clean
+.PHONY: help web chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -75,6 +75,9 @@ kill: .venv/.dev ## Kill the writer of the database 200 times and every migratio
 
 pull-kill: .venv/.dev ## Kill a pull from a hub on loopback at 200 random moments; it must end with the same bytes
 	@$(BIN)/python -m pytest -q -s -m slow --timeout 1800 tests/hub/test_pull.py
+
+tune-kill: .venv/.dev ## Kill 200 writers of checkpoints and 20 training runs at random moments; all load, all resume bit-equal
+	@$(BIN)/python -m pytest -q -m slow --timeout 1800 tests/train
 
 web: ## Check, test and build the assistant's page into the package (node from PyPI where there is none)
 	@sh tools/make_web.sh

@@ -238,7 +238,7 @@ class _Teller:
         if event["event"] == "step":
             line = (
                 f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  lr {event['lr']:.1e}  "
-                f"{event['tokens_per_s']:,.0f} tok/s  {_memory()}"
+                f"{event['tokens_per_s']:,.0f} tok/s  {event['memory_bytes'] / 1e9:.1f} GB"
             )
             self._bar(line, event["step"] / event["steps"])
             tenth = 10 * event["step"] // event["steps"]
@@ -247,13 +247,6 @@ class _Teller:
                 aside(f"{line}  {event['eta_s']:.0f} s left")
         elif event["event"] == "evaluation" and not on_terminal(sys.stderr):
             aside(f"held back: loss {event['loss']:.4f}, best {event['best']:.4f}")
-
-
-def _memory() -> str:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{peak / 1e9:.1f} GB"
 
 
 def _show(file: DataFile, report: Mapping[str, Any]) -> None:

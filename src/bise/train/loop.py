@@ -7,6 +7,8 @@ that a checkpoint holds.
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +117,7 @@ class Training:
     ) -> None:
         """Take samples to learn and samples to evaluate on (there may be none); checkpoints go to `run`."""
         self._objective = objective
+        self._device = next(iter(params.values())).device
         self._schedule = schedule
         self._train, self._held_back = train, held_back
         self._run = run
@@ -257,6 +260,7 @@ class Training:
             "gradient": norm, "tokens": tokens,
             "trained_tokens": progress.tokens, "tokens_per_s": tokens / max(seconds, 1e-9),
             "eta_s": (elapsed_s + seconds) / progress.step * (self.steps - progress.step),
+            "memory_bytes": _peak_memory(self._device),
         })  # fmt: skip
 
     def _passes(self, samples: list[Sample]) -> list[tuple[list[Sample], float]]:
@@ -306,6 +310,14 @@ class Training:
             values["best_loss"] = None
         path = save_checkpoint(self._run, progress.step, tensors, values)
         self._report({"event": "checkpoint", "step": progress.step, "path": str(path)})
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held so far, on the device that it trains on."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _tell_nobody(event: Mapping[str, Any]) -> None:
