@@ -20,6 +20,7 @@ from bise.engine.request import Timings, Usage
 from bise.errors import BiseError, EngineError, NotFoundError, RequestError
 from bise.server.access import LOCAL_OWNER, Caller
 from bise.server.hosted_answers import HostedAnswers
+from bise.store.limits import UNPLACED
 
 if TYPE_CHECKING:
     from bise.server.gate import StoreGate
@@ -70,7 +71,11 @@ class MeteredModels:
         job = Job(model=model, messages=(), tenant=tenant)
         caller = asking.get() or await self._owner_of(job.tenant)
         ticket = await self._gate.admit_caller(
-            caller, model=model, endpoint=ENDPOINT, request_id=f"run_{secrets.token_hex(12)}"
+            caller,
+            model=model,
+            endpoint=ENDPOINT,
+            request_id=f"run_{secrets.token_hex(12)}",
+            is_aside=True,
         )
         made: Embeddings | None = None
         error_code: str | None = None
@@ -96,7 +101,11 @@ class MeteredModels:
         """
         caller = asking.get() or await self._owner_of(job.tenant)
         ticket = await self._gate.admit_caller(
-            caller, model=job.model, endpoint=ENDPOINT, request_id=f"run_{secrets.token_hex(12)}"
+            caller,
+            model=job.model,
+            endpoint=ENDPOINT,
+            request_id=f"run_{secrets.token_hex(12)}",
+            is_aside=job.priority > 0,  # a title
         )
         meter = _Meter()
         error_code: str | None = None
@@ -182,6 +191,9 @@ class MeteredModels:
         context = next((facts.context for facts in self.facts() if facts.id == job.model), None)
         room = DEFAULT_ROOM if context is None else max(1, context - prompt)
         most = room if wanted is None else int(wanted)
+        if ticket.reservation.id == UNPLACED:
+            await self._gate.check_tokens(ticket.caller, job.model, prompt, most)
+            return job.params
         granted = await ticket.reserve(
             model=job.model,
             prompt_tokens=prompt,
