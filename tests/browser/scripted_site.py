@@ -1,7 +1,7 @@
 """A server with scripted models and the real page, for browser tests: PORT DATABASE [PACE_S [PIECE]].
 
 The question chooses the answer: `slow` writes for a long time, `payload N` answers with an attack, `count N`
-with N numbered tokens, anything else with a page of Markdown.
+with N numbered tokens, `think` thinks first, `cite` names two sources, anything else with a page of Markdown.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from bise.assistant.accounts import Accounts
+from bise.assistant.models import Job, Piece
 from bise.assistant.scripted import ScriptedModels
 from bise.assistant.service import Assistant
 from bise.errors import BiseError
+from bise.server.assistant_accounts import accounts_router
 from bise.server.assistant_page import StaticPage
-from bise.server.assistant_people import OnePerson
+from bise.server.assistant_people import Household
 from bise.server.assistant_routes import assistant_router, page_router
 from bise.server.problem import error_response
 from bise.store.database import Database
@@ -72,9 +77,24 @@ def answer(question: str) -> str:
         return "The *bise*, a cold wind"
     if question.startswith("FAIL"):
         return "abcdFAIL"
+    if re.search(r"\bcite\b", question):
+        return "It blows from the north-east [1]. The records say more [2], the list [99] does not."
     if question.startswith("slow"):
         return "".join(f"word{number:04d} " for number in range(4000))
     return SHOWCASE
+
+
+class Thinkers(ScriptedModels):
+    """Think aloud before they answer a question that begins with `think`; price every answer."""
+
+    async def stream(self, job: Job) -> AsyncGenerator[Piece]:
+        """Yield thoughts, then the prepared answer."""
+        if str(job.messages[-1]["content"]).startswith("think"):
+            for word in "First the pressure, then the mountains.".split():
+                yield Piece(thought=f"{word} ", tokens=1)
+                await asyncio.sleep(self.pace_s)
+        async for piece in super().stream(job):
+            yield piece if piece.usage is None else replace(piece, cost="0.00042", currency="EUR")
 
 
 def main() -> None:
@@ -83,11 +103,14 @@ def main() -> None:
     pace = float(sys.argv[3]) if len(sys.argv) > 3 else 0.004
     piece = int(sys.argv[4]) if len(sys.argv) > 4 else 4
     database = Database.open(path)
-    models = ScriptedModels(answer, pace_s=pace, piece=piece, delay_s=0.1)
+    models = Thinkers(answer, pace_s=pace, piece=piece, delay_s=0.1)
     made: list[Assistant] = []
     app = FastAPI()
     app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
-    app.include_router(assistant_router(lambda: made[0], OnePerson()))
+    accounts = Accounts(database)
+    people = Household(accounts)
+    app.include_router(assistant_router(lambda: made[0], people))
+    app.include_router(accounts_router(accounts, people))
     app.include_router(page_router(StaticPage()))
 
     async def serve() -> None:

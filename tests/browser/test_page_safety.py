@@ -108,7 +108,7 @@ def test_axe_finds_nothing_serious(site, visit, ask, scheme, width):
     if not source.is_file():
         pytest.skip("axe-core is not installed; make web")
     page = visit(
-        site.url, color_scheme=scheme, viewport={"width": width, "height": 844}, has_touch=width < 500,
+        site.url, expects=("404",), color_scheme=scheme, viewport={"width": width, "height": 844}, has_touch=width < 500,
         is_mobile=width < 500, reduced_motion="reduce",
     )  # fmt: skip
 
@@ -123,11 +123,32 @@ def test_axe_finds_nothing_serious(site, visit, ask, scheme, width):
         assert serious == []
 
     check("empty")
-    ask(page, "How does the bise form?")
+    ask(page, "think about the bise")
+    page.get_by_text("Thought for").click()
     check("answer")
+    page.get_by_role("button", name="What fills the window").click()
+    check("ribbon")
+    page.keyboard.press("Escape")
+    page.get_by_role("textbox", name="Message").fill("/")
+    page.get_by_role("textbox", name="Message").press("End")
+    page.get_by_role("textbox", name="Message").press_sequentially("s")
+    page.get_by_role("listbox", name="Suggestions").wait_for()
+    check("suggestions")
+    page.get_by_role("textbox", name="Message").fill("")
+    page.keyboard.press("Control+k")
+    page.get_by_role("listbox", name="Commands").wait_for()
+    check("palette")
+    page.keyboard.press("Escape")
     if width < 500:
         page.get_by_role("button", name="Show the sidebar").click()
-        check("drawer")
+    page.get_by_role("button", name="Pick several").click()
+    check("sidebar")
+    page.get_by_role("button", name="Pick several").click()
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("dialog", name="Settings").wait_for()
-    check("settings")
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        check(f"settings, {tab.inner_text()}")
+    page.get_by_role("tab", name="Personas").click()
+    page.get_by_role("button", name="Make a persona").click()
+    check("persona")

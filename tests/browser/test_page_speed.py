@@ -1,4 +1,7 @@
-"""Budgets: a fast stream, a long conversation, the way from a key to the screen."""
+"""Budgets: first paint, a fast stream, a long conversation, the way from a key to the screen, memory.
+
+Bounds are twice the budget where a shared machine decides; the figures are printed (`pytest -s`).
+"""
 
 from __future__ import annotations
 
@@ -12,42 +15,132 @@ from bise.store.database import Database
 
 FRAMES = """() => {
   window.frames = [];
+  window.busy = 0;
   let last = performance.now();
   const step = (now) => { window.frames.push(now - last); last = now; requestAnimationFrame(step); };
   requestAnimationFrame(step);
+  new PerformanceObserver((list) => {
+    for (const entry of list.getEntries()) window.busy += entry.duration;
+  }).observe({type: 'longtask'});
 }"""
+KEYS = """() => {
+  window.delays = [];
+  addEventListener('keydown', (event) => {
+    const pressed = event.timeStamp;
+    requestAnimationFrame(() => {
+      const after = new MessageChannel();  // told once the frame was handed on
+      after.port1.onmessage = () => window.delays.push(performance.now() - pressed);
+      after.port2.postMessage(0);
+    });
+  }, true);
+}"""
+
+
+def share(sorted_values, part):
+    """Return the value below which `part` of all lie."""
+    return sorted_values[min(len(sorted_values) - 1, int(len(sorted_values) * part))]
+
+
+def long_conversation(server, count, times=12):
+    """Put a conversation with `count` messages into the server's database; return its id."""
+    database = Database.open(str(server.database))
+    made = Conversations(database).create("local", title="Long")
+    messages = [
+        Message(
+            id="", conversation_id="", parent_id=None, role="assistant" if number % 2 else "user",
+            text=f"Message number {number}. " + "Some **words** and `code`. " * times, model=None,
+            status="complete", created_at=1e9 + number,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    Messages(database).copy("local", made.id, messages)
+    database.close()
+    return made.id
+
+
+@pytest.mark.slow
+def test_the_first_paint_is_soon(own_site, visit):
+    page = visit(own_site().start().url)
+    page.reload()
+    page.get_by_role("textbox", name="Message").wait_for()
+    usable = page.evaluate("performance.now()")
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    print(f"first paint after {paint:.0f} ms (budget 1000), usable after {usable:.0f} ms (budget 1500)")
+    assert paint < 2000
+    assert usable < 3000
 
 
 @pytest.mark.slow
 def test_a_stream_of_200_tokens_a_second_is_smooth(own_site, visit, ask):
     page = visit(own_site(pace_s=0.005).start().url)
     page.evaluate(FRAMES)
-    ask(page, "count 1500", wait=False)
-    page.get_by_role("button", name="Regenerate").wait_for(timeout=60_000)
+    ask(page, "count 3000", wait=False)
+    page.get_by_role("button", name="Regenerate").wait_for(timeout=90_000)
     frames = sorted(page.evaluate("window.frames"))
-    median, p95 = frames[len(frames) // 2], frames[int(len(frames) * 0.95)]
-    print(f"frames: median {median:.1f} ms, 95 % within {p95:.1f} ms")
+    total, busy = sum(frames), page.evaluate("window.busy")
+    median, p95 = share(frames, 0.5), share(frames, 0.95)
+    print(
+        f"3,000 tokens at 200 a second: frames {1000 / median:.0f} a second (budget 55), 95 % within "
+        f"{p95:.0f} ms (budget 34), long tasks {100 * busy / total:.0f} % of the time (budget 40)"
+    )
     assert median < 34
-    assert p95 < 100
+    assert p95 < 70
 
 
 @pytest.mark.slow
-def test_a_thousand_messages_stay_usable(own_site, visit, ask):
-    server = own_site()
-    database = Database.open(str(server.database))
-    made = Conversations(database).create("local", title="Long")
-    messages = [
-        Message(
-            id="", conversation_id="", parent_id=None, role="assistant" if number % 2 else "user",
-            text=f"Message number {number}. " + "Some **words** and `code`. " * 12, model=None,
-            status="complete", created_at=1e9 + number,
-        )
-        for number in range(1000)
-    ]  # fmt: skip
-    Messages(database).copy("local", made.id, messages)
-    database.close()
+def test_the_last_token_is_visible_at_once(own_site, visit, ask):
+    page = visit(own_site(pace_s=0.002).start().url)
+    # An EventSource of the test's own notes when the last piece reached this machine.
+    page.evaluate(
+        """() => {
+          const Real = window.EventSource;
+          window.EventSource = class extends Real {
+            constructor(...all) {
+              super(...all);
+              this.addEventListener('message', () => { window.arrived = performance.now(); });
+            }
+          };
+        }"""
+    )
+    ask(page, "count 300", wait=False)
+    shown = page.evaluate(
+        """() => new Promise((done) => {
+          const look = () => document.querySelector('article .text')?.textContent.includes('299')
+            ? done(performance.now()) : requestAnimationFrame(look);
+          look();
+        })"""
+    )
+    delay = shown - page.evaluate("window.arrived")
+    print(f"the last token is on screen {delay:.0f} ms after it came (budget 500)")
+    assert delay < 500
+
+
+@pytest.mark.slow
+def test_a_reload_in_mid_stream_goes_on_soon(own_site, visit, ask):
+    page = visit(own_site(pace_s=0.01).start().url)
+    ask(page, "count 2000", wait=False)
+    page.get_by_text("050").wait_for()
     start = time.monotonic()
-    page = visit(f"{server.start().url}/c/{made.id}")
+    page.reload()
+    page.wait_for_function(
+        """() => {
+          const length = document.querySelector('article .text')?.textContent.length ?? 0;
+          window.lengths = [...(window.lengths ?? []), length];
+          return length > 0 && length > window.lengths.find((earlier) => earlier > 0);
+        }""",
+        polling=20,
+    )
+    growing_s = time.monotonic() - start
+    page.get_by_role("button", name="Stop").click()
+    print(f"growing again {growing_s:.2f} s after a reload (budget 3)")
+    assert growing_s < 3
+
+
+@pytest.mark.slow
+def test_a_thousand_messages_stay_usable(own_site, visit):
+    server = own_site()
+    made = long_conversation(server, 1000)
+    page = visit(f"{server.start().url}/c/{made}")
     start = time.monotonic()
     page.reload()
     page.get_by_text("Message number 999").wait_for()
@@ -55,20 +148,41 @@ def test_a_thousand_messages_stay_usable(own_site, visit, ask):
     area = page.locator(".area")
     for _ in range(14):
         area.evaluate("area => { area.scrollTop = 0; }")
-        page.wait_for_function("() => document.querySelector('.area').scrollTop > 0 || true")
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         page.wait_for_load_state("networkidle")
     assert page.get_by_role("article").count() <= 160
-    field = page.get_by_role("textbox", name="Message")
-    delays = []
-    for letter in "the quick brown fox":
-        before = page.evaluate("performance.now()")
-        field.press_sequentially(letter)
-        after = page.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => done(performance.now())))"
-        )
-        delays.append(after - before)
-    delays.sort()
-    print(f"1,000 messages: usable after {usable_s:.2f} s, key to frame median {delays[9]:.0f} ms")
-    assert usable_s < 5
-    assert delays[9] < 200
+    page.evaluate(KEYS)
+    page.get_by_role("textbox", name="Message").press_sequentially("the quick brown fox jumps over it")
+    page.wait_for_function("() => window.delays.length >= 33")
+    delays = sorted(page.evaluate("window.delays"))
+    print(
+        f"1,000 messages: usable after {usable_s:.2f} s (budget 1), key to frame median "
+        f"{share(delays, 0.5):.0f} ms, 95 % within {share(delays, 0.95):.0f} ms (budget 50)"
+    )
+    assert usable_s < 3
+    assert share(delays, 0.95) < 100
+
+
+@pytest.mark.slow
+def test_three_hundred_exchanges_stay_light(own_site, visit, ask):
+    server = own_site()
+    made = long_conversation(server, 600, times=60)
+    page = visit(f"{server.start().url}/c/{made}")
+    page.get_by_text("Message number 599").wait_for()
+    for _ in range(8):
+        page.locator(".area").evaluate("area => { area.scrollTop = 0; }")
+        page.wait_for_load_state("networkidle")
+    start = time.monotonic()
+    ask(page, "count 3")
+    late_s = time.monotonic() - start
+    page.get_by_role("button", name="New chat").click()
+    start = time.monotonic()
+    ask(page, "count 3")
+    first_s = time.monotonic() - start
+    heap = page.evaluate("performance.memory.usedJSHeapSize") / 1e6
+    print(
+        f"300 exchanges: heap {heap:.0f} MB (budget 150), sending took {late_s:.2f} s, {first_s:.2f} s at the "
+        "start (budget: twice)"
+    )
+    assert heap < 150
+    assert late_s < 4 * first_s + 1
