@@ -37,7 +37,8 @@ class App {
       return;
     }
     this.isReady = true;
-    this.#changes ??= new Changes((change) => this.#hear(change), (waitMs) => this.#connection(waitMs));
+    if (this.#changes) this.#changes.restart();
+    else this.#changes = new Changes((change) => this.#hear(change), (waitMs) => this.#connection(waitMs));
     await this.go(location.pathname, false);
   }
 

@@ -18,7 +18,9 @@ export async function attach(files: File[]): Promise<void> {
       if (file.size > MOST_BYTES) throw new Error(t('fileTooLarge', { name: file.name }));
       const conversation = talk.current ?? (await talk.create());
       const path = `/conversations/${conversation.id}/documents?name=${encodeURIComponent(file.name)}`;
-      attached.files = [...attached.files, await upload<DocumentFacts>(path, file)];
+      const document = await upload<DocumentFacts>(path, file);
+      attached.files = [...attached.files, document];
+      if (talk.current?.id === conversation.id) talk.documents = [...talk.documents, document];
     }
   } catch (error) {
     notices.failure = error instanceof Error ? error.message : String(error);

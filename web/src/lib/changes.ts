@@ -33,6 +33,12 @@ export class Changes {
     this.#open();
   }
 
+  /** Listens anew: whoever is here may be someone else now. */
+  restart(): void {
+    this.#close();
+    this.#open();
+  }
+
   #close(): void {
     clearTimeout(this.#timer);
     this.#source?.close();

@@ -3,7 +3,7 @@ import { post } from './api';
 import { talk } from './talk.svelte';
 import type { ContextView } from './wire';
 
-const WAIT_MS = 350;
+const WAIT_MS = 500;
 
 class Context {
   view = $state.raw<ContextView | null>(null);
