@@ -34,7 +34,8 @@ class Clock:
 class Site:
     """The application and its store; requests run to their end before a method returns."""
 
-    def __init__(self, folder: Path, url: str | None = None, hosted=None, **gate_options):
+    def __init__(self, folder: Path, url: str | None = None, hosted=None, chats=None, **gate_options):
+        """`chats` are the assistant's models; without them there is no assistant."""
         from bise.server.app import create_app
         from bise.server.batch_worker import BatchWorker
         from bise.server.gate import StoreGate
@@ -53,9 +54,25 @@ class Site:
         self.gate = StoreGate(
             self.store, canonical=lambda name: self.fleet.card(name).spec.name, **gate_options
         )
-        self.app = create_app(self.fleet, self.gate, routers=routers(), hosted=hosted)
+        pages = [] if chats is None else self._pages(chats, hosted)
+        self.app = create_app(self.fleet, self.gate, routers=[*routers(), *pages], hosted=hosted)
+        if pages:
+            self.chats.service = self.app.service
         self.worker = BatchWorker(self.app, self.gate, is_draining=lambda: self.app.service.is_draining)
         self.client_address = "127.0.0.1"
+
+    def _pages(self, chats, hosted):
+        from bise.assistant.accounts import Accounts
+        from bise.server.assistant_app import assistant_routers
+        from bise.server.entry import StorePeople
+        from bise.server.hosted_answers import HostedAnswers
+        from bise.server.metered_models import MeteredModels
+        from bise.server.quota_routes import quota_router
+
+        self.chats = MeteredModels(chats, self.gate, HostedAnswers(hosted))
+        people = StorePeople(self.gate, Accounts(self.store.database))
+        pages = assistant_routers(self.fleet, self.store.database, people, self.chats)
+        return [*pages, quota_router(self.gate, people)]
 
     def key(self, name="k", **fields):
         """Make a key; return (what is known of it, the key)."""

@@ -1,6 +1,9 @@
+import sys
+import types
+
 import pytest
 
-from bise.store.energy import RaplMeter
+from bise.store.energy import MachineMeter, NvmlMeter, RaplMeter
 
 
 def _zone(folder, name, energy, limit=1000):
@@ -29,3 +32,70 @@ def test_a_machine_without_readable_counters_says_so(tmp_path):
     meter = RaplMeter(tmp_path)
     (zone / "energy_uj").unlink()
     assert meter.joules() is None
+
+
+class _Nvml(types.ModuleType):
+    """NVIDIA's library with cards that count from what a test says, in millijoules; None: a card that cannot."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *counts):
+        super().__init__("fake_nvml")
+        self.counts = list(counts)
+
+    def nvmlInit(self):
+        if not self.counts:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self):
+        return len(self.counts)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, card):
+        if self.counts[card] is None:
+            raise self.NVMLError("Not Supported")
+        return self.counts[card]
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    def make(*counts):
+        library = _Nvml(*counts)
+        monkeypatch.setitem(sys.modules, "fake_nvml", library)
+        return library
+
+    return make
+
+
+def test_the_energy_of_all_cards_that_count_it_is_summed(nvml):
+    library = nvml(5000, None, 7000)
+    meter = NvmlMeter("fake_nvml")
+    assert meter.joules() == 0
+    library.counts = [6000, None, 7500]
+    assert meter.joules() == pytest.approx(1.5)
+    library.counts[0] = None
+    assert meter.joules() is None
+
+
+def test_without_the_library_a_driver_or_a_card_there_is_no_energy(nvml):
+    assert NvmlMeter("no_such_library").joules() is None
+    nvml()
+    assert NvmlMeter("fake_nvml").joules() is None
+    nvml(None)
+    assert NvmlMeter("fake_nvml").joules() is None
+
+
+def test_a_machine_adds_up_what_can_be_read_and_names_it(tmp_path, nvml):
+    zone, library = _zone(tmp_path, "intel-rapl:0", 0, 10**9), nvml(1000)
+    meter = MachineMeter({"rapl": RaplMeter(tmp_path), "nvml": NvmlMeter("fake_nvml")})
+    assert meter.sources == ("rapl", "nvml")
+    (zone / "energy_uj").write_text("2000000")
+    library.counts = [4000]
+    assert meter.joules() == pytest.approx(5.0)
+    alone = MachineMeter({"rapl": RaplMeter(tmp_path), "nvml": NvmlMeter("no_such_library")})
+    assert alone.sources == ("rapl",)
+    nothing = MachineMeter({"nvml": NvmlMeter("no_such_library")})
+    assert (nothing.sources, nothing.joules()) == ((), None)

@@ -72,7 +72,7 @@ def command(as_json: bool) -> None:
     Exits with 1 and one line when something is broken.
     """
     findings = Findings()
-    for check in (_software, _processor, _memory, _state, _embedded):
+    for check in (_software, _processor, _memory, _energy, _state, _embedded):
         check(findings)
     if as_json:
         write_json(findings.facts | {"ok": not findings.problems, "problems": findings.problems}, indent=2)
@@ -174,6 +174,14 @@ def _number(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _energy(findings: Findings) -> None:
+    from bise.store.energy import MachineMeter
+
+    sources = MachineMeter().sources
+    told = " and ".join(sources).upper() if sources else "cannot be read (no RAPL counter, no NVML)"
+    findings.tell("energy", told, energy_sources=list(sources))
 
 
 def _state(findings: Findings) -> None:

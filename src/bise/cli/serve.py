@@ -164,6 +164,7 @@ def _serve(
     from bise.server.hosted_answers import HostedAnswers
     from bise.server.limits import HttpLimits
     from bise.server.metered_models import MeteredModels
+    from bise.server.quota_routes import quota_router
     from bise.server.serving import Serving, url_of
     from bise.server.stored import routers
 
@@ -180,7 +181,7 @@ def _serve(
     )
     people = StorePeople(gate, Accounts(store.database))
     models = MeteredModels(FleetModels(fleet), gate, HostedAnswers(hosted))
-    pages = assistant_routers(fleet, store.database, people, models)
+    pages = [*assistant_routers(fleet, store.database, people, models), quota_router(gate, people)]
     app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages], hosted=hosted)
     models.service = app.service
     page = f"{url_of(listener)}/"

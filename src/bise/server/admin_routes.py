@@ -30,6 +30,13 @@ class NewKey(WireModel):
     expires_at: int | None = Field(None, ge=0, le=10**11)
 
 
+class KeyChange(WireModel):
+    """PATCH /v1/admin/keys/{key_id} and /v1/admin/accounts/{account}: a limit that is null is lifted."""
+
+    limits: dict[str, Any] | None = None
+    rules: list[dict[str, Any]] | None = None
+
+
 class NewPrice(WireModel):
     """PUT /v1/admin/prices: amounts are strings, per million tokens."""
 
@@ -79,6 +86,37 @@ async def get_key(request: Request, key_id: str) -> Response:
     """Describe a key."""
     gate, _ = await enter(request, "admin")
     return JSONResponse((await gate.offload(gate.store.keys.get, key_id)).as_json())
+
+
+@router.patch("/v1/admin/keys/{key_id}", **documented(KeyChange, "Change a key's limits.", tag="admin"))
+async def change_key(request: Request, key_id: str) -> Response:
+    """Change some of a key's limits or replace its guardrails, from its next request on."""
+    gate, _ = await enter(request, "admin")
+    body = await read_json(request, KeyChange)
+    await gate.offload(gate.store.keys.get, key_id)
+    rules = None if body.rules is None else rules_from_json(body.rules)
+    return JSONResponse((await gate.offload(gate.store.keys.change, key_id, body.limits, rules)).as_json())
+
+
+@router.get("/v1/admin/accounts", **documented(None, "List accounts and their limits.", tag="admin"))
+async def list_accounts(request: Request) -> Response:
+    """List the accounts of the assistant; `*` stands for all without limits of their own."""
+    gate, _ = await enter(request, "admin")
+    everyone = await gate.offload(gate.store.allowances.everyone)
+    accounts = await gate.offload(gate.store.allowances.list)
+    return JSONResponse({"object": "list", "data": [entry.as_json() for entry in (everyone, *accounts)]})
+
+
+@router.patch(
+    "/v1/admin/accounts/{account}", **documented(KeyChange, "Change an account's limits.", tag="admin")
+)
+async def change_account(request: Request, account: str) -> Response:
+    """Change some of what an account (id, name or `*`) may use."""
+    gate, _ = await enter(request, "admin")
+    body = await read_json(request, KeyChange)
+    rules = None if body.rules is None else rules_from_json(body.rules)
+    changed = await gate.offload(gate.store.allowances.change, account, body.limits, rules)
+    return JSONResponse(changed.as_json())
 
 
 @router.delete("/v1/admin/keys/{key_id}", **documented(None, "Revoke a key.", tag="admin"))

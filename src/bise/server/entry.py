@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from bise.errors import AuthenticationError
-from bise.server.assistant_people import COOKIE, Household, Person
 from bise.server.access import LOCAL_OWNER, Caller
+from bise.server.assistant_people import COOKIE, Household, Person
 from bise.server.gate import PASS_COOKIE
 from bise.server.metered_models import asking
 from bise.server.openapi import documented
@@ -51,14 +51,18 @@ class StorePeople:
         Raises AuthenticationError; NoAccountError where the first account can be made; RateLimitError where an
         answer is asked for and could not begin now.
         """
-        person, caller = await self._who(request)
-        if request.method != "GET":
-            if caller is None:
-                caller = await self._gate.caller_of_account(person.owner, person.name)
-            asking.set(caller)
-            if request.url.path.endswith(ASKS):
-                await self._gate.check(caller)
+        if request.method == "GET":
+            return (await self._who(request))[0]
+        person, caller = await self.known(request)
+        asking.set(caller)
+        if request.scope["path"].endswith(ASKS):
+            await self._gate.check(caller)
         return person
+
+    async def known(self, request: Request) -> tuple[Person, Caller]:
+        """Return who asks and what they may use. Raises AuthenticationError."""
+        person, caller = await self._who(request)
+        return person, caller or await self._gate.caller_of_account(person.owner, person.name)
 
     async def _who(self, request: Request) -> tuple[Person, Caller | None]:
         """Return the person and, unless they have an account, what the gate knows of them."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from bise.errors import (
@@ -29,10 +30,10 @@ from bise.errors import (
 from bise.server.access import LOCAL_OWNER, Access, Caller, is_loopback, presented_key
 from bise.server.metrics import Metrics
 from bise.server.store_ticket import StoreTicket
-from bise.store.energy import RaplMeter, Shares
+from bise.store.energy import MachineMeter, Shares
 from bise.store.keys import KEY_PREFIX, KeyInfo
 from bise.store.ledger import LedgerRow
-from bise.store.limits import Reservation
+from bise.store.limits import UNPLACED, Reservation
 from bise.store.rules import Guard
 from bise.store.secret import keyed_hash
 from bise.store.worker import LEASE_S
@@ -87,7 +88,12 @@ class StoreGate:
         self._access = access
         self._is_local_only = is_local_only
         self._canonical = canonical
-        self._shares = shares or Shares(RaplMeter().joules)
+        meter = MachineMeter()
+        self.energy_sources = meter.sources
+        """What the energy in the ledger was read from; empty where it cannot be read."""
+        self.metrics.tell_energy(meter.sources)
+        logger.info("event=energy sources=%s", "+".join(meter.sources) or "none")
+        self._shares = shares or Shares(meter.joules)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="bise-store")
         self._unwritten: deque[_Unwritten] = deque()
         self._writing_late = threading.Lock()
@@ -165,9 +171,12 @@ class StoreGate:
         endpoint: str,
         request_id: str,
         idempotency_key: str | None = None,
+        is_aside: bool = False,
     ) -> StoreTicket:
         """Let someone in who is known, and return the ticket. Raises PermissionDeniedError for a model that
         the key may not use, RateLimitError, StoreError.
+
+        `is_aside`: nobody asked for it, it belongs to a request; it uses tokens and money, but is no request.
         """
         key = caller.key
         if key is not None and model is not None and not key.allows_model(self._name_of(model)):
@@ -176,7 +185,10 @@ class StoreGate:
         if len(self._unwritten) >= MAX_UNWRITTEN:
             raise StoreError("usage cannot be recorded now; try again soon")
         reservation = None
-        if key is not None:
+        if key is not None and is_aside:
+            await self.check_tokens(caller, model or "", 0, 0)
+            reservation = Reservation(id=UNPLACED, key_id=key.id, requests=None, tokens=None)
+        elif key is not None:
             try:
                 reservation = await self.offload(self.store.limits.reserve, key)
             except RateLimitError:
@@ -213,6 +225,13 @@ class StoreGate:
         except RateLimitError:
             self.metrics.refuse("rate_limit")
             raise
+
+    async def check_tokens(self, caller: Caller, model: str, prompt: int, most: int) -> None:
+        """Raise RateLimitError when `caller` has not so many tokens, or their price, left; books nothing."""
+        if caller.key is not None:
+            cost = await self.offload(self.cost, model, prompt, 0, most)
+            check = partial(self.store.limits.check, is_new=False)
+            await self.offload(check, caller.key, prompt + most, cost or Decimal(0))
 
     def begin_share(self) -> str:
         """Begin to count a request's part of the machine's time and energy; `record` ends it."""
@@ -258,8 +277,8 @@ class StoreGate:
             self.metrics.refuse("rate_limit")
             raise
 
-    def record(self, row: LedgerRow, reservation: Reservation | None, share: str) -> None:
-        """Finish a row (energy, costs), write it and settle the reservation, in one transaction."""
+    def record(self, row: LedgerRow, reservation: Reservation | None, share: str) -> LedgerRow:
+        """Finish a row (energy, costs), write it and settle the reservation, in one transaction; return it."""
         machine_s, energy_j = self._shares.leave(share)
         if reservation is not None:
             self._open.pop(reservation.id, None)
@@ -268,7 +287,7 @@ class StoreGate:
         try:
             row = replace(
                 row,
-                cost=self.cost(row.model, row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+                cost=self._cost_of(row),
                 house_cost=self.store.prices.rates().of(machine_s, energy_j),
             )
             self._write(row, reservation, at)
@@ -277,6 +296,7 @@ class StoreGate:
                 "event=ledger_row_waits request_id=%s waiting=%d", row.request_id, len(self._unwritten) + 1
             )
             self._unwritten.append(_Unwritten(row=row, reservation=reservation, at=at))
+        return row
 
     def write_late(self) -> int:
         """Write rows that wait for the database, oldest first; return how many still wait."""
@@ -285,12 +305,16 @@ class StoreGate:
                 entry = self._unwritten[0]
                 row = entry.row
                 try:
-                    cost = self.cost(row.model, row.prompt_tokens, row.cached_tokens, row.completion_tokens)
-                    self._write(replace(row, cost=cost), entry.reservation, entry.at)
+                    self._write(replace(row, cost=self._cost_of(row)), entry.reservation, entry.at)
                 except StoreError:
                     break
                 self._unwritten.popleft()
             return len(self._unwritten)
+
+    def _cost_of(self, row: LedgerRow) -> Decimal | None:
+        if row.is_free:
+            return Decimal(0)
+        return self.cost(row.model, row.prompt_tokens, row.cached_tokens, row.completion_tokens)
 
     def _write(self, row: LedgerRow, reservation: Reservation | None, at: float) -> None:
         tokens = row.prompt_tokens + row.completion_tokens

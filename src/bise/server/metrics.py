@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -35,6 +35,10 @@ class Metrics:
             "bise_refused", "Requests refused at the gate.", ["reason"], registry=registry
         )
         self._energy = Counter("bise_energy_joules", "Energy of requests.", ["model"], registry=registry)
+        self._energy_sources = Gauge(
+            "bise_energy_source", "1 where this machine's energy can be read from it.", ["source"],
+            registry=registry,
+        )  # fmt: skip
         self._queue = self._histogram("bise_queue_seconds", "Wait before the first step.", _SECONDS)
         self._first = self._histogram(
             "bise_time_to_first_token_seconds", "From admission to the first token.", _SECONDS
@@ -56,6 +60,11 @@ class Metrics:
         Gauge("bise_info", "Version of this server.", ["version"], registry=registry).labels(__version__).set(
             1
         )
+
+    def tell_energy(self, sources: Sequence[str]) -> None:
+        """Tell which counters of energy can be read here."""
+        for name in ("rapl", "nvml"):
+            self._energy_sources.labels(name).set(name in sources)
 
     def count(self, row: LedgerRow) -> None:
         """Count a row that was written to the ledger."""

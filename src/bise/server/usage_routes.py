@@ -38,6 +38,7 @@ async def usage(request: Request) -> Response:
             "object": "list",
             "by": by,
             "currency": rates.currency,
+            "energy_sources": list(gate.energy_sources),
             "data": [group.as_json() for group in groups],
             "total": total.as_json(),
         }

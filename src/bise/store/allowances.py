@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -17,7 +18,14 @@ from sqlalchemy.exc import IntegrityError
 from bise.errors import NotFoundError
 from bise.store.chat_schema import AccountRecord
 from bise.store.database import Database
-from bise.store.keys import ALLOWANCE_PREFIX, KeyInfo, KeyLimits, key_info
+from bise.store.keys import (
+    ALLOWANCE_PREFIX,
+    KeyInfo,
+    KeyLimits,
+    changed_limits,
+    key_info,
+    limits_from_json,
+)
 from bise.store.rules import Rule
 from bise.store.schema import KeyRecord
 
@@ -39,6 +47,19 @@ class AccountLimits:
     is_own: bool
     """False when they are those of everyone."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the account as shown to admins."""
+        return {
+            "id": self.account_id,
+            "object": "account",
+            "name": self.name,
+            "role": self.role,
+            "disabled": self.is_disabled,
+            "limits": self.limits.as_json(),
+            "rules": [rule.as_json() for rule in self.rules],
+            "limits_are_own": self.is_own,
+        }
+
 
 class Allowances:
     """The allowances of the accounts in one database."""
@@ -55,17 +76,21 @@ class Allowances:
         everyone = self._read(_EVERYONE_ID)
         return info if everyone is None else replace(info, limits=everyone.limits, rules=everyone.rules)
 
-    def set(
-        self, account: str, limits: KeyLimits | None = None, rules: Iterable[Rule] | None = None
-    ) -> AccountLimits | None:
-        """Set what an account (its id or name; EVERYONE for all) may use; None leaves limits or rules alone.
+    def change(
+        self,
+        account: str,
+        limits: dict[str, Any] | None = None,
+        rules: Iterable[Rule] | None = None,
+    ) -> AccountLimits:
+        """Change some of what an account (its id or name; EVERYONE for all) may use: a limit that is None is
+        lifted. `rules` replace its guardrails.
 
-        Return the account's, None for EVERYONE's. NotFoundError when there is no such account.
+        Raises NotFoundError when there is no such account, ConfigError for an unknown or a bad limit.
         """
         if account == EVERYONE:
             self._made(_EVERYONE_ID, _EVERYONE_ID, EVERYONE)
             self._write(_EVERYONE_ID, limits, rules)
-            return None
+            return self.everyone()
         record = self._account(account)
         self._made(_id_of(record.id), record.id, record.name)
         self._write(_id_of(record.id), limits, rules)
@@ -81,10 +106,18 @@ class Allowances:
             records = session.scalars(select(AccountRecord).order_by(AccountRecord.name)).all()
         return [self._of(record) for record in records]
 
-    def everyone(self) -> KeyLimits:
-        """Return the limits of accounts without limits of their own."""
+    def everyone(self) -> AccountLimits:
+        """Return what accounts without limits of their own may use."""
         info = self._read(_EVERYONE_ID)
-        return KeyLimits() if info is None else info.limits
+        return AccountLimits(
+            account_id=EVERYONE,
+            name=EVERYONE,
+            role="",
+            is_disabled=False,
+            limits=KeyLimits() if info is None else info.limits,
+            rules=() if info is None else info.rules,
+            is_own=info is not None,
+        )
 
     def _of(self, record: AccountRecord) -> AccountLimits:
         own = self._read(_id_of(record.id))
@@ -142,11 +175,11 @@ class Allowances:
             expires_at=None,
         )
 
-    def _write(self, allowance_id: str, limits: KeyLimits | None, rules: Iterable[Rule] | None) -> None:
+    def _write(self, allowance_id: str, limits: dict[str, Any] | None, rules: Iterable[Rule] | None) -> None:
         with self._database.writing() as session:
             record = session.get_one(KeyRecord, allowance_id)
             if limits is not None:
-                record.limits = limits.as_json()
+                record.limits = changed_limits(limits_from_json(record.limits), limits).as_json()
             if rules is not None:
                 record.rules = [rule.as_json() for rule in rules]
 

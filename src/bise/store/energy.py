@@ -1,15 +1,18 @@
-"""Energy and machine time, shared out among the requests that run at the same time so that shares add up."""
+"""Energy (RAPL, NVML) and machine time, shared out among the requests that run at the same time so that shares add up."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
 POWERCAP = Path("/sys/class/powercap")
 MICRO = 1e-6
+MILLI = 1e-3
 
 
 class RaplMeter:
@@ -43,6 +46,71 @@ class RaplMeter:
             self._total += (now - self._last[index]) % (limit + 1)
             self._last[index] = now
         return self._total * MICRO
+
+
+class NvmlMeter:
+    """The energy counters of NVIDIA's graphics cards, through its own library (`pip install nvidia-ml-py`)."""
+
+    def __init__(self, module: str = "pynvml") -> None:
+        """Find the cards that count their energy; where the library or a driver is missing there are none."""
+        self._nvml: Any = None
+        self._cards: list[Any] = []
+        self._first = 0
+        try:
+            nvml: Any = import_module(module)
+            nvml.nvmlInit()
+        except Exception:  # the library's own errors exist only where it does
+            return
+        self._nvml = nvml
+        for index in range(int(nvml.nvmlDeviceGetCount())):
+            try:
+                card = nvml.nvmlDeviceGetHandleByIndex(index)
+                self._first += int(nvml.nvmlDeviceGetTotalEnergyConsumption(card))
+            except nvml.NVMLError:  # older than Volta, or not ours to read
+                continue
+            self._cards.append(card)
+
+    def joules(self) -> float | None:
+        """Return the energy used since this meter was made; None where it cannot be read."""
+        if not self._cards:
+            return None
+        try:
+            read = self._nvml.nvmlDeviceGetTotalEnergyConsumption
+            return (sum(int(read(card)) for card in self._cards) - self._first) * MILLI
+        except self._nvml.NVMLError:
+            return None
+
+
+class Meter(Protocol):
+    """Counts energy."""
+
+    def joules(self) -> float | None:
+        """Return the energy used since the meter was made; None where it cannot be read."""
+        ...
+
+
+class MachineMeter:
+    """All of this machine's energy that can be read."""
+
+    def __init__(self, meters: Mapping[str, Meter] | None = None) -> None:
+        """Take meters by name; by default the processors' and the graphics cards'."""
+        found = {"rapl": RaplMeter(), "nvml": NvmlMeter()} if meters is None else meters
+        self._meters = {name: meter for name, meter in found.items() if meter.joules() is not None}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What can be read: rapl, nvml, both or nothing."""
+        return tuple(self._meters)
+
+    def joules(self) -> float | None:
+        """Return the energy used since this meter was made; None where nothing can be read, or not now."""
+        total = 0.0
+        for meter in self._meters.values():
+            value = meter.joules()
+            if value is None:
+                return None
+            total += value
+        return total if self._meters else None
 
 
 def _read(zone: Path) -> int:

@@ -71,7 +71,8 @@ class Files:
     ) -> None:
         """Take a folder of our own (BISE_HOME/files by default) and clear what killed uploads left in it."""
         self._database = database
-        self._folder = state_directory("files") if folder is None else folder
+        self.folder = state_directory("files") if folder is None else folder
+        """Where contents lie, each under its id."""
         self._clock = clock
         self.max_bytes = max_bytes
         self._sweep()
@@ -108,7 +109,7 @@ class Files:
         RequestError when there are more than `max_bytes`, StoreError when the disk does not take them.
         """
         file_id = str(uuid.uuid4())
-        draft = self._folder / f"{file_id}.tmp"
+        draft = self.folder / f"{file_id}.tmp"
         digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
         try:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -124,7 +125,7 @@ class Files:
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.rename(self._path(file_id))
-            sync_directory(self._folder)
+            sync_directory(self.folder)
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise StoreError(f"the file cannot be stored: {error.strerror or error}") from error
@@ -276,12 +277,12 @@ class Files:
 
     def _path(self, file_id: str) -> Path:
         # Ids come from our own database, but a path made from anything else must be impossible.
-        return self._folder / str(uuid.UUID(file_id))
+        return self.folder / str(uuid.UUID(file_id))
 
     def _sweep(self) -> None:
         with self._database.reading() as session:
             known = set(session.scalars(select(FileRecord.id)))
-        for path in self._folder.iterdir():
+        for path in self.folder.iterdir():
             try:
                 age = time.time() - path.stat().st_mtime
             except FileNotFoundError:

@@ -22,7 +22,7 @@ from bise.store.secret import keyed_hash
 
 KEY_PREFIX = "bise-"
 ALLOWANCE_PREFIX = "acc_"
-"""Ids of the allowances of accounts, which stand among the keys and open nothing; see `bise.store.allowances`."""
+"""Ids of the allowances of accounts, which stand among the keys and open nothing (`bise.store.allowances`)."""
 KEY_BYTES = 32
 """Random bytes of a key: 256 bits."""
 MAX_KEY_LENGTH = 200
@@ -84,6 +84,14 @@ def limits_from_json(values: dict[str, Any]) -> KeyLimits:
     if "money_per_month" in values:
         values["money_per_month"] = amount("money_per_month", values["money_per_month"])
     return KeyLimits(**values)
+
+
+def changed_limits(limits: KeyLimits, changes: dict[str, Any]) -> KeyLimits:
+    """Return limits with some of them changed; None lifts one. ConfigError for an unknown or a bad field."""
+    merged = limits.as_json() | changes
+    if merged.get("priority", 0) is None:
+        merged["priority"] = 0
+    return limits_from_json(merged)
 
 
 def amount(name: str, value: object) -> Decimal:
@@ -252,16 +260,20 @@ class Keys:
             return key_info(record)
 
     def change(
-        self, id_or_name: str, limits: KeyLimits | None = None, rules: Iterable[Rule] | None = None
+        self,
+        id_or_name: str,
+        limits: dict[str, Any] | None = None,
+        rules: Iterable[Rule] | None = None,
     ) -> KeyInfo:
-        """Change a key's limits or guardrails; None leaves them alone. They count from its next request on.
+        """Change some of a key's limits (a limit that is None is lifted) or replace its guardrails, from its
+        next request on.
 
-        Raises as `revoke` does.
+        Raises as `revoke` does, and ConfigError for an unknown or a bad limit.
         """
         with self._database.writing() as session:
             record = _named(session, id_or_name)
             if limits is not None:
-                record.limits = limits.as_json()
+                record.limits = changed_limits(limits_from_json(record.limits), limits).as_json()
             if rules is not None:
                 record.rules = [rule.as_json() for rule in rules]
             return key_info(record)

@@ -51,6 +51,10 @@ class Reservation:
     """Tokens that are set aside for it."""
 
 
+UNPLACED = ""
+"""Id of the reservation of what belongs to a request and is none itself, such as a conversation's title."""
+
+
 class Limits:
     """Reserves and settles for the keys of one database."""
 
@@ -101,8 +105,8 @@ class Limits:
         """Reserve tokens and money for a request that holds a place without any yet.
 
         A request that can do with fewer says so: of `tokens` at least `least` are booked, as many as the key
-        has left, and each one less costs `token_cost` less. Raises RateLimitError when a limit forbids it; the
-        place is then given up and counts for nothing.
+        has left, and each one less costs `token_cost` less. Raises RateLimitError when a limit forbids it;
+        the place is then given up and counts for nothing.
         """
         now = self._clock()
         refusal: RateLimitError | None = None
@@ -125,12 +129,31 @@ class Limits:
             raise refusal
         return state.reservation(reservation.id, tokens, num_new=0)
 
-    def check(self, key: KeyInfo) -> None:
-        """Raise RateLimitError when the key could not begin a request now; reserves nothing."""
+    def check(
+        self, key: KeyInfo, tokens: int = 0, cost: Decimal = Decimal(0), *, is_new: bool = True
+    ) -> None:
+        """Raise RateLimitError when the key could not begin a request now; reserves nothing.
+
+        Without `is_new` only tokens and money are looked at, not the number of requests.
+        """
         now = self._clock()
         with self._database.writing() as session:
             _lock(session, key.id)
-            self._state(session, key, now).check(0, Decimal(0), is_new=True)
+            self._state(session, key, now).check(tokens, cost, is_new=is_new)
+
+    def used(self, key: KeyInfo) -> dict[str, str | int]:
+        """Return what counts against each of a key's limits now; money as a string."""
+        now = self._clock()
+        with self._database.writing() as session:
+            _lock(session, key.id)
+            state = self._state(session, key, now)
+        return {
+            "requests_per_minute": len(state.recent),
+            "tokens_per_minute": sum(tokens for _, tokens in state.recent),
+            "tokens_per_day": state.day_tokens,
+            "money_per_month": f"{state.month_cost:f}",
+            "concurrency": state.num_open,
+        }
 
     def settle(
         self,
@@ -144,7 +167,8 @@ class Limits:
     ) -> None:
         """Replace what was reserved by what was used, inside the caller's transaction.
 
-        A request that is not billed, because it repeats another, still counts against the minute.
+        A request that is not billed, because it repeats another, still counts against the minute; what has no
+        place (UNPLACED) counts against days and months alone.
         """
         now = self._clock() if at is None else at
         _lock(session, reservation.key_id)

@@ -134,7 +134,7 @@ class Guard:
         return None
 
     def broken_between(self, before: str, text: str, after: str) -> str | None:
-        """Return the name of the first rule for answers that `text` breaks, alone or together with what stands
+        """Return the name of the first rule for answers that `text` breaks, alone or together with what is
         around it; what lies in `before` or `after` alone is not the answer's doing.
         """
         whole = f"{before}{text}{after}"
