@@ -8,6 +8,7 @@ from bise.errors import RequestError
 from bise.grammar import compiler
 from bise.grammar.automaton import ByteMachine
 from bise.grammar.follower import Follower
+from bise.grammar.pattern import parse_pattern
 from bise.grammar.spec import GrammarSpec
 
 NESTED = GrammarSpec.json_schema(
@@ -142,3 +143,14 @@ def test_an_automaton_with_more_states_than_are_kept_goes_on(monkeypatch, letter
     made = letters(GrammarSpec.regex(pattern))
     for text in made.some(6, room=12):
         assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    "written", [r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", r"[^\w]", r"[^\s\d]", r"[^\W_]", "."]
+)
+def test_a_class_holds_only_characters_that_python_counts_in_as_well(written):
+    node = parse_pattern(written, "regex")
+    assert node.ranges
+    for low, high in node.ranges:
+        for point in range(low, high + 1):
+            assert re.fullmatch(written, chr(point)), hex(point)

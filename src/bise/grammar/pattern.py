@@ -1,7 +1,8 @@
 """Patterns as people write them (ECMAScript's and Python's common ground) to expressions.
 
 Takes time linear in the pattern and evaluates nothing: what has no place in a regular language, or means
-different things in the two dialects, is refused.
+different things in the two dialects, is refused. Of classes such as \\W it keeps the characters on which both
+agree, so that an output matches whoever reads the pattern.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bise.grammar.regex import (
     Repeat,
     Seq,
     alt,
+    common,
     complement,
     ranges,
     size,
@@ -33,10 +35,23 @@ MAX_SIZE = 20_000
 """Sets of characters in a pattern at most, repetitions written out."""
 _MAX_DEPTH = 50
 _MAX_COUNT = 1_000_000
+_NO_DIGITS: Ranges = (
+    (0, 0x2F), (0x3A, 0x65F), (0x2000, 0xA61F), (0xAC00, 0xD7FF), (0xE000, 0xFEFF), (0x1F300, 0x1F64F),
+)  # fmt: skip
+"""Characters that are a digit to nobody: rather too few than one that a later Unicode makes one."""
+_NO_WORD: Ranges = (
+    (0, 0x2F), (0x3A, 0x40), (0x5B, 0x5E), (0x60, 0x60), (0x7B, 0x7F), (0xA1, 0xA9), (0xAB, 0xB1),
+    (0xB4, 0xB4), (0xB6, 0xB8), (0xBB, 0xBB), (0xBF, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x2027),
+    (0x2030, 0x205E), (0x20A0, 0x20BF), (0x2190, 0x23FF), (0x2500, 0x26FF), (0x3001, 0x3004),
+    (0x3008, 0x3020), (0x1F300, 0x1F64F),
+)  # fmt: skip
+"""Likewise no letter, digit or underscore."""
+_PYTHON_SPACE = ranges([(9, 13), (0x1C, 0x20), (0x85, 0x85), *ECMA_SPACE[2:-1]])
 _CLASSES: dict[str, Ranges] = {
-    "d": DIGITS, "w": WORD, "s": ECMA_SPACE,
-    "D": complement(DIGITS), "W": complement(WORD), "S": complement(ECMA_SPACE),
+    "d": DIGITS, "D": _NO_DIGITS, "w": WORD, "W": _NO_WORD,
+    "s": common(ECMA_SPACE, _PYTHON_SPACE), "S": complement(ranges([*ECMA_SPACE, *_PYTHON_SPACE])),
 }  # fmt: skip
+"""Per class what is in it by ECMAScript and by Python."""
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 _NOT_NEWLINE = complement(ranges([(10, 10), (13, 13), (0x2028, 0x2029)]))
 _COUNTS = re.compile(r"\{(\d{1,9})(?:(,)(\d{1,9})?)?\}")
@@ -162,11 +177,12 @@ class _Parser:
             self._at = match.end()
         return match is not None
 
-    def _escape(self, *, in_class: bool) -> Ranges:
+    def _escape(self, *, in_class: bool, is_negated: bool = False) -> Ranges:
         letter = self._next()
         self._at += 1
         if letter in _CLASSES:
-            return _CLASSES[letter]
+            # What is in a class by one of them alone must go as well where the rest is what counts.
+            return complement(_CLASSES[letter.swapcase()]) if is_negated else _CLASSES[letter]
         if letter == "b" and in_class:
             return ((8, 8),)
         if letter == "0" and self._next().isdigit():
@@ -204,10 +220,10 @@ class _Parser:
         while not self._take("]"):
             if self._at >= len(self._text):
                 self._refuse("has a [ without a ]")
-            members = self._class_member()
+            members = self._class_member(is_negated=negated)
             if self._next() == "-" and self._text[self._at + 1 : self._at + 2] not in ("]", ""):
                 self._at += 1
-                last = self._class_member()
+                last = self._class_member(is_negated=negated)
                 if not (_is_single(members) and _is_single(last)) or last[0][0] < members[0][0]:
                     self._refuse("has a range in a class that is no range")
                 members = ((members[0][0], last[0][0]),)
@@ -215,11 +231,11 @@ class _Parser:
         chars = ranges(pairs)
         return complement(chars) if negated else chars
 
-    def _class_member(self) -> Ranges:
+    def _class_member(self, *, is_negated: bool) -> Ranges:
         letter = self._next()
         self._at += 1
         if letter == "\\":
-            return self._escape(in_class=True)
+            return self._escape(in_class=True, is_negated=is_negated)
         if letter == "[" and self._next() in (":", "."):
             self._refuse("has a POSIX class; write the characters")
         return ((ord(letter), ord(letter)),)

@@ -29,6 +29,8 @@ _SCHEMAS = ("additionalProperties", "items", "additionalItems", "propertyNames")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "multipleOf")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_VALUES = ("enum", "const", "default", "examples", "example")
+"""Keywords that hold values, in which nothing is a schema."""
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 
@@ -188,21 +190,22 @@ class Document:
         return place
 
     def _find_anchors(self, value: object, pointer: str) -> None:
-        left = [(value, pointer)]
+        left = [(value, pointer, False)]
         while left:
-            value, pointer = left.pop()
+            value, pointer, is_map = left.pop()
             self.budget.spend(1)
             if isinstance(value, list):
-                left += [(item, f"{pointer}/{n}") for n, item in enumerate(cast(list[object], value))]
+                left += [(item, f"{pointer}/{n}", False) for n, item in enumerate(cast(list[object], value))]
             elif isinstance(value, dict):
                 fields = cast(dict[str, object], value)
-                name = fields.get("$anchor")
+                name = None if is_map else fields.get("$anchor")
                 if isinstance(name, str) and name not in self._anchors:
                     self._anchors[name] = pointer
                     self._places[pointer] = fields
                 for key, item in fields.items():
-                    if isinstance(item, dict | list):
-                        left.append((cast(object, item), f"{pointer}/{_escaped(key)}"))
+                    if isinstance(item, dict | list) and (is_map or key not in _VALUES):
+                        is_inner_map = not is_map and key in _MAPS
+                        left.append((cast(object, item), f"{pointer}/{_escaped(key)}", is_inner_map))
 
     # What a keyword may say.
 
