@@ -1,10 +1,11 @@
 """RequestHandle: deltas in order, one end, and what happens when the consumer goes away."""
 
 import asyncio
+from functools import partial
 
 import pytest
 
-from bise.engine.handle import RequestHandle
+from bise.engine.handle import Bell, Bells, RequestHandle
 from bise.engine.request import Delta, FinishReason, Timings, Usage
 from bise.errors import EngineError
 
@@ -101,3 +102,57 @@ def test_pushing_to_a_closed_event_loop_cancels_instead_of_failing():
     caller.handle.push(Delta(text="a"))
     assert caller.num_cancels == 1
     del kept
+
+
+def test_a_listener_is_called_once_for_all_deltas_that_came_together():
+    bells = Bells()
+    handles = [RequestHandle(0, lambda: None, None, bells) for _ in range(3)]
+
+    async def listen() -> tuple[int, list[list[str]]]:
+        calls, texts = 0, [[], [], []]
+
+        def take(index: int) -> None:
+            nonlocal calls
+            calls += 1
+            texts[index] += [delta.text for delta in handles[index].take_ready()]
+
+        for index, handle in enumerate(handles):
+            handle.listen(partial(take, index))
+        wakings = count_wakings(asyncio.get_running_loop())
+        for text in "ab":
+            for handle in handles:
+                await asyncio.to_thread(lambda handle=handle, text=text: handle.push(Delta(text=text)))
+        for handle in handles:
+            handle.push(END)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return len(wakings), texts
+
+    wakings, texts = asyncio.run(listen())
+    assert texts == [["a", "b", "!"]] * 3
+    assert wakings <= 7, "the three last deltas came together, and the loop was woken for each"
+
+
+def count_wakings(loop: asyncio.AbstractEventLoop) -> list[object]:
+    """Return a list that grows with every call of `call_soon_threadsafe` by a bell."""
+    found: list[object] = []
+    original = loop.call_soon_threadsafe
+
+    def counted(callback, *args, **options):
+        if isinstance(getattr(callback, "__self__", None), Bell):
+            found.append(callback)
+        return original(callback, *args, **options)
+
+    loop.call_soon_threadsafe = counted
+    return found
+
+
+def test_a_closed_loop_cancels_the_request_of_a_listener():
+    caller = Caller()
+
+    async def listen() -> None:
+        caller.handle.listen(lambda: None)
+
+    asyncio.run(listen())
+    caller.handle.push(Delta(text="a"))
+    assert caller.num_cancels == 1

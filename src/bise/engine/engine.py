@@ -23,7 +23,7 @@ from bise.engine.adapters import Adapters
 from bise.engine.admission import Admission, Deadlines, Places
 from bise.engine.choice import choose
 from bise.engine.grammar import Grammars
-from bise.engine.handle import RequestHandle
+from bise.engine.handle import Bells, RequestHandle
 from bise.engine.kv_memory import KVMemory, blocks_per_group, checked_context
 from bise.engine.pace import Pace
 from bise.engine.progress import Progress, progress_of
@@ -141,6 +141,7 @@ class Engine:
     def _open(self, threaded: bool) -> None:
         """Begin with an empty inbox, and with a thread that takes it in."""
         self._wake = threading.Condition()
+        self._bells = Bells()
         self._arrived: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._deadlines = Deadlines()
@@ -172,7 +173,7 @@ class Engine:
         """
         sequence, seed = self._admission.prepare(request)
         advance = self.step if self._thread is None else None
-        sequence.handle = RequestHandle(seed, partial(self._cancel, sequence), advance)
+        sequence.handle = RequestHandle(seed, partial(self._cancel, sequence), advance, self._bells)
         sequence.submitted_s = time.perf_counter()
         if request.deadline_s is not None:
             sequence.due_s = self._clock() + request.deadline_s

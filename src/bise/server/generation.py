@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from bise.engine.handle import RequestHandle
 from bise.engine.request import Delta, FinishReason, Timings, Usage
@@ -44,9 +45,8 @@ class Generation:
         """The last delta of each sequence that has ended."""
         self.overrun = False
         """The reader fell so far behind that the request was given up."""
-        self._pumps = [
-            asyncio.create_task(self._pump(index, handle)) for index, handle in enumerate(self._handles)
-        ]
+        for index, handle in enumerate(self._handles):
+            handle.listen(partial(self._take, index, handle))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -61,7 +61,9 @@ class Generation:
     async def close(self) -> None:
         """Abort what still runs and wait until the engine has let it go."""
         self.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        while self._num_open:
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         while True:
@@ -113,16 +115,13 @@ class Generation:
             decode_s=max(entry.decode_s for entry in ended),
         )
 
-    async def _pump(self, index: int, handle: RequestHandle) -> None:
-        try:
-            async for delta in handle:
-                if delta.finish_reason is not None:
-                    self.finals[index] = delta
-                self._put(index, delta)
-                self._arrived.set()
-        finally:
-            self._num_open -= 1
-            self._arrived.set()
+    def _take(self, index: int, handle: RequestHandle) -> None:
+        for delta in handle.take_ready():
+            if delta.finish_reason is not None:
+                self.finals[index] = delta
+                self._num_open -= 1
+            self._put(index, delta)
+        self._arrived.set()
 
     def _put(self, index: int, delta: Delta) -> None:
         parts = self._pending[index]

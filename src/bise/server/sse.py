@@ -21,11 +21,12 @@ DONE = b"data: [DONE]\n\n"
 STREAM_FAILED = "bise.stream_failed"
 """Set in the ASGI scope by a stream that had to tell of a failure after its status."""
 _PING = b": ping\n\n"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def event(value: Mapping[str, object], name: str | None = None) -> bytes:
     """Return one event with a JSON object as its data, and an `event:` line when it has a name."""
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    data = _JSON.encode(value)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {data}\n\n".encode()
 
@@ -116,7 +117,8 @@ class _Sender:
         self._send = send
         self._ping_s = ping_s
         self._stalled_s = stalled_s
-        self._last = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
         self._open = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -124,11 +126,17 @@ class _Sender:
         self._open = True
 
     async def send(self, data: bytes) -> None:
-        if self._transport is not None and self._transport.is_closing():
+        transport = self._transport
+        if transport is not None and transport.is_closing():
             raise ClientGoneError
-        self._last = asyncio.get_running_loop().time()
+        self._last = self._loop.time()
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        if transport is not None and not transport.get_write_buffer_size():
+            # Nothing waits to be read, so this cannot block and needs no clock: one per token costs.
+            await self._send(message)
+            return
         async with asyncio.timeout(self._stalled_s):
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            await self._send(message)
 
     async def end(self) -> None:
         self._open = False
@@ -139,7 +147,7 @@ class _Sender:
         """Keep a silent stream alive for proxies and impatient clients."""
         while True:
             await asyncio.sleep(self._ping_s)
-            if self._open and asyncio.get_running_loop().time() - self._last >= self._ping_s:
+            if self._open and self._loop.time() - self._last >= self._ping_s:
                 with contextlib.suppress(
                     TimeoutError, ClientGoneError
                 ):  # the stream's own sends notice that, too
