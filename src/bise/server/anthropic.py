@@ -12,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bise.engine.request import Delta, Usage
-from bise.server.anthropic_schema import MessageCountRequest, MessagesRequest
+from bise.server.anthropic_schema import NAMES, MessageCountRequest, MessagesRequest
 from bise.server.blocks import Block, Blocks, Change, Kind
 from bise.server.body import read_json
 from bise.server.chat import ChatOptions, dropped_body, plan_chat
-from bise.server.conversation import prepared
-from bise.server.fitting import encoded
+from bise.server.chat_schema import ChatRequest
+from bise.server.counting import answer_count
+from bise.server.faults import spoken_as
 from bise.server.openapi import documented
 from bise.server.problem import as_api_error, error_body
 from bise.server.reading import Reader
@@ -34,8 +35,9 @@ async def create_message(request: Request) -> Response:
     body = await read_json(request, MessagesRequest)
     job = await service.open(request, model=body.model)
     try:
-        plan = await service.offload(plan_chat, job, body.chat(), ChatOptions())
-        generation = await job.start(plan.requests)
+        with spoken_as(NAMES):
+            plan = await service.offload(plan_chat, job, body.chat(), ChatOptions())
+            generation = await job.start(plan.requests)
         answer = MessageAnswer(job, plan.reading.reader(job.loaded.tokenizer, generation.seeds[0]))
         if body.stream:
             return EventStream(
@@ -50,15 +52,13 @@ async def create_message(request: Request) -> Response:
 @router.post("/v1/messages/count_tokens", **documented(MessageCountRequest, "Count tokens (Anthropic form)."))
 async def count_tokens(request: Request) -> Response:
     """Return how many tokens messages have."""
-    service: Service = request.app.state.service
     body = await read_json(request, MessageCountRequest)
-    job = await service.open(request, model=body.model, scope="read")
-    try:
-        chat = body.as_chat()
-        ids = await service.offload(encoded, job, prepared(chat.messages), chat.tools)
-        return job.answer({"input_tokens": len(ids)})
-    finally:
-        await job.finish("stop")
+
+    async def chat(_: Job) -> ChatRequest:
+        return body.as_chat()
+
+    with spoken_as(NAMES):
+        return await answer_count(request, body.model, chat, lambda count: {"input_tokens": count})
 
 
 class MessageAnswer:

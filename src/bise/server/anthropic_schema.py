@@ -15,6 +15,15 @@ from bise.server.conversation import Message
 from bise.server.fields import RunFields, StopString
 from bise.server.limits import MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
 
+NAMES = (
+    (r"tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
+    (r"tools\[(\d+)\]\.function\.", r"tools[\1]."),
+    (r"tool_choice\.function\.", "tool_choice."),
+    (r"reasoning_effort", "thinking"),
+    (r"\bmessages\[\d+\]", "messages"),
+)
+"""What the fields of the chat request are called here, for refusals."""
+
 _EFFORTS = {"enabled": "medium", "adaptive": None, "disabled": "none"}
 _TOOL_FIELDS = ("type", "name", "description", "input_schema", "strict", "cache_control")
 

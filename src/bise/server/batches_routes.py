@@ -18,6 +18,7 @@ from bise.server.files_routes import list_body
 from bise.server.gate import StoreGate
 from bise.server.openapi import documented
 from bise.server.stored import choice_argument, enter, only_arguments, page_arguments, text_argument
+from bise.store.batch_lines import MAX_CUSTOM_ID
 from bise.store.batches import Batch, check_details
 
 router = APIRouter()
@@ -51,7 +52,7 @@ _JOB_ARGUMENTS = (
 class InlineRequest(WireModel):
     """One request of a job that brings its requests along."""
 
-    custom_id: str | None = None
+    custom_id: str | None = Field(None, max_length=MAX_CUSTOM_ID)
     body: dict[str, Any]
 
 
@@ -94,6 +95,7 @@ async def create_job(request: Request) -> Response:
         raise RequestError("agents are not part of this server", field="agent_id")
     if bool(body.input_files) == bool(body.requests):
         raise RequestError("give either input_files or requests", field="input_files")
+    _check_ids(body.requests or [])
     files = body.input_files or [await _store_inline(gate, caller, body.requests or [])]
     batch = await _create(
         gate,
@@ -279,6 +281,17 @@ async def _store_inline(gate: StoreGate, caller: Caller, requests: list[InlineRe
     )
     file = await gate.offload(gate.store.files.create, caller.owner, "inline_requests.jsonl", "batch", lines)
     return file.id
+
+
+def _check_ids(requests: list[InlineRequest]) -> None:
+    seen: set[str] = set()
+    for index, entry in enumerate(requests):
+        if entry.custom_id in seen:
+            raise RequestError(
+                f"requests[{index}].custom_id is given twice: {entry.custom_id[:64]!r}", field="requests"
+            )
+        if entry.custom_id is not None:
+            seen.add(entry.custom_id)
 
 
 def _check_endpoint(endpoint: str) -> None:

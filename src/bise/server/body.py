@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from bise.errors import ModelFileError
 from bise.jsonfile import parse_json
+from bise.server.faults import fault
 from bise.server.problem import ApiError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def validate(value: object, model: type[M]) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
+        errors = error.errors(include_url=False)
         field = errors[0]["loc"][:1]
         # A field of several types has an error for each: the one of the type that was meant says most.
         first = max(
@@ -142,13 +143,12 @@ def validate(value: object, model: type[M]) -> M:
         place = _place(first["loc"])
         others = len({entry["loc"][:1] for entry in errors}) - 1
         more = f" (and {others} more fields)" if others else ""
-        text = first["msg"].removeprefix("Value error, ")
-        raise ApiError(
-            400,
-            f"{place}: {text}{more}" if place else f"{text}{more}",
-            code="invalid_request",
-            param=place or None,
-        ) from None
+        text = fault(first)
+        if not place:  # two fields that contradict each other: the message begins with the first one
+            name = text.split(" ")[0]
+            param = name if name in model.model_fields else None
+            raise ApiError(400, f"{text}{more}", code="invalid_request", param=param) from None
+        raise ApiError(400, f"{place} {text}{more}", code="invalid_request", param=place) from None
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

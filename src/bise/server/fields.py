@@ -149,18 +149,25 @@ class SamplingFields(RunFields):
         )
 
 
+class TextPart(PartModel):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Prediction(PartModel):
     """What the answer will probably be; makes it come faster, never different."""
 
     type: Literal["content"] = "content"
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[TextPart]
 
     @property
     def text(self) -> str:
         """The predicted text."""
         if isinstance(self.content, list):
-            return "".join(str(part.get("text", "")) for part in self.content)
-        return self.content or ""
+            return "".join(part.text for part in self.content)
+        return self.content
 
 
 def text_of_parts(parts: Sequence[dict[str, Any]]) -> str:

@@ -16,13 +16,15 @@ from bise.errors import NotFoundError, RequestError
 from bise.server.blocks import Block, Blocks, Change, Kind
 from bise.server.body import read_json
 from bise.server.chat import ChatOptions, dropped_body, plan_chat
-from bise.server.conversation import Message, prepared
-from bise.server.fitting import encoded
+from bise.server.chat_schema import ChatRequest
+from bise.server.conversation import Message
+from bise.server.counting import answer_count
+from bise.server.faults import spoken_as
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.problem import ApiError, as_api_error
 from bise.server.reading import Reader
-from bise.server.responses_schema import ResponsesRequest, check_include
+from bise.server.responses_schema import NAMES, ResponsesRequest, check_include
 from bise.server.service import Job, Service
 from bise.server.shelf import Shelf
 from bise.server.sse import EventStream, event
@@ -40,10 +42,11 @@ async def create_response(request: Request) -> Response:
     job = await service.open(request, model=body.model)
     try:
         messages = [*await _earlier(request, job, body), *body.new_messages()]
-        chat = body.as_chat(messages)
         rivals = (body.top_logprobs or 0) if body.wants_logprobs else None
-        plan = await service.offload(plan_chat, job, chat, ChatOptions(rivals=rivals))
-        generation = await job.start(plan.requests)
+        with spoken_as(NAMES):
+            chat = body.as_chat(messages)
+            plan = await service.offload(plan_chat, job, chat, ChatOptions(rivals=rivals))
+            generation = await job.start(plan.requests)
         answer = ResponseAnswer(
             job,
             body,
@@ -64,15 +67,18 @@ async def create_response(request: Request) -> Response:
 @router.post("/v1/responses/input_tokens", **documented(ResponsesRequest, "Count an input's tokens."))
 async def count_input_tokens(request: Request) -> Response:
     """Return how many tokens an input has."""
-    service: Service = request.app.state.service
     body = await read_json(request, ResponsesRequest)
-    job = await service.open(request, model=body.model, scope="read")
-    try:
-        chat = body.as_chat([*await _earlier(request, job, body), *body.new_messages()])
-        ids = await service.offload(encoded, job, prepared(chat.messages), chat.tools)
-        return job.answer({"object": "response.input_tokens", "input_tokens": len(ids)})
-    finally:
-        await job.finish("stop")
+
+    async def chat(job: Job) -> ChatRequest:
+        return body.as_chat([*await _earlier(request, job, body), *body.new_messages()])
+
+    with spoken_as(NAMES):
+        return await answer_count(
+            request,
+            body.model,
+            chat,
+            lambda count: {"object": "response.input_tokens", "input_tokens": count},
+        )
 
 
 @router.get("/v1/responses/{response_id}", **documented(None, "Read a stored response."))

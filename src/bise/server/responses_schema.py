@@ -27,6 +27,18 @@ _ITEM_FIELDS = {
 """What each kind of input item may say; ids, status and phase of earlier answers change nothing."""
 
 
+NAMES = (
+    (r"response_format(\.json_schema)?", "text.format"),
+    (r"\bmax_tokens", "max_output_tokens"),
+    (r"reasoning_effort", "reasoning.effort"),
+    (r"tools\[(\d+)\]\.function\.", r"tools[\1]."),
+    (r"tool_choice\.function\.", "tool_choice."),
+    (r"\bmessages\[\d+\]", "input"),
+    (r"\btruncate\b", "truncation"),
+)
+"""What the fields of the chat request are called here, for refusals."""
+
+
 class TextOptions(PartModel):
     """The form of the answer."""
 
@@ -152,7 +164,7 @@ def check_include(names: Sequence[str]) -> None:
 
 def _add_item(messages: list[Message], item: Mapping[str, Any], place: str) -> None:
     kind = item.get("type", "message")
-    if kind in _ITEM_FIELDS:
+    if isinstance(kind, str) and kind in _ITEM_FIELDS:
         _only(item, _ITEM_FIELDS[kind], place)
     if kind == "message":
         if item.get("role") not in _ROLES:
@@ -242,4 +254,6 @@ def _format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return dict(form)
     names = ("name", "schema", "strict", "description")
     _only(form, ("type", *names), "text.format")
+    if form.get("schema") is None:
+        raise RequestError("text.format.schema is missing; type json_schema needs it", field="text.format")
     return {"type": "json_schema", "json_schema": {n: form[n] for n in names if form.get(n) is not None}}

@@ -248,11 +248,14 @@ def _tool(value: object, place: str) -> ToolSpec:
     parameters = function.get("parameters")
     checked = _object({} if parameters is None else parameters, f"{place}.function.parameters")
     _check_schema(checked, f"{place}.function.parameters")
+    strict = function.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        refuse(f"{place}.function.strict", f"must be true or false, not {kind_of(strict)}")
     return ToolSpec(
         name=_function_name(function, f"{place}.function"),
         description=_string(function, "description", f"{place}.function") or "",
         parameters=checked,
-        strict=function.get("strict") is True,
+        strict=strict is True,
     )
 
 
