@@ -165,7 +165,7 @@ def _serve(
     from bise.server.limits import HttpLimits
     from bise.server.metered_models import MeteredModels
     from bise.server.quota_routes import quota_router
-    from bise.server.serving import Serving, url_of
+    from bise.server.serving import Serving, prepare_process, url_of
     from bise.server.stored import routers
 
     limits = HttpLimits()
@@ -196,6 +196,7 @@ def _serve(
         sys.stdout.flush()
 
     serving = Serving(app, limits=limits, grace_s=values["grace"], on_ready=ready)
+    prepare_process()
     try:
         asyncio.run(serve_all(serving, app, gate, listener))
     finally:

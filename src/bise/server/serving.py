@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,6 +22,25 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _TICK_S = 0.05
+_MAX_FILES = 1 << 16
+_SWITCH_S = 0.0005
+
+
+def prepare_process() -> None:
+    """Set this process up for many connections and two busy threads; for a process that only serves.
+
+    As many files as the system allows, since each connection is one and 1,024 is a usual limit. Whoever waits
+    for the interpreter gets it after half a millisecond instead of five, so that the engine's thread does not
+    hold up the event loop. What was loaded so far stays out of garbage collection: a full one stops everybody
+    for a tenth of a second.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()
 
 
 def bind(host: str, port: int) -> socket.socket:
