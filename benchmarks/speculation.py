@@ -1,14 +1,15 @@
 """Measure what guessing ahead gains on three kinds of output, at the speed of a real model.
 
-    python benchmarks/speculation.py [--shape mistral-7b] [--layers N] [--quant q4] [--threads N] [--rounds 3]
-                                     [--out FILE]
+    python benchmarks/speculation.py [--shape mistral-7b | --embedded] [--layers N] [--quant q4] [--threads N]
+                                     [--rounds 3] [--out FILE]
 
 What is measured, exactly. Every weight of the shape is computed in every step, and decoding is timed by wall
 clock, the prompt excluded. The weights are random, so the model would write noise; therefore the *text* is
 given: after the real computation the scores of the given next token are raised so that it is chosen. Whether
 a guess comes true depends on the text alone, what it costs on the model alone, so this is the speed that a
-trained model of the shape would have if it wrote these texts. The texts are in `speculation_texts/`: article,
-summary, question and answer were written for this benchmark, the code is a file of bise.
+trained model of the shape would have if it wrote these texts. With `--embedded` the weights are those of the
+model that comes with bise, and prompts are cut to its context. The texts are in `speculation_texts/`:
+article, summary, question and answer were written for this benchmark, the code is a file of bise.
 
     summary      prompt: the article; output: its summary, which quotes as summaries do
     edit         prompt: a file; output: the file with a name changed throughout and one method added
@@ -28,6 +29,7 @@ import json
 import random
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,15 +39,20 @@ import numpy as np
 
 from bise.bench.report import provenance
 from bise.bench.synthetic import random_weights
-from bise.config import default_threads
+from bise.config import ModelConfig, default_threads
 from bise.engine.engine import Engine
+from bise.engine.load import load_text
 from bise.engine.memory import kv_bytes
 from bise.engine.request import Request, SamplingParams
 from bise.engine.speculation import Speculation
+from bise.hub.embedded import embedded_path
 from bise.kernels.cpu import CpuOps
+from bise.model.checkpoint import open_model
+from bise.model.packed import load_packed
 from bise.model.transformer import Transformer
 from bise.plan import known_shape, shape_source
 from bise.text.mistral_tokenizer import MistralFile, load_mistral_tokenizer
+from bise.text.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).resolve().parent / "speculation_texts"
 CONTEXT = 4096
@@ -80,9 +87,9 @@ class Scripted:
         return scores
 
 
-def workloads(vocab_size: int) -> list[Workload]:
-    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    tokenizer = load_mistral_tokenizer(MistralFile(path=file, kind="spm"), vocab_size)
+def workloads(tokenizer: Tokenizer, vocab_size: int, context: int) -> list[Workload]:
+    """Return the workloads in a model's tokens, prompts cut to what its context leaves for them."""
+    room = context - MOST_TOKENS - 64
 
     def ids(name: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode((TEXTS / name).read_text(encoding="utf-8")))
@@ -100,9 +107,9 @@ def workloads(vocab_size: int) -> list[Workload]:
     ask = tuple(tokenizer.encode("Write a summary of this article."))
     change = tuple(tokenizer.encode("Rename owner to holder in this file, and add a method is_free."))
     return [
-        Workload("summary", (1, *ask, *ids("article.txt")), ids("summary.txt")),
-        Workload("edit", (1, *change, *before), after),
-        Workload("edit+given", (1, *change, *before), after, before),
+        Workload("summary", (1, *ask, *ids("article.txt")[:room]), ids("summary.txt")),
+        Workload("edit", (1, *change, *before[:room]), after),
+        Workload("edit+given", (1, *change, *before[:room]), after, before),
         Workload("chat", (1, *ids("question.txt")), ids("answer.txt")),
         Workload("noise", (1, *noise[:MOST_TOKENS]), noise[MOST_TOKENS:]),
     ]
@@ -148,6 +155,25 @@ def measure(engine: Engine, model: Scripted, work: Workload, rounds: int) -> dic
     }
 
 
+def chosen_model(
+    options: argparse.Namespace, ops: CpuOps
+) -> tuple[ModelConfig, Mapping[str, object], Tokenizer, str]:
+    """Return configuration, weights, tokenizer and name of what is measured."""
+    if options.embedded:
+        source = open_model(embedded_path())
+        packed, _ = load_packed(source, "auto", ops)
+        return source.config, packed.weights(ops), load_text(source)[0], "brise, the embedded one"
+    source = known_shape(options.shape)
+    layers = options.layers or source.config.num_layers
+    config = dataclasses.replace(
+        source.config, num_layers=layers, windows=source.config.windows[:layers], max_context=CONTEXT
+    )
+    weights = random_weights(shape_source(options.shape, config), options.quant, ops).weights(ops)
+    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    tokenizer = load_mistral_tokenizer(MistralFile(path=file, kind="spm"), config.vocab_size)
+    return config, weights, tokenizer, f"{options.shape}, {layers} layers, random {options.quant} weights"
+
+
 def main() -> int:
     """Measure every workload, print a table, write one JSON document."""
     parser = argparse.ArgumentParser(
@@ -156,6 +182,7 @@ def main() -> int:
     parser.add_argument(
         "--shape", default="mistral-7b", help="a known shape with a vocabulary of 32,000 or more"
     )
+    parser.add_argument("--embedded", action="store_true", help="the model that comes with bise")
     parser.add_argument("--layers", type=int, help="so many of its layers")
     parser.add_argument("--quant", default="q4", help="width of the weights")
     parser.add_argument("--kv", default="f16", help="storage of keys and values")
@@ -163,23 +190,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
-    source = known_shape(options.shape)
-    layers = options.layers or source.config.num_layers
     ops = CpuOps(options.threads)
-    config = dataclasses.replace(
-        source.config, num_layers=layers, windows=source.config.windows[:layers], max_context=CONTEXT
-    )
-    weights = random_weights(shape_source(options.shape, config), options.quant, ops).weights(ops)
+    config, weights, tokenizer, name = chosen_model(options, ops)
     model = Scripted(Transformer(config, weights, ops))
     results: list[dict[str, Any]] = []
-    for work in workloads(config.vocab_size):
+    for work in workloads(tokenizer, config.vocab_size, config.max_context):
         engine = Engine(
             model,
             ops,
             config=config,
             tokenizer=None,
             kv_format=options.kv,
-            kv_memory_bytes=kv_bytes(config, CONTEXT, options.kv, 1),
+            kv_memory_bytes=kv_bytes(config, config.max_context, options.kv, 1),
             max_sequences=8,
             speculation=Speculation(),
             threaded=False,
@@ -195,7 +217,7 @@ def main() -> int:
             flush=True,
         )
     document = {
-        "model": f"{options.shape}, {layers} layers, random {options.quant} weights, text given",
+        "model": f"{name}, text given",
         "kv": options.kv,
         **provenance(shlex.join(["python", *sys.argv]), options.threads, ops.isa),
         "results": results,
