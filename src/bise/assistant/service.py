@@ -17,6 +17,7 @@ from sqlalchemy import select
 from bise.assistant.conversations import Conversation, Conversations, checked_params
 from bise.assistant.documents import Document, Documents
 from bise.assistant.events import Hub
+from bise.assistant.left_out import dropped_part, left_out
 from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
 from bise.assistant.personas import Personas
@@ -190,13 +191,18 @@ class Assistant:
         model: str | None = None,
         documents: Sequence[str] = (),
         run: bool = True,
+        keep_from: str | None = None,
     ) -> tuple[Message, Message | None]:
-        """Add a question and start its answer."""
+        """Add a question and start its answer, which reads from the question `keep_from` on where given."""
         shelf = await self.shelf_of(owner, conversation_id)
         conversation = await asyncio.to_thread(shelf.conversations.get, owner, conversation_id)
         name = self.model_facts(model or self._known(conversation.model)).id
         for document in documents:
             await asyncio.to_thread(shelf.documents.get, owner, conversation_id, document)
+        parts: list[dict[str, Any]] = []
+        if keep_from is not None:
+            leading = () if parent_id is None else await self._leading(shelf, owner, parent_id)
+            parts.append(dropped_part(leading, keep_from))
         question, answer, is_new = await asyncio.to_thread(
             lambda: shelf.messages.ask(
                 owner,
@@ -213,7 +219,7 @@ class Assistant:
         if is_new and parent_id is None and not conversation.title:
             await asyncio.to_thread(shelf.conversations.name, owner, conversation_id, first_words(text))
         if is_new and answer is not None:
-            await self._start(shelf, owner, answer)
+            await self._start(shelf, owner, await self._with_parts(shelf, answer, parts))
         return question, None if answer is None else self.live(answer)
 
     async def answer_again(
@@ -232,6 +238,8 @@ class Assistant:
         answer = await asyncio.to_thread(
             lambda: shelf.messages.ask_again(owner, message_id, model=name, params=chosen)
         )
+        parts = [part for part in message.parts if part.get("type") == "dropped"]
+        answer = await self._with_parts(shelf, answer, parts)
         await self._start(shelf, owner, answer, hint=hint)
         return self.live(answer)
 
@@ -320,6 +328,18 @@ class Assistant:
 
     # Inside
 
+    async def _leading(self, shelf: Shelf, owner: str, message_id: str) -> tuple[Message, ...]:
+        """Return a message and those that lead to it, root first."""
+        turn = await asyncio.to_thread(shelf.messages.turn, owner, message_id)
+        return (*turn.history, turn.answer)
+
+    async def _with_parts(self, shelf: Shelf, answer: Message, parts: list[dict[str, Any]]) -> Message:
+        """Give a fresh answer its first parts."""
+        if not parts:
+            return answer
+        await asyncio.to_thread(lambda: shelf.messages.save(answer.id, {"parts": parts}, is_final=False))
+        return replace(answer, parts=tuple(parts))
+
     def _preferences(self, owner: str) -> dict[str, Any]:
         with self._disk.storage.reading() as session:
             return session.scalar(select(PreferenceRecord.value).where(PreferenceRecord.owner == owner)) or {}
@@ -402,7 +422,12 @@ class Assistant:
         system = turn.conversation.system.strip()
         if system:
             messages.append({"role": "system", "content": system})
-        history = [message for message in turn.history if message.role == "user" or message.text]
+        absent = left_out((*turn.history, turn.answer))
+        history = [
+            message
+            for message in turn.history
+            if message.id not in absent and (message.role == "user" or message.text)
+        ]
         texts = [message.text for message in history]
         if hint and texts:
             texts[-1] = f"{texts[-1]}\n\n{hint}"
@@ -417,7 +442,7 @@ class Assistant:
         ]
         if turn.answer.text:
             messages.append({"role": "assistant", "content": turn.answer.text})
-        return messages, sources
+        return _joined(messages), sources
 
     async def _make_title(self, shelf: Shelf, owner: str, turn: Turn, run: Run) -> None:
         """Let the model that answered name the conversation, when it is large enough to."""
@@ -450,6 +475,18 @@ class Assistant:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _joined(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return messages with neighbours of one role as one: imports have them, chat formats do not."""
+    joined: list[dict[str, str]] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            content = f"{joined[-1]['content']}\n\n{message['content']}"
+            joined[-1] = {"role": message["role"], "content": content}
+        else:
+            joined.append(message)
+    return joined
 
 
 def first_words(text: str) -> str:

@@ -104,8 +104,8 @@ class Talk {
     this.#show(page);
   }
 
-  /** Asks; returns false when nothing was sent, so that the text stays where it was typed. */
-  async send(text: string, parent?: string | null, documents: string[] = []): Promise<boolean> {
+  /** Asks, about the messages from `keepFrom` on; false when nothing was sent, so that the text stays where it was typed. */
+  async send(text: string, parent?: string | null, documents: string[] = [], keepFrom: string | null = null): Promise<boolean> {
     if (this.isSending || !text.trim()) return false;
     this.isSending = true;
     notices.failure = null;
@@ -113,7 +113,7 @@ class Talk {
     try {
       const conversation = this.current ?? (await this.create());
       const parentId = parent === undefined ? (this.last?.id ?? null) : parent;
-      const body = { text, parent_id: parentId, client_id: clientId, model: this.model?.id ?? null, documents };
+      const body = { text, parent_id: parentId, client_id: clientId, model: this.model?.id ?? null, documents, ...(keepFrom ? { keep_from: keepFrom } : {}) };
       const asked = await notices.patiently(() =>
         post<{ message: Message; answer: Message }>(`/conversations/${conversation.id}/messages`, body),
       );
