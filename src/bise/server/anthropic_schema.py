@@ -100,6 +100,10 @@ class MessagesRequest(MessageCountRequest, RunFields):
     service_tier: str | None = None
     cache_control: dict[str, Any] | None = None
     """Accepted; prefixes are cached unasked."""
+    diagnostics: dict[str, Any] | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
+    # What would change the answer and cannot be honoured is refused, not ignored.
     container: Absent = None
     context_management: Absent = None
     mcp_servers: Absent = None
