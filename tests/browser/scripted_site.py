@@ -90,7 +90,7 @@ class Thinkers(ScriptedModels):
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
         """Yield thoughts, then the prepared answer."""
         if str(job.messages[-1]["content"]).startswith("think"):
-            for word in "First the pressure, then the mountains.".split():
+            for word in ["First", "the", "pressure,", "then", "the", "mountains."]:
                 yield Piece(thought=f"{word} ", tokens=1)
                 await asyncio.sleep(self.pace_s)
         async for piece in super().stream(job):

@@ -1,11 +1,11 @@
-"""Accounts in a real browser: the first one, signing in, and that a second person sees nothing of the first."""
+"""Accounts in a real browser: the first one, signing in; a second person sees nothing of the first."""
 
 from __future__ import annotations
 
 import pytest
 
 expect = pytest.importorskip("playwright.sync_api").expect
-PASSWORD = "correct horse battery"  # noqa: S105 (of a server that lives for one test)
+PASSWORD = "correct horse battery"
 
 
 def sign_in(page, name, password):

@@ -1,4 +1,4 @@
-"""Folders, several conversations at once, personas, mentions, the palette, compare and import in a real browser."""
+"""Folders, picking several, personas, mentions, thoughts, cost, compare, import: in a real browser."""
 
 from __future__ import annotations
 
@@ -132,7 +132,10 @@ def test_two_models_answer_side_by_side_and_one_is_kept(site, visit, ask):
 def test_an_export_of_another_assistant_comes_in(own_site, visit, tmp_path):
     page = visit(own_site().start().url)
     node = {
-        "a": {"parent": None, "message": {"author": {"role": "user"}, "content": {"parts": ["Old question"]}}},
+        "a": {
+            "parent": None,
+            "message": {"author": {"role": "user"}, "content": {"parts": ["Old question"]}},
+        },
         "b": {
             "parent": "a",
             "message": {"author": {"role": "assistant"}, "content": {"parts": ["An **old** answer"]}},
@@ -159,3 +162,18 @@ def test_the_ribbon_tells_what_fills_the_window(site, visit, ask):
     table.get_by_text("History").wait_for()
     table.get_by_text("First to go when it is full: “How does the bise form?”").wait_for()
     table.get_by_text("reused from the cache").wait_for()
+
+
+def test_a_question_that_does_not_fit_can_go_without_the_oldest_turns(site, visit, ask):
+    page = visit(site.url)
+    long = "word " * 11_000  # 13,750 of the window's 32,768 tokens
+    ask(page, f"first {long}")
+    page.get_by_role("textbox", name="Message").fill(f"second {long}")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("article")).to_have_count(4)
+    page.get_by_role("button", name="Regenerate").wait_for()
+    page.get_by_role("textbox", name="Message").fill(f"third {long}")
+    page.get_by_text("The oldest 2 messages would have to go").first.wait_for()
+    page.get_by_role("button", name="Ask without the oldest turns").click()
+    expect(page.get_by_role("article")).to_have_count(6)
+    page.get_by_text("2 older messages were left out, as you asked").wait_for()

@@ -108,8 +108,8 @@ def test_axe_finds_nothing_serious(site, visit, ask, scheme, width):
     if not source.is_file():
         pytest.skip("axe-core is not installed; make web")
     page = visit(
-        site.url, expects=("404",), color_scheme=scheme, viewport={"width": width, "height": 844}, has_touch=width < 500,
-        is_mobile=width < 500, reduced_motion="reduce",
+        site.url, expects=("404",), color_scheme=scheme, viewport={"width": width, "height": 844},
+        has_touch=width < 500, is_mobile=width < 500, reduced_motion="reduce",
     )  # fmt: skip
 
     def check(place):
