@@ -16,7 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 8, kRegisters = 16;
-  static constexpr bool kShortSums = true, kCentred = true;
+  static constexpr bool kShortSums = true;
   using F = __m256;
   using I = __m256i;
 
@@ -107,22 +107,27 @@ struct R {
   }
   static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
   static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
-  // Codes up to 15: eight pairs fit 16 bits, so a block needs one widening.
-  static I dot16(I acc, I codes, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
-  static I widen16(I x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
-  // Codes below 128: pairs fit 16 bits (2 x 127 x 127 < 2^15), so maddubs does not saturate.
-  static I dot(I acc, I codes, I x) {
-    const I pairs = _mm256_maddubs_epi16(codes, x);
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-  // Codes up to 255 would saturate: the sign of code - 128 moves to x, and 2 x 128 x 127 < 2^15.
-  static I dot_wide(I acc, I codes, I x) {
-    const I centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
-    return dot(acc, _mm256_abs_epi8(centred), _mm256_sign_epi8(x, centred));
-  }
   template <class V>
   static void opaque(V& x) {
     __asm__ volatile("" : "+x"(x));
+  }
+  // Codes up to 15: eight pairs fit 16 bits, so a block needs one widening.
+  // Sums are opaque: gcc would add the products in the order of a tree, and keep them all on the stack for that.
+  static I dot16(I acc, I codes, I x) {
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x));
+    __asm__("" : "+x"(acc));
+    return acc;
+  }
+  template <int W>
+  static I widen16(I x) {
+    return _mm256_madd_epi16(x, _mm256_set1_epi16(W));
+  }
+  // Codes below 128: pairs fit 16 bits (2 x 127 x 127 < 2^15), so maddubs does not saturate.
+  static I dot(I acc, I codes, I x) {
+    const I pairs = _mm256_maddubs_epi16(codes, x);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(acc));
+    return acc;
   }
   static void prefetch_far(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }

@@ -16,7 +16,7 @@ namespace {
 
 struct R {
   static constexpr int L = 16, kRegisters = 32;
-  static constexpr bool kShortSums = false, kCentred = false;
+  static constexpr bool kShortSums = false;
   using F = __m512;
   using I = __m512i;
 
@@ -107,8 +107,10 @@ struct R {
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
   // Nothing to gain from 16-bit sums here (kShortSums); the names must exist.
   static I dot16(I acc, I codes, I x) { return dot(acc, codes, x); }
-  static I widen16(I x) { return x; }
-  static I dot_wide(I acc, I codes, I x) { return dot(acc, codes, x); }
+  template <int W>
+  static I widen16(I x) {
+    return x;
+  }
   template <class V>
   static void opaque(V& x) {
     __asm__ volatile("" : "+v"(x));

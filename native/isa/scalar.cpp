@@ -10,7 +10,7 @@ namespace {
 
 struct R {
   static constexpr int L = 16, kRegisters = 16;
-  static constexpr bool kShortSums = false, kCentred = false;
+  static constexpr bool kShortSums = false;
   struct F {
     float v[16];
   };
@@ -245,8 +245,10 @@ struct R {
   }
   // Nothing to gain from 16-bit sums here (kShortSums); the names must exist.
   static I dot16(const I& acc, const I& codes, const I& x) { return dot(acc, codes, x); }
-  static I widen16(const I& x) { return x; }
-  static I dot_wide(const I& acc, const I& codes, const I& x) { return dot(acc, codes, x); }
+  template <int W>
+  static I widen16(const I& x) {
+    return x;
+  }
   template <class V>
   static void opaque(V& x) {
     __asm__ volatile("" : "+m"(x));

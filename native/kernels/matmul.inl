@@ -17,6 +17,15 @@ struct Bytes8 {
     lo = R::loadi(w + 64 * G);
     hi = R::loadi(w + 64 * (G + 4));
   }
+  // Low and high four bits of the codes of both groups.
+  template <int G>
+  static void nibbles(const uint8_t* w, R::I (&low)[2], R::I (&high)[2]) {
+    for (int half = 0; half < 2; ++half) {
+      const R::I codes = R::loadi(w + 64 * (G + 4 * half));
+      low[half] = R::band(codes, R::set1b(15));
+      high[half] = R::band(R::template shr16<4>(codes), R::set1b(15));
+    }
+  }
 };
 struct Nibbles {
   static constexpr int kBytes = 256;
@@ -33,6 +42,17 @@ struct Codebook : Nibbles {
     Nibbles::pair<G>(w, lo, hi);
     lo = R::lut(R::codebook(), lo);  // codebook + 128, so that codes stay unsigned
     hi = R::lut(R::codebook(), hi);
+  }
+  template <int G>
+  static void nibbles(const uint8_t* w, R::I (&low)[2], R::I (&high)[2]) {
+    const R::I mask = R::set1b(15), lows = R::band(R::codebook(), mask);
+    const R::I highs = R::band(R::template shr16<4>(R::codebook()), mask);
+    R::I codes[2];
+    Nibbles::pair<G>(w, codes[0], codes[1]);
+    for (int half = 0; half < 2; ++half) {
+      low[half] = R::lut(lows, codes[half]);
+      high[half] = R::lut(highs, codes[half]);
+    }
   }
 };
 struct TwoBits {
@@ -126,8 +146,8 @@ struct TwoNibbleScalesAndMins : ByteScaleAndMin {
 };
 
 // A format: its codes, its scales, its zero point and its largest code. Instruction sets without a four-way dot
-// product add codes up to 15 in 16 bits over a block (8 x 2 x 15 x 127 < 2^15) and take 128 from codes above 127 before
-// they multiply (kCentred).
+// product add codes up to 15 in 16 bits over a block (8 x 2 x 15 x 127 < 2^15), and the two nibbles of codes above 127
+// likewise, each on its own (kShortSums).
 template <class CodesT, class ScalesT, int kZeroT, int kMaxT>
 struct Layout {
   using Codes = CodesT;
@@ -181,31 +201,50 @@ template <int kFormat, int MT, int kPanels>
 struct Block {
   using Form = LayoutOf<kFormat>;
   static constexpr int kSubs = Form::Scales::kSubs;
-  // Few rows: two chains of dependent sums instead of one. Integers: the split does not change the result.
-  static constexpr int kChains = kSubs == 2 || MT <= 2 ? 2 : 1;
+  static constexpr bool kSplit = R::kShortSums && Form::kWide;
+  // Two sums instead of one: of two sub-blocks, of low and high nibbles, or for few rows, whose products would wait for
+  // each other. Integers: the split does not change the result.
+  static constexpr int kChains = kSubs == 2 || kSplit || MT <= 2 ? 2 : 1;
 
   template <int G>
   static void add_groups(const uint8_t* const (&w)[kPanels], const uint8_t* a, R::I (&sum)[kPanels][kChains][MT]) {
-    R::I lo[kPanels], hi[kPanels];
-    for (int p = 0; p < kPanels; ++p) Form::Codes::template pair<G>(w[p], lo[p], hi[p]);
-    BISE_UNROLL(8)
-    for (int m = 0; m < MT; ++m) {
-      const int32_t* x = reinterpret_cast<const int32_t*>(a + m * 32);
-      const R::I first = R::set1i(x[G]), second = R::set1i(x[G + 4]);
-      for (int p = 0; p < kPanels; ++p) {
-        R::I& one = sum[p][0][m];
-        R::I& other = sum[p][kChains - 1][m];
-        if constexpr (Form::kShort) {
-          one = R::dot16(one, lo[p], first);
-          other = R::dot16(other, hi[p], second);
-        } else if constexpr (Form::kWide) {
-          one = R::dot_wide(one, lo[p], first);
-          other = R::dot_wide(other, hi[p], second);
-        } else {
-          one = R::dot(one, lo[p], first);
-          other = R::dot(other, hi[p], second);
+    R::I codes[2][kPanels];
+    if constexpr (kSplit) {
+      R::I low[2], high[2];
+      static_assert(kPanels == 1);
+      Form::Codes::template nibbles<G>(w[0], low, high);
+      for (int half = 0; half < 2; ++half) {
+        BISE_UNROLL(8)
+        for (int m = 0; m < MT; ++m) {
+          const R::I x = group(a, m, G + 4 * half);
+          sum[0][0][m] = R::dot16(sum[0][0][m], low[half], x);
+          sum[0][1][m] = R::dot16(sum[0][1][m], high[half], x);
         }
       }
+    } else {
+      for (int p = 0; p < kPanels; ++p) Form::Codes::template pair<G>(w[p], codes[0][p], codes[1][p]);
+      if constexpr (R::kRegisters < 32) {  // one half after the other: fewer registers at a time
+        for (int half = 0; half < 2; ++half) {
+          BISE_UNROLL(8)
+          for (int m = 0; m < MT; ++m) add_row(codes[half], group(a, m, G + 4 * half), sum, half, m);
+        }
+      } else {
+        BISE_UNROLL(8)
+        for (int m = 0; m < MT; ++m)
+          for (int half = 0; half < 2; ++half) add_row(codes[half], group(a, m, G + 4 * half), sum, half, m);
+      }
+    }
+  }
+
+  static R::I group(const uint8_t* a, int m, int g) {
+    return R::set1i(reinterpret_cast<const int32_t*>(a + m * 32)[g]);
+  }
+
+  static BISE_INLINE void add_row(const R::I (&codes)[kPanels], const R::I& x, R::I (&sum)[kPanels][kChains][MT],
+                                  int half, int m) {
+    for (int p = 0; p < kPanels; ++p) {
+      R::I& to = sum[p][half * (kChains - 1)][m];
+      to = Form::kShort ? R::dot16(to, codes[p], x) : R::dot(to, codes[p], x);
     }
   }
 
@@ -217,14 +256,13 @@ struct Block {
     const int32_t* n8lo = reinterpret_cast<const int32_t*>(a + MT * 40);
     const float* ssum = reinterpret_cast<const float*>(a + MT * 44);
     const auto start = [&](int m, int chain) {
-      if constexpr (Form::kWide && R::kCentred) return R::set1i(0);
-      else if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
+      if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
       else return chain ? R::set1i(0) : offset_start<Form::kZero>(n8[m]);
     };
     R::I sum[kPanels][kChains][MT];
     for (int p = 0; p < kPanels; ++p)
       for (int m = 0; m < MT; ++m)
-        for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort ? R::set1i(0) : start(m, c);
+        for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort || kSplit ? R::set1i(0) : start(m, c);
     const uint8_t* codes[kPanels];
     for (int p = 0; p < kPanels; ++p) codes[p] = w[p] + 4 * at;
     add_groups<0>(codes, a, sum);
@@ -236,8 +274,12 @@ struct Block {
       Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], s, min);
       BISE_UNROLL(8)
       for (int m = 0; m < MT; ++m) {
-        if constexpr (Form::kShort)
-          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::addi(start(m, c), R::widen16(sum[p][c][m]));
+        if constexpr (kSplit) {
+          sum[p][0][m] = R::addi(start(m, 0), R::template widen16<1>(sum[p][0][m]));
+          sum[p][1][m] = R::template widen16<16>(sum[p][1][m]);
+        } else if constexpr (Form::kShort) {
+          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::addi(start(m, c), R::template widen16<1>(sum[p][c][m]));
+        }
         const R::F factor = R::set1(scale[m]);
         R::F r = acc[p][m];
         if constexpr (kSubs == 1) {
