@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow identities soak fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
+.PHONY: help web chat test test-slow identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -34,6 +34,9 @@ clients: .venv/.dev ## Drive older clients, litellm and LangChain, each in an en
 
 soak: .venv/.dev ## Run 20,000 small requests, 40 % of them aborted: no block lost, memory flat (5 minutes)
 	@$(BIN)/python tests/robustness/soak.py $(ARGS)
+
+load: .venv/.dev ## Put 32 and 200 streams, then 1,000 idle connections on a server with the embedded model (3 minutes)
+	@$(BIN)/python benchmarks/load.py $(ARGS)
 
 check: .venv/.dev fmt-check lint types layers budget docs-check ## Everything CI checks besides the tests
 

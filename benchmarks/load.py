@@ -34,6 +34,7 @@ from live_servers import LiveServer, bise_server
 from serving_client import Answer, allow_connections, ask, post, quantile
 
 from bise.bench.report import provenance
+from bise.bench.rounds import busy_seconds
 from bise.config import default_threads
 from bise.engine.load import load_model
 from bise.engine.request import Delta, Request, SamplingParams
@@ -146,11 +147,14 @@ async def put_load(server: LiveServer, streams: int, tokens: int, seconds: float
 def streams_entry(server: LiveServer, streams: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return what so many streams gave, beside the engine alone."""
     tokens = options.tokens
+    alone = engine_alone(streams, tokens, min(5.0, options.seconds), options)
     prober = Prober(server.url)
-    cpu, began, own = server.cpu_s, time.perf_counter(), time.process_time()
+    busy, cpu, began, own = busy_seconds(), server.cpu_s, time.perf_counter(), time.process_time()
     answers = asyncio.run(put_load(server, streams, tokens, options.seconds))
     wall, used = time.perf_counter() - began, server.cpu_s - cpu
     client = time.process_time() - own
+    after = busy_seconds()
+    foreign = None if busy is None or after is None else max(0.0, after - busy - used - client) / wall
     lag = prober.stop()
     done = [answer for answer in answers if answer.ended is not None and answer.error is None]
     counts = [(answer.usage or {}).get("completion_tokens", 0) for answer in done]
@@ -160,7 +164,6 @@ def streams_entry(server: LiveServer, streams: int, options: argparse.Namespace)
         for (sooner, _), (later, _) in zip(answer.pieces, answer.pieces[1:], strict=False)
     ]
     firsts = [answer.first_s for answer in done if answer.first_s is not None]
-    alone = engine_alone(streams, tokens, min(5.0, options.seconds), options)
     produced = sum(counts)
     return {
         "streams": streams,
@@ -177,6 +180,7 @@ def streams_entry(server: LiveServer, streams: int, options: argparse.Namespace)
         "gap_max_s": max(gaps, default=None),
         "server_cpu_s_per_token": used / max(1, produced),
         "client_cpu_s_per_token": client / max(1, produced),
+        "foreign_cores": foreign,
         "engine_alone": alone,
         "overhead_cpu_s_per_token": used / max(1, produced) - alone["cpu_s_per_token"],
         "health": lag,

@@ -174,8 +174,22 @@ def chosen_model(
     return config, weights, tokenizer, f"{options.shape}, {layers} layers, random {options.quant} weights"
 
 
+def write(options: argparse.Namespace, name: str, isa: str, results: list[dict[str, Any]]) -> None:
+    """Write the results so far to the file that was asked for."""
+    if options.out is None:
+        return
+    document = {
+        "benchmark": "speculation",
+        "model": f"{name}, text given",
+        "kv": options.kv,
+        **provenance(shlex.join(["python", *sys.argv]), options.threads, isa),
+        "results": results,
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
-    """Measure every workload, print a table, write one JSON document."""
+    """Measure every workload, print a table, write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,6 +223,7 @@ def main() -> int:
         with engine:
             entry = measure(engine, model, work, options.rounds)
         results.append(entry)
+        write(options, name, ops.isa, results)  # kept after every workload
         print(
             f"{entry['workload']:<12}{entry['plain_tokens_per_s']:8.2f} tok/s plain"
             f"{entry['guessing_tokens_per_s']:8.2f} guessing{entry['speed_up']:7.2f}x"
@@ -216,17 +231,6 @@ def main() -> int:
             file=sys.stderr,
             flush=True,
         )
-    document = {
-        "model": f"{name}, text given",
-        "kv": options.kv,
-        **provenance(shlex.join(["python", *sys.argv]), options.threads, ops.isa),
-        "results": results,
-    }
-    text = json.dumps(document, indent=1)
-    if options.out is None:
-        print(text)
-    else:
-        options.out.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
