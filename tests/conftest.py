@@ -4,9 +4,11 @@ pages.
 
 from __future__ import annotations
 
+import os
 import signal
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,11 @@ settings.load_profile("fixed")
 # A shell that starts this in the background ignores Ctrl-C for it and all it starts; programs under test must
 # not inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Without a GPU, kernels run in Triton's interpreter; it asks for that before anything imports triton.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class ByteTokenizer:

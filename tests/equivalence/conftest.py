@@ -132,6 +132,12 @@ def make_engine(backend, ops, model, byte_tokenizer) -> Callable[..., Engine]:
 
 
 @pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], tuple[ModelConfig, dict[str, np.ndarray]]]:
+    """Return a function that gives the configuration and float32 weights of one of `MODELS`."""
+    return lambda name: (tiny_config(name), random_weights(tiny_config(name)))
+
+
+@pytest.fixture(scope="session")
 def cpu_model() -> Callable[[str, str, int], tuple[Transformer, Ops]]:
     """Return a function that gives one of `MODELS` on the cpu backend: (name, weight format, threads)."""
     backend = functools.cache(lambda packed_format: _cpu_backend(packed_format, "f16"))

@@ -41,6 +41,8 @@ class LoadOptions:
     """Directory of a LoRA adapter that every request uses."""
     draft: str | None = None
     """A model that guesses tokens ahead."""
+    device: str = "cpu"
+    dtype: str = "auto"
 
     @property
     def adapter_name(self) -> str | None:
@@ -119,6 +121,28 @@ def kv_option() -> Callable[[F], F]:
     )
 
 
+def device_options(function: F) -> F:
+    """Add --device and --dtype."""
+    decorators = [
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            type=text,
+            metavar="cpu|cuda[:N]|mps",
+            help="Where the model runs; all but cpu need bise[torch].",
+        ),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "f32", "f16", "bf16"]),
+            help="Type of products on a device; with cpu it means PyTorch instead of bise's own kernels.",
+        ),
+    ]
+    return _apply(decorators, function)
+
+
 def load_options(function: F) -> F:
     """Add the options that say how to load a model; `pop_load_options` gathers them."""
     decorators = [
@@ -146,6 +170,7 @@ def load_options(function: F) -> F:
             metavar="MODEL",
             help="A small model of the same vocabulary that guesses ahead; the output is the same, sooner.",
         ),
+        device_options,
     ]
     return _apply(decorators, function)
 
@@ -209,7 +234,10 @@ def _apply(decorators: list[Callable[[F], F]], function: F) -> F:
 def pop_load_options(values: dict[str, Any]) -> LoadOptions:
     """Take the load options out of a command's keyword arguments."""
     return LoadOptions(
-        **{name: values.pop(name) for name in ("quant", "kv", "threads", "context", "adapter", "draft")}
+        **{
+            name: values.pop(name)
+            for name in ("quant", "kv", "threads", "context", "adapter", "draft", "device", "dtype")
+        }
     )
 
 

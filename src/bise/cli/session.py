@@ -23,8 +23,10 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
     from bise.hub.registry import resolve
 
     path = resolve(name)
+    from bise.engine.device import Placement
     from bise.engine.load import load_model
 
+    placement = Placement(options.device, options.dtype)
     with ProgressBar() as bar:
         loaded = load_model(
             path,
@@ -33,6 +35,7 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
             threads=options.threads,
             context=options.context,
             draft=None if options.draft is None else resolve(options.draft),
+            placement=placement,
             progress=bar,
         )
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from bise import __version__
 from bise.cache.pages import plan_num_blocks
 from bise.cache.prefix_file import PrefixFile
 from bise.config import default_threads
 from bise.diskfile import require_inside
+from bise.engine.device import Placement, device_excess, free_bytes, make_ops, place_weights
 from bise.engine.draft_model import DraftModel, check_same_vocabulary
 from bise.engine.engine import Engine
 from bise.engine.memory import (
@@ -32,13 +33,20 @@ from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
 from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
 from bise.model.lora import Adapter, check_base, load_adapter, open_adapter
+from bise.model.pack import plan_packing
 from bise.model.packed import TOKENIZER_FILES, content_hash, load_packed
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
 from bise.text.template import ChatTemplate, load_template, template_from_gguf
 from bise.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
+if TYPE_CHECKING:
+    from bise.kernels.torch import TorchOps
+
 Progress = Callable[[str, float], None]
+
+NATIVE = Placement()
+"""This processor, through the native extension."""
 
 STEP_SECONDS = 0.5
 """What a step should last at most while others wait for it: the gap between two words that a reader bears."""
@@ -108,9 +116,10 @@ def load_model(
     prefix_cache_dir: Path | None = None,
     swap_bytes: int = 0,
     draft: Path | None = None,
+    placement: Placement = NATIVE,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Load the model at `path` and start its engine.
+    """Load the model at `path` and start its engine on the device of `placement`.
 
     `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
     together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
@@ -121,9 +130,13 @@ def load_model(
     mend.
     """
     source = open_model(path)
-    kv_format = checked_kv_format(kv, quant)
-    ops = CpuOps(default_threads() if threads is None else _checked_threads(threads))
-    free = available_memory()
+    kv_format = placement.kv_format(kv, quant)
+    threads = default_threads() if threads is None else _checked_threads(threads)
+    ops: CpuOps | TorchOps = CpuOps(threads) if placement.is_native else make_ops(placement)
+    free = free_bytes(placement)
+    if not isinstance(ops, CpuOps):
+        _require_native(placement, prefix_cache_dir=prefix_cache_dir, swap_bytes=swap_bytes, draft=draft)
+        free = None if free is None else free - device_excess(source, quant, ops)
     guessing = None if draft is None else DraftSource.open(draft)
     if free is not None and guessing is not None:
         free -= guessing.weight_bytes
@@ -140,8 +153,13 @@ def load_model(
     if guessing is not None:
         check_same_vocabulary(load_text(guessing.source)[0], tokenizer, str(draft))
     temperature = suggested_temperature(source.path)
-    packed, notes = load_packed(source, quant, ops, progress)
-    transformer = Transformer(source.config, packed.weights(ops), ops)
+    if isinstance(ops, CpuOps):
+        packed, notes = load_packed(source, quant, ops, progress)
+        weights = packed.weights(ops)
+    else:
+        weights = place_weights(source, quant, ops, threads, progress)
+        notes = () if source.kind == "packed" else plan_packing(source, quant).notes
+    transformer = Transformer(source.config, weights, ops)
     prefix_file = _prefix_file(prefix_cache_dir, source, quant, kv_format)
     engine = Engine(
         transformer,
@@ -157,7 +175,9 @@ def load_model(
         swap_bytes=swap_bytes,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
         speculation=Speculation(
-            draft_model=None if guessing is None else guessing.load(ops, tokens, max_sequences, progress)
+            draft_model=None
+            if guessing is None or not isinstance(ops, CpuOps)
+            else guessing.load(ops, tokens, max_sequences, progress)
         ),
         pace=Pace(STEP_SECONDS),
         threaded=threaded,
@@ -165,6 +185,15 @@ def load_model(
     return LoadedModel(
         source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature, ops
     )
+
+
+def _require_native(placement: Placement, **wanted: object) -> None:
+    """Raise ConfigError for what only the native extension can do so far."""
+    for name, value in wanted.items():
+        if value:
+            raise ConfigError(
+                f"{name} is not there yet on {placement.device} with PyTorch; leave it away", field=name
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Packed panels on a torch device: codes and one scale (and minimum) per group of columns.
 
-The values are those of the panels of the cpu backend (docs/formats.md), taken apart once while a model loads, on
-the device itself: what crosses the bus are the packed bytes. All formats end in one form, so kernels know
-bits per code, columns per group, and whether there is a minimum; nothing of file formats.
+The values are those of the panels of the cpu backend (docs/formats.md), taken apart once while a model
+loads, on the device itself: what crosses the bus are the packed bytes. All formats end in one form, so
+kernels know bits per code, columns per group, and whether there is a minimum; nothing of file formats.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ class PanelFormat:
     """Subtracted from a code."""
     has_min: bool = False
     sub: str = ""
-    """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat), `u8`
-    (a byte), `u8 u8` (scale and minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and
-    minimum in the halves of a byte, one per 16 columns)."""
+    """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
+    `u8 u8` (a byte of scale, a byte of minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2`
+    (scale and minimum in the halves of a byte, one per 16 columns)."""
     codebook: bool = False
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits per code on a device."""
+        return 4 if self.low_bits == 4 and not self.high_bits else 8
 
     @property
     def group(self) -> int:
@@ -76,8 +81,8 @@ _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 class Grouped:
     """A quantised matrix [N, K] on a device; K counts whole groups of 32 columns, padding has value 0.
 
-    value[n, k] = scale[n, k / group] x level(code[n, k]) - minimum[n, k / group], where level(c) is c - `zero`,
-    or the c-th value of `CODEBOOK`.
+    value[n, k] = scale[n, k / group] x level(code[n, k]) - minimum[n, k / group], where level(c) is
+    c - `zero`, or the c-th value of `CODEBOOK`.
     """
 
     codes: Tensor
@@ -110,7 +115,9 @@ class Grouped:
         return replace(self, codes=self.codes[index], scale=self.scale[index], minimum=minimum)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """Return the values [N, K]: formed in float32 with one rounding per operation, then cast to `dtype`."""
+        """Return the values [N, K]: formed in float32 with one rounding per operation, then cast to
+        `dtype`.
+        """
         codes = self.codes
         if self.bits == 4:
             blocks = codes.view(codes.shape[0], -1, 1, BLOCK_COLUMNS // 2)
@@ -140,8 +147,7 @@ def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: T
     low = body[..., : 64 * layout.low_bits]
     high = body[..., 64 * layout.low_bits : 64 * (layout.low_bits + layout.high_bits)]
     tail = body[..., 64 * (layout.low_bits + layout.high_bits) :]
-    bits = 4 if layout.low_bits == 4 and not layout.high_bits else 8
-    if bits == 4:
+    if layout.stored_bits == 4:
         # Bytes [g][row][c] hold columns 4g + c and 16 + 4g + c: already the pairs that are wanted.
         codes = low.reshape(panels, blocks, 4, PANEL_ROWS, 4).permute(0, 3, 1, 2, 4)
     else:
@@ -154,7 +160,7 @@ def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: T
         codes=codes.reshape(panels * PANEL_ROWS, -1)[:num_rows].contiguous(),
         scale=_by_row(scale, num_rows),
         minimum=None if minimum is None else _by_row(minimum, num_rows),
-        bits=bits,
+        bits=layout.stored_bits,
         group=layout.group,
         zero=layout.zero,
         codebook=layout.codebook,
@@ -199,7 +205,9 @@ def _scales(
     per_super = SUPER_COLUMNS // layout.group
     scale = _halves(header[..., :32]).float().repeat_interleave(per_super, 1)
     minimum = _halves(header[..., 32:64]).float().repeat_interleave(per_super, 1) if layout.has_min else None
-    sub = tail.reshape(panels, -1, PANEL_ROWS)  # s8: [P, B, row]; x2: [P, 2B, row]; u8 u8: scale, minimum, ...
+    sub = tail.reshape(
+        panels, -1, PANEL_ROWS
+    )  # s8: [P, B, row]; x2: [P, 2B, row]; u8 u8: scale, minimum, ...
     if layout.sub == "u8 u8":
         assert minimum is not None
         pairs = tail.reshape(panels, blocks, 2, PANEL_ROWS)
@@ -213,3 +221,13 @@ def _scales(
 def _by_row(scales: Tensor, num_rows: int) -> Tensor:
     """Return [P, groups, row] as [N, groups]."""
     return scales.transpose(1, 2).reshape(-1, scales.shape[1])[:num_rows].contiguous()
+
+
+def device_bytes(packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int) -> int:
+    """Return the bytes that a packed matrix takes on a device; floats but f32 take `float_bytes` each."""
+    if packed_format in _FLOATS:
+        return num_rows * num_columns * (4 if packed_format == "f32" else float_bytes)
+    layout = PANEL_FORMATS[packed_format]
+    columns = -(-num_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
+    return num_rows * (columns * layout.stored_bits // 8 + scales)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.kernels import BLOCK_SIZE, AttentionMeta
+from bise.kernels.grouped import PANEL_FORMATS, Grouped, unpack_floats, unpack_panels
 
-Bank = list[tuple[Tensor, Tensor, Tensor]]
+TorchWeight = Tensor | Grouped
+Bank = Sequence[tuple[TorchWeight, TorchWeight, TorchWeight]]
 TorchLora = tuple[Tensor, Tensor, float]
 
 _KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -49,6 +51,18 @@ class TorchOps:
 
     vector = weight
 
+    def packed(
+        self, packed_format: str, num_rows: int, num_columns: int, memory: npt.NDArray[np.uint8]
+    ) -> TorchWeight:
+        """Return the matrix whose panels (docs/formats.md) lie in `memory`, values unchanged.
+
+        Quantised ones stay so and are multiplied out at each use; floats become `dtype`.
+        """
+        panels = torch.as_tensor(memory).to(self.device)
+        if packed_format in PANEL_FORMATS:
+            return unpack_panels(packed_format, num_rows, num_columns, panels)
+        return unpack_floats(packed_format, num_rows, num_columns, panels).to(self.dtype)
+
     def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> TorchPages:
         """See `Ops.pages`; float64 keeps K and V in float64 whatever the format."""
         dtype = self.dtype if self.dtype == torch.float64 else _KV_DTYPES[kv_format]
@@ -67,9 +81,11 @@ class TorchOps:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
-    def embed(self, table: Tensor, token_ids: npt.NDArray[np.int32]) -> Tensor:
+    def embed(self, table: TorchWeight, token_ids: npt.NDArray[np.int32]) -> Tensor:
         """See `Ops.embed`."""
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device=self.device)
+        if isinstance(table, Grouped):
+            return table.rows(ids).values(self.dtype)
         return functional.embedding(ids, table).to(self.dtype)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,9 +99,9 @@ class TorchOps:
         total = x + y
         return total, self.norm(total, weight, eps)
 
-    def linear(self, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    def linear(self, x: Tensor, weights: Sequence[TorchWeight]) -> list[Tensor]:
         """See `Ops.linear`."""
-        return [functional.linear(x, weight.to(x.dtype)) for weight in weights]
+        return [functional.linear(x, _dense(weight, x.dtype)) for weight in weights]
 
     def attend(
         self,
@@ -148,7 +164,7 @@ class TorchOps:
         q, k, v = (t.view(num_sequences, length, -1, t.shape[-1]) for t in (q, k, v))
         return _attention(q, k, v, self._masks[key]).reshape(num_sequences * length, -1)
 
-    def experts(self, experts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Bank:
+    def experts(self, experts: Sequence[tuple[TorchWeight, TorchWeight, TorchWeight]]) -> Bank:
         """See `Ops.experts`."""
         return list(experts)
 
@@ -158,7 +174,7 @@ class TorchOps:
         left, right = self.linear(x, (gate, up))
         return self.linear(self.gated(left, right), (down,))[0]
 
-    def moe(self, x: Tensor, router: Tensor, bank: Bank, top_k: int) -> Tensor:
+    def moe(self, x: Tensor, router: TorchWeight, bank: Bank, top_k: int) -> Tensor:
         """See `Ops.moe`."""
         scores = self.linear(x, (router,))[0]
         ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
@@ -189,10 +205,14 @@ class TorchOps:
         """See `Ops.gated`."""
         return functional.silu(gate) * up
 
-    def logits(self, x: Tensor, head: Tensor) -> Tensor:
+    def logits(self, x: Tensor, head: TorchWeight) -> Tensor:
         """See `Ops.logits`."""
         scores = self.linear(x, (head,))[0]
         return scores.to(_wide(scores.dtype))
+
+
+def _dense(weight: TorchWeight, dtype: torch.dtype) -> Tensor:
+    return weight.values(dtype) if isinstance(weight, Grouped) else weight.to(dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -168,21 +168,22 @@ def pack_weights(
     for slot in plan.slots:
         tensor = source.tensors[slot.name]
         out = memory[slot.offset : slot.offset + slot.size_bytes]
-        _pack_tensor(source, slot, tensor, ops, out, rounding if slot.packed_format == "n4" else None)
+        pack_tensor(source, slot, tensor, ops, out, rounding if slot.packed_format == "n4" else None)
         done += tensor.size_bytes
         if progress is not None:
             progress("packing weights", done / max(total, 1))
     return PackedWeights(plan, memory)
 
 
-def _pack_tensor(
+def pack_tensor(
     source: ModelSource,
     slot: Slot,
     tensor: SourceTensor,
     ops: CpuOps,
     out: Bytes,
-    rounding: Rounding | None,
+    rounding: Rounding | None = None,
 ) -> None:
+    """Write one weight of a source as panels to `out`, of the slot's size; see `pack_weights`."""
     if len(slot.shape) == 1:
         values = tensor.floats(0, slot.shape[0])
         if not np.isfinite(values).all():

@@ -7,7 +7,6 @@ its final name only when it is complete: written beside it, flushed, renamed.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from bise.model.pack import (
     plan_packing,
     plan_slots,
 )
+from bise.model.packed_writer import PACK_VERSION, write_packed
 from bise.model.safetensors_file import SafetensorsFile
 from bise.model.source import ModelSource
 from bise.model.transformer import weight_shapes
@@ -41,9 +41,6 @@ from bise.model.transformer import weight_shapes
 PACKED_FILE = "packed.safetensors"
 GGUF_METADATA_FILE = "gguf-metadata.json"
 _METADATA_BYTES = 256 << 20
-PACK_VERSION = 1
-"""Raised when the panel layout changes: files of another version are refused (model) or made anew (cache)."""
-
 CACHE_MINIMUM_BYTES = 64 << 20
 """Smaller packed models are made anew at each start: packing them takes less time than telling anyone."""
 
@@ -94,9 +91,13 @@ class PackedTensor:
         """Panels have no rows of their own: read `floats` instead."""
         raise ModelFileError(f"{self.file.path} is packed: rows of {self.slot.name} cannot be read as stored")
 
+    def panels(self) -> npt.NDArray[np.uint8]:
+        """Return the panels, as bytes in memory of their own."""
+        return self.file.read(self.file.entries[self.slot.name], 0, self.slot.size_bytes)
+
     def floats(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """See `SourceTensor.floats`."""
-        data = self.file.read(self.file.entries[self.slot.name], 0, self.slot.size_bytes)
+        data = self.panels()
         if len(self.shape) == 1:
             return data.view(np.float32)[start:stop]
         ops = CpuOps(1)
@@ -194,60 +195,6 @@ def read_packed(source: ModelSource, progress: Progress | None = None) -> Packed
     return PackedWeights(PackPlan(slots, size, ()), memory)
 
 
-def write_packed(path: Path, source: ModelSource, packed: PackedWeights) -> None:
-    """Write a packed model to `path`, atomically: temporary file, flush, rename, flush of the directory."""
-    manifest = {
-        "version": PACK_VERSION,
-        "config": _config_to_json(source.config),
-        "formats": {slot.name: slot.packed_format for slot in packed.plan.slots},
-        "name": source.name,
-        "licence": source.licence,
-    }
-    header: dict[str, object] = {"__metadata__": {"bise": json.dumps(manifest)}}
-    offset = 0
-    for slot in packed.plan.slots:
-        header[slot.name] = {
-            "dtype": "U8",
-            "shape": [slot.size_bytes],
-            "data_offsets": [offset, offset + slot.size_bytes],
-        }
-        offset += slot.size_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for slot in packed.plan.slots:
-                file.write(packed.memory[slot.offset : slot.offset + slot.size_bytes].data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files for `path` that killed processes left: each may be as large as a model."""
-    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = abandoned.name.split(".")[-2]
-        if not pid.isdecimal():
-            continue
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            abandoned.unlink(missing_ok=True)
-        except (PermissionError, OverflowError):
-            continue  # another user's process, alive; or no process id at all
-
-
 def pack_model(
     source: ModelSource,
     quant: str,
@@ -311,13 +258,12 @@ def load_packed(
         packed = pack_weights(source, quant, ops, progress)
         return packed, packed.plan.notes
     path = cache_path(source, quant, progress)
-    if path.exists():
+    cached = open_cached(path, source)
+    if cached is not None:
         try:
-            cached = _open_file(path)
-            if cached.config == source.config:
-                return read_packed(cached, progress), plan_packing(source, quant).notes
+            return read_packed(cached, progress), plan_packing(source, quant).notes
         except ModelFileError:
-            pass  # an old version or a damaged file: made anew below
+            pass  # damaged: made anew below
     packed = pack_weights(source, quant, ops, progress)
     notes = packed.plan.notes
     try:
@@ -325,6 +271,15 @@ def load_packed(
     except OSError as error:
         notes += (f"the packed weights could not be cached at {path.parent}: {error.strerror}",)
     return packed, notes
+
+
+def open_cached(path: Path, source: ModelSource) -> ModelSource | None:
+    """Return the packed form of `source` at `path`; None where there is none that this version reads."""
+    try:
+        cached = _open_file(path) if path.exists() else None
+    except ModelFileError:
+        return None
+    return cached if cached is not None and cached.config == source.config else None
 
 
 def cache_path(source: ModelSource, quant: str, progress: Progress | None = None) -> Path:
@@ -403,10 +358,6 @@ def _portable(metadata: Mapping[str, object]) -> Iterator[tuple[str, object]]:
             continue
         else:
             yield key, list(cast(list[object], value))
-
-
-def _config_to_json(config: ModelConfig) -> dict[str, object]:
-    return dataclasses.asdict(config)
 
 
 def _config_from_json(values: dict[str, object]) -> ModelConfig:

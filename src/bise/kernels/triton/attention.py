@@ -3,13 +3,17 @@
 One family of kernels for all query lengths. A row's result depends on its own keys alone:
 
 - keys are taken in steps of 32 positions (a page) inside of splits of 512 absolute positions;
-- the sum of the weights of a step goes through `tl.dot` with ones, as the weighted values do, so that no reduction
-  depends on how many rows share a program;
-- a step whose keys a row must not see multiplies by one and adds zero, so neighbours that need it change nothing;
-- splits are joined in ascending order by `_join`, here when rows are many, by `_join_splits` when one is enough.
+- the sum of the weights of a step goes through `tl.dot` with ones, as the weighted values do, so that no
+  reduction depends on how many rows share a program;
+- a step whose keys a row must not see multiplies by one and adds zero, so neighbours that need it change
+  nothing;
+- splits are joined in ascending order by `_join`, here when rows are many, by `_join_splits` when one is
+  enough.
 """
 
-# pyright: basic
+# Kernels are written in Triton's language, whose types are not Python's.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import numpy as np
@@ -20,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bise.kernels import BLOCK_SIZE, SPLIT_SIZE, AttentionMeta
+from bise.kernels.triton import EXACT
 
 _LOG2_E = 1.4426950408889634
 _TILE_ROWS = 64
@@ -140,7 +145,15 @@ def _attend(
 
 @triton.jit
 def _join_splits(
-    parts, part_tops, part_weights, out, num_lines, head_dim, num_splits, LINES: tl.constexpr, WIDTH: tl.constexpr
+    parts,
+    part_tops,
+    part_weights,
+    out,
+    num_lines,
+    head_dim,
+    num_splits,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Join the splits of each (row, head) in ascending order."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
@@ -202,7 +215,9 @@ def _rotate_store(
         tl.store(v_pages + to + half, value.to(v_pages.dtype.element_ty), mask=inside)
 
 
-def query_tiles(meta: AttentionMeta, rows_per_tile: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def query_tiles(
+    meta: AttentionMeta, rows_per_tile: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Return sequence and first row [tiles] of every tile of at most `rows_per_tile` rows of one sequence."""
     lengths = np.diff(meta.q_start)
     counts = -(-lengths // rows_per_tile)
@@ -239,6 +254,7 @@ def rotate_and_store(
         num_kv_heads,
         head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
+        **EXACT,
     )
     return out
 
@@ -254,8 +270,8 @@ def attend(
 ) -> Tensor:
     """Return attention [T, H*D] in float32 of rotated q [T, H*D] over pages [slots, G, D].
 
-    `tensors` are q_start, q_pos and block_table of `meta` on the device. Steps in which every sequence has one
-    row run their splits side by side.
+    `tensors` are q_start, q_pos and block_table of `meta` on the device. Steps in which every sequence has
+    one row run their splits side by side.
     """
     num_kv_heads, head_dim = pages[0].shape[1:]
     num_heads = q.shape[1] // head_dim
@@ -263,9 +279,7 @@ def attend(
     apart = len(q) == len(meta.q_pos) if rows_per_tile is None else rows_per_tile == 1
     rows = triton.next_power_of_2(max(share * (1 if apart else max(_TILE_ROWS // share, 1)), _MIN_ROWS))
     per_tile = rows_per_tile or (1 if apart else rows // share)
-    sequences, firsts = (
-        torch.from_numpy(each).to(q.device) for each in query_tiles(meta, per_tile)
-    )
+    sequences, firsts = (torch.from_numpy(each).to(q.device) for each in query_tiles(meta, per_tile))
     last = meta.q_pos + np.diff(meta.q_start)
     splits = int(-(-int(last.max()) // SPLIT_SIZE)) if apart else 1
     lines = len(q) * num_heads
@@ -298,11 +312,12 @@ def attend(
         PAGE=BLOCK_SIZE,
         APART=apart,
         TO=to,
+        **EXACT,
     )
     if not apart:
         return out.view(len(q), -1)
     joined = torch.empty(lines, head_dim, dtype=torch.float32, device=q.device)
     _join_splits[(-(-lines // 16),)](
-        out, tops, weights, joined, lines, head_dim, splits, LINES=16, WIDTH=width
+        out, tops, weights, joined, lines, head_dim, splits, LINES=16, WIDTH=width, **EXACT
     )
     return joined.view(len(q), -1)

@@ -1,12 +1,16 @@
 """Row-wise kernels: norm with residual, gate of the feed-forward part, sum over the experts of a row."""
 
-# pyright: basic
+# Kernels are written in Triton's language, whose types are not Python's.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bise.kernels.triton import EXACT
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.d
     width = x.shape[1]
     dummy = x if y is None else y
     _norm[(len(x),)](
-        x, dummy, weight, out, width, eps, HAS_Y=y is not None, WIDTH=triton.next_power_of_2(width)
+        x, dummy, weight, out, width, eps, HAS_Y=y is not None, WIDTH=triton.next_power_of_2(width), **EXACT
     )
     return out
 
@@ -64,7 +68,7 @@ def gate(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return silu(left) * right [T, F] in `dtype` of float32 [T, F] each."""
     rows, width = left.shape
     out = torch.empty((rows, width), dtype=dtype, device=left.device)
-    _gate[(rows, -(-width // 1024))](left, right, out, width, BLOCK=1024)
+    _gate[(rows, -(-width // 1024))](left, right, out, width, BLOCK=1024, **EXACT)
     return out
 
 
@@ -73,5 +77,5 @@ def mix(parts: Tensor, shares: Tensor) -> Tensor:
     rows, top_k = shares.shape
     width = parts.shape[1]
     out = torch.empty((rows, width), dtype=torch.float32, device=parts.device)
-    _mix[(rows, -(-width // 1024))](parts, shares, out, width, TOP_K=top_k, BLOCK=1024)
+    _mix[(rows, -(-width // 1024))](parts, shares, out, width, TOP_K=top_k, BLOCK=1024, **EXACT)
     return out

@@ -2,13 +2,16 @@
 
 The same bits for a row whatever the other rows are (docs/gpu.md):
 
-- codes minus their zero point are exact in the compute type, products of 16 columns go through `tl.dot`, and the
-  scale is applied once per group in float32: weights are never rounded;
-- the columns are summed in 32-column steps, ascending, inside of `num_splits` ranges that depend on the shape alone;
-  the ranges are added in order, by this kernel when rows are many, by `_add_splits` when they are few.
+- codes minus their zero point are exact in the compute type, products of 16 columns go through `tl.dot`,
+  and the scale is applied once per group in float32: weights are never rounded;
+- the columns are summed in 32-column steps, ascending, inside of `num_splits` ranges that depend on the
+  shape alone; the ranges are added in order, by this kernel when rows are many, by `_add_splits` when they
+  are few.
 """
 
-# pyright: basic
+# Kernels are written in Triton's language, whose types are not Python's.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
@@ -17,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bise.kernels.grouped import CODEBOOK
+from bise.kernels.triton import EXACT
 from bise.kernels.triton.tiles import Tiles
 
 FEW_ROWS = 16
@@ -26,7 +30,9 @@ _MANY_ROWS = 64
 
 
 @triton.jit
-def _pieces(codes, tile, level_table, BITS: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr):
+def _pieces(
+    codes, tile, level_table, BITS: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr
+):
     """Return the levels of columns 0..15 and 16..31 of a tile, [64, 16] each."""
     row = tl.arange(0, 64)[:, None]
     column = tl.arange(0, 16)[None, :]
@@ -104,7 +110,9 @@ def _matmul(
             tile = first_tile + index
             k = index * 32 + column
             x0 = tl.load(x_row[None, :] + k, mask=valid[None, :] & (k < num_columns), other=0.0).to(TO)
-            x1 = tl.load(x_row[None, :] + k + 16, mask=valid[None, :] & (k + 16 < num_columns), other=0.0).to(TO)
+            x1 = tl.load(x_row[None, :] + k + 16, mask=valid[None, :] & (k + 16 < num_columns), other=0.0).to(
+                TO
+            )
             w0, w1 = _pieces(codes, tile, level_table, BITS, ZERO, CODEBOOK, TO)
             if BITS == 0:
                 acc = tl.dot(w0, x0, acc, input_precision="ieee")
@@ -193,7 +201,7 @@ class Matmul:
             num_columns,
             x.stride(0),
             slots_per_row,
-            -(-(-(-num_columns // 32)) // splits),
+            triton.cdiv(triton.cdiv(num_columns, 32), splits),
             NUM_SPLITS=splits,
             SPLIT_APART=apart,
             SORTED=experts is not None,
@@ -204,10 +212,13 @@ class Matmul:
             CODEBOOK=weight.codebook,
             ROWS=rows,
             TO=to,
+            **EXACT,
         )
         if not apart:
             return out[0]
         total = torch.empty_like(out[0])
         block = 1024
-        _add_splits[(-(-total.numel() // block),)](out, total, total.numel(), NUM_SPLITS=splits, BLOCK=block)
+        _add_splits[(-(-total.numel() // block),)](
+            out, total, total.numel(), NUM_SPLITS=splits, BLOCK=block, **EXACT
+        )
         return total

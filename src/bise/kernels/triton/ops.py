@@ -1,8 +1,8 @@
 """Ops of one GPU: `TorchOps` with the hot ones as Triton kernels.
 
-The residual stream and every product are float32, what goes into a product has the compute type; K and V lie in
-pages as on the other backends. Steps are laid out by the same scheduler from the same numpy metadata, which is
-copied to the device once a step.
+The residual stream and every product are float32, what goes into a product has the compute type; K and V
+lie in pages as on the other backends. Steps are laid out by the same scheduler from the same numpy
+metadata, which is copied to the device once a step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TritonOps(TorchOps):
 
     # Weights
 
-    def weight(self, array: npt.NDArray[np.generic] | Tensor) -> Tiles:
+    def weight(self, array: npt.NDArray[np.generic] | Tensor) -> Tiles:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Ops.weight`."""
         return tile(super().weight(array))
 
@@ -61,14 +61,14 @@ class TritonOps(TorchOps):
         """See `Ops.vector`; float32, as the norms are."""
         return torch.as_tensor(array, device=self.device).float()
 
-    def packed(
+    def packed(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, packed_format: str, num_rows: int, num_columns: int, memory: npt.NDArray[np.uint8]
     ) -> Tiles:
         """Return the matrix whose panels lie in `memory`, which is free afterwards; the values are the same.
 
         A float32 matrix stays float32: the router, and models loaded with `--quant none`.
         """
-        panels = torch.from_numpy(memory).to(self.device)
+        panels = torch.as_tensor(memory).to(self.device)
         if packed_format in _FLOATS:
             matrix = unpack_floats(packed_format, num_rows, num_columns, panels)
             return tile(matrix if packed_format == "f32" else matrix.to(self.dtype))
@@ -153,10 +153,20 @@ class TritonOps(TorchOps):
         else:
             rows = _SORTED_ROWS
             slots, experts = _sorted_slots(chosen, bank.gate.count, rows)
-        where = {"slots": slots.flatten(), "experts": experts, "rows": rows}
-        left = self._matmul(x, bank.gate, num_slots, slots_per_row=top_k, **where)
-        right = self._matmul(x, bank.up, num_slots, slots_per_row=top_k, **where)
-        parts = self._matmul(fused.gate(left, right, self.dtype), bank.down, num_slots, **where)
+
+        def product(rows_of: Tensor, matrices: Tiles, slots_per_row: int = 1) -> Tensor:
+            return self._matmul(
+                rows_of,
+                matrices,
+                num_slots,
+                slots_per_row=slots_per_row,
+                slots=slots.flatten(),
+                experts=experts,
+                rows=rows,
+            )
+
+        hidden = fused.gate(product(x, bank.gate, top_k), product(x, bank.up, top_k), self.dtype)
+        parts = product(hidden, bank.down)
         return fused.mix(parts, shares)
 
     def logits(self, x: Tensor, head: Tiles) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,7 @@
 """Weights in the order in which the matrix kernel reads them.
 
-A tile is 64 rows by 32 columns, stored in one piece: with 4-bit codes a kilobyte, so that one load of a tile is
-one run of memory whatever the matrix, and rows of a matrix never share a memory sector half used.
+A tile is 64 rows by 32 columns, stored in one piece: with 4-bit codes a kilobyte, so that one load of a
+tile is one run of memory whatever the matrix, and rows of a matrix never share a memory sector half used.
 """
 
 from __future__ import annotations
@@ -53,13 +53,12 @@ class Tiles:
 
     @property
     def num_splits(self) -> int:
-        """Ranges of columns that are summed apart and then added in order. Depends on the shape alone, never on
-        the batch, so that a row has the same bits in any.
+        """Ranges of columns that are summed apart and then added in order. Depends on the shape alone,
+        never on the batch, so that a row has the same bits in any.
         """
         wanted = _PROGRAMS * TILE_ROWS // max(self.num_rows, 1)
         most = min(wanted, self.num_columns // _SPLIT_COLUMNS)
         return 1 << max(most, 1).bit_length() - 1
-
 
     def row_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the values [R, K] of some rows [R] of the first matrix."""

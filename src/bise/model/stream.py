@@ -1,0 +1,86 @@
+"""Packed weights one after the other, for devices with a memory of their own: never a whole model in RAM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import cast
+
+from bise.errors import ConfigError
+from bise.kernels.cpu import Bytes, CpuOps, arena
+from bise.model.pack import PackPlan, Progress, Slot, pack_tensor, plan_packing
+from bise.model.packed import CACHE_MINIMUM_BYTES, PackedTensor, cache_path, open_cached
+from bise.model.packed_writer import PackedWriter
+from bise.model.source import ModelSource
+
+
+def stream_packed(
+    source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None
+) -> Iterator[tuple[Slot, Bytes]]:
+    """Yield the panels of every weight of a source, each in memory of its own that the caller may keep.
+
+    Read when packed or cached, else made, and on the way written to the cache when the model is large: the same
+    bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without.
+    """
+    if source.kind == "packed":
+        if quant not in ("auto", "none"):
+            raise ConfigError(f"{source.path} is packed already; leave --quant away", field="quant")
+        yield from _read(source, progress)
+        return
+    plan = plan_packing(source, quant)
+    if sum(tensor.size_bytes for tensor in source.tensors.values()) < CACHE_MINIMUM_BYTES:
+        yield from _made(source, plan, ops, progress, None)
+        return
+    path = cache_path(source, quant, progress)
+    cached = open_cached(path, source)
+    if cached is not None:
+        yield from _read(cached, progress)
+        return
+    try:
+        writer = PackedWriter(path, source, plan.slots)
+    except OSError:
+        writer = None
+    yield from _made(source, plan, ops, progress, writer)
+
+
+def _read(source: ModelSource, progress: Progress | None) -> Iterator[tuple[Slot, Bytes]]:
+    total, done = sum(tensor.size_bytes for tensor in source.tensors.values()), 0
+    for each in source.tensors.values():
+        tensor = cast(PackedTensor, each)
+        yield tensor.slot, tensor.panels()
+        done += tensor.size_bytes
+        if progress is not None:
+            progress("reading weights", done / max(total, 1))
+
+
+def _made(
+    source: ModelSource, plan: PackPlan, ops: CpuOps, progress: Progress | None, writer: PackedWriter | None
+) -> Iterator[tuple[Slot, Bytes]]:
+    done = 0
+    try:
+        for slot in plan.slots:
+            panels = arena(slot.size_bytes)
+            pack_tensor(source, slot, source.tensors[slot.name], ops, panels)
+            writer = _written(writer, panels)
+            yield slot, panels
+            done += slot.size_bytes
+            if progress is not None:
+                progress("packing weights", done / max(plan.size_bytes, 1))
+        if writer is not None:
+            with suppress(OSError):
+                writer.commit()
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _written(writer: PackedWriter | None, panels: Bytes) -> PackedWriter | None:
+    """Write panels to the cache; return the writer, or None once the disk takes no more."""
+    if writer is None:
+        return None
+    try:
+        writer.write(panels)
+    except OSError:
+        writer.close()
+        return None
+    return writer
