@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
+.PHONY: help web chat test test-slow test-gpu identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -19,6 +19,9 @@ test: .venv/.dev ## Run the test suite
 
 test-slow: .venv/.dev ## Run the tests that take long, too
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
+
+test-gpu: .venv/.dev ## Run the tests of the Triton backend on this machine's CUDA device
+	.venv/bin/pytest -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
 
 identities: .venv/.dev ## Assert that requests return the same bits however they are computed (all ways; 20 minutes)
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 3600 tests/equivalence/test_matrix.py tests/equivalence/test_identities.py
