@@ -21,7 +21,7 @@ test-slow: .venv/.dev ## Run the tests that take long, too
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
 
 test-gpu: .venv/.dev ## Run the tests of the Triton backend on this machine's CUDA device
-	.venv/bin/pytest -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
+	@$(BIN)/python -m pytest -q -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
 
 identities: .venv/.dev ## Assert that requests return the same bits however they are computed (all ways; 20 minutes)
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 3600 tests/equivalence/test_matrix.py tests/equivalence/test_identities.py

@@ -1,5 +1,5 @@
-"""The same bits on a GPU for any batch, chunk and split: what the interpreter cannot prove, since it multiplies
-with another library. Run by `make test-gpu`.
+"""The same bits on a GPU for any batch, chunk and split: what the interpreter cannot prove, since it
+multiplies with another library. Run by `make test-gpu`.
 """
 
 import numpy as np
