@@ -25,6 +25,31 @@ with Mistral(api_key="none", server_url=URL) as client:
     assert client.models.list().data[0].capabilities.completion_chat
     assert client.embeddings.create(model=MODEL, inputs=["a"]).data[0].embedding
 """
+MISTRAL_TUNING = """
+import json, time
+from mistralai import Mistral
+rows = [{"messages": [{"role": "user", "content": f"What is {n} plus {n}?"},
+                      {"role": "assistant", "content": f"It is {2 * n}."}]} for n in range(12)]
+content = "".join(json.dumps(row) + "\\n" for row in rows).encode()
+with Mistral(api_key="none", server_url=URL) as client:
+    file = client.files.upload(file={"file_name": "t.jsonl", "content": content}, purpose="fine-tune")
+    jobs = client.fine_tuning.jobs
+    made = jobs.create(model=MODEL, training_files=[{"file_id": file.id, "weight": 1}], auto_start=False,
+                       hyperparameters={"training_steps": 3, "learning_rate": 0.0005})
+    assert made.status == "QUEUED", made
+    assert made.id in [job.id for job in jobs.list(page=0, page_size=50).data]
+    jobs.start(job_id=made.id)
+    while (job := jobs.get(job_id=made.id)).status not in ("SUCCESS", "FAILED", "FAILED_VALIDATION"):
+        time.sleep(0.5)
+    assert job.status == "SUCCESS", job
+    assert job.trained_tokens > 0 and job.events and job.hyperparameters.training_steps == 3
+    asked = dict(messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
+    assert client.chat.complete(model=job.fine_tuned_model, **asked).model == job.fine_tuned_model
+    assert client.models.delete(model_id=job.fine_tuned_model).deleted
+    other = jobs.create(model=MODEL, training_files=[{"file_id": file.id}], auto_start=False,
+                        hyperparameters={"training_steps": 3})
+    assert jobs.cancel(job_id=other.id).status == "CANCELLED"
+"""
 MISTRAL_2 = MISTRAL_1.replace("from mistralai import", "from mistralai.client import")
 OPENAI = f"""
 from openai import OpenAI
@@ -59,6 +84,7 @@ assert parts.usage_metadata["output_tokens"] == whole.usage_metadata["output_tok
 """
 CLIENTS = {
     "mistralai==1.12.4": MISTRAL_1,
+    "mistralai==1.9.11": MISTRAL_TUNING,
     "mistralai==2.10.1": MISTRAL_2,
     "openai==1.109.1": OPENAI,
     "openai==2.54.0": OPENAI,

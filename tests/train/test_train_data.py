@@ -158,3 +158,43 @@ def test_long_texts_are_counted_and_cut_only_when_asked(text, tmp_path):
     assert count == 1
     assert max(len(item.ids) for item in cut) == 5
     assert histogram([3, 16, 17, 40]) == [(16, 2), (32, 1), (64, 1)]
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def test_calls_of_tools_are_learned_and_their_results_are_not(text, tmp_path):
+    tokenizer, template = text
+    call = {
+        "id": "abcdefghi",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Genf"}'},
+    }
+    messages = [
+        user("How is it in Genf?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "windy"},
+        said("It blows."),
+    ]
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": [TOOL]}))
+    file = read_data(path, tokenizer, template)
+    assert file.bad == ()
+    learned = "".join(
+        tokenizer.decode([token for token, counts in zip(found.ids, found.learned, strict=True) if counts])
+        for found in file.texts
+    )
+    assert "weather" in learned
+    assert "Genf" in learned
+    assert "It blows." in learned
+    assert "windy" not in learned
+    assert "How is it" not in learned
+    shown = "".join(tokenizer.decode(found.ids) for found in file.texts)
+    assert "windy" in shown
+    assert shown.count("properties") >= 1
