@@ -12,6 +12,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _LEVELS = np.arange(13.5, 16.1, 0.25, dtype=np.float32)
 """Spans, in steps of a code, that are tried for the values of a block: a little clipping can be better."""
+_FOUR, _SIX, _LOW = np.uint8(4), np.uint8(6), np.uint8(15)
 _ROWS = 1 << 12
 """Superblocks quantised at a time: bounds the memory."""
 
@@ -53,14 +54,15 @@ def _q4_k(x: Floats) -> Bytes:
         real = (d.astype(np.float32) * scales)[:, :, None]
         shifted = blocks + (dmin.astype(np.float32) * minima)[:, :, None]
         codes = np.where(real > 0, np.rint(shifted / real), 0)
-    codes = np.clip(codes, 0, 15).astype(np.uint8).reshape(count, 4, 2, 32)
-    packed = (codes[:, :, 0] | (codes[:, :, 1] << 4)).reshape(count, 128)
-    s, m = scales.astype(np.uint8), minima.astype(np.uint8)
+    nibbles: Bytes = np.clip(codes, 0, 15).astype(np.uint8).reshape(count, 4, 2, 32)
+    packed: Bytes = (nibbles[:, :, 0] | (nibbles[:, :, 1] << _FOUR)).reshape(count, 128)
+    s: Bytes = scales.astype(np.uint8)
+    m: Bytes = minima.astype(np.uint8)
     fields = np.concatenate(
         (
-            s[:, :4] | (s[:, 4:] >> 4 << 6),
-            m[:, :4] | (m[:, 4:] >> 4 << 6),
-            (s[:, 4:] & 15) | ((m[:, 4:] & 15) << 4),
+            s[:, :4] | (s[:, 4:] >> _FOUR << _SIX),
+            m[:, :4] | (m[:, 4:] >> _FOUR << _SIX),
+            (s[:, 4:] & _LOW) | ((m[:, 4:] & _LOW) << _FOUR),
         ),
         axis=1,
     )

@@ -6,18 +6,20 @@ Texts lie end to end in one pass, so nothing is computed for padding, and none s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from bise.config import ModelConfig
 from bise.errors import ConfigError
+from bise.kernels import Array, Pages
 from bise.kernels.torch import TorchLora, TorchOps
-from bise.model.batch import AdaptedRows, texts_batch
+from bise.model.batch import AdaptedRows, Batch, texts_batch
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer, weight_shapes
 from bise.text.turns import LearnedText
@@ -31,8 +33,12 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
 class _Recomputing(Transformer):
     """The network with gradient checkpointing: a block at a time."""
 
-    def _layer(self, *args: Any) -> Any:
-        return checkpoint(super()._layer, *args, use_reentrant=False)  # pyright: ignore[reportUnknownMemberType]
+    def _layer(
+        self, index: int, x: Array, h: Array, rope: Array, batch: Batch, pages: Pages | None
+    ) -> tuple[Array, Array]:
+        block = partial(super()._layer, index)
+        # torch's annotations leave its result open
+        return cast("tuple[Array, Array]", checkpoint(block, x, h, rope, batch, pages, use_reentrant=False))
 
 
 def torch_ops(dtype: str, device: str) -> TorchOps:

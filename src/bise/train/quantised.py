@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.errors import ConfigError
-from bise.kernels.torch import TorchOps
+from bise.kernels.torch import TorchOps, TorchWeight
 
 BLOCK = 32
 BITS = {"q8": 8, "q4": 4}
@@ -83,9 +83,9 @@ class _Product(torch.autograd.Function):
 class FrozenOps(TorchOps):
     """The torch backend over matrices of which some are frozen in few bits."""
 
-    def linear(self, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    def linear(self, x: Tensor, weights: Sequence[TorchWeight]) -> list[Tensor]:
         """See `Ops.linear`."""
-        found: Sequence[Tensor | FrozenMatrix] = weights
+        found: Sequence[TorchWeight | FrozenMatrix] = weights
         return [
             cast(Tensor, _Product.apply(x, weight))  # pyright: ignore[reportUnknownMemberType]
             if isinstance(weight, FrozenMatrix)

@@ -16,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bise.config import ModelConfig
+from bise.kernels import Array, Pages
 from bise.kernels.torch import TorchOps
+from bise.model.batch import Batch
 from bise.model.transformer import Block, Transformer
 
 T = TypeVar("T")
@@ -28,10 +30,12 @@ class Ranks:
     def __init__(self, device: str = "cpu") -> None:
         """Join the others, who compute on such devices too."""
         self.is_many = distributed.is_available() and distributed.is_torchelastic_launched()
-        self.rank, self.count = 0, 1
+        self.rank, self.count, self._device = 0, 1, device
         if self.is_many:
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
             self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+            if device.startswith("cuda"):
+                torch.cuda.set_device(distributed.get_node_local_rank())
 
     @property
     def is_first(self) -> bool:
@@ -45,14 +49,14 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all are here."""
         if self.is_many:
-            distributed.barrier()
+            distributed.barrier()  # pyright: ignore[reportUnknownMemberType]
 
     def total(self, value: float) -> float:
         """Return the sum of every process's value."""
         if not self.is_many:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64)
-        distributed.all_reduce(tensor)
+        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(tensor)  # pyright: ignore[reportUnknownMemberType]
         return float(tensor)
 
     def agree(self, flag: bool) -> bool:
@@ -70,7 +74,7 @@ class Ranks:
                 continue
             if param.grad is None:  # nothing of this process's share led through it
                 param.grad = torch.zeros_like(param)
-            distributed.all_reduce(param.grad)
+            distributed.all_reduce(param.grad)  # pyright: ignore[reportUnknownMemberType]
 
     def clip(self, params: Mapping[str, Tensor], bound: float) -> float:
         """Scale the gradients down to a norm of `bound` at most; return the norm that they had."""
@@ -125,8 +129,10 @@ class ShardedTransformer(Transformer):
             }
         return found
 
-    def _layer(self, index: int, *args: Any) -> Any:
-        return self.root.layers[index](self, index, *args)
+    def _layer(
+        self, index: int, x: Array, h: Array, rope: Array, batch: Batch, pages: Pages | None
+    ) -> tuple[Array, Array]:
+        return self.root.layers[index](self, index, x, h, rope, batch, pages)
 
     def run_block(self, index: int, matrices: Mapping[str, Tensor], *args: Any) -> Any:
         """Run a block over matrices that are whole for the moment."""

@@ -40,7 +40,8 @@ class WholeModel:
         part = self._parts.get(name)
         if part is not None:
             a, b = (half.floats(0, half.shape[0]) for half in (part.a, part.b))
-            values = values + np.float32(part.scale) * (b @ a)
+            values = values + np.float32(part.scale) * (b @ a).astype(np.float32, copy=False)
+            values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise ModelFileError(
                 f"{self.source.path}: {name} holds a value that is NaN or infinite", field=name
