@@ -7,12 +7,13 @@ import asyncio
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import text
 
 from bise.assistant.accounts import Accounts
 from bise.assistant.scripted import ScriptedModels
 from bise.assistant.service import Assistant
 from bise.assistant.storage import Memory
-from bise.errors import BiseError, ConflictError, PermissionDeniedError
+from bise.errors import BiseError, ConflictError, RateLimitError
 from bise.server.assistant_accounts import accounts_router
 from bise.server.assistant_people import Household
 from bise.server.assistant_routes import assistant_router
@@ -91,7 +92,40 @@ def test_wrong_passwords_must_wait_and_the_last_admin_stays():
     for _ in range(5):
         with pytest.raises(BiseError, match="wrong"):
             accounts.sign_in("ana", "not this one")
-    with pytest.raises(PermissionDeniedError, match="try again in"):
+    with pytest.raises(RateLimitError, match="try again in") as caught:
         accounts.sign_in("ana", PASSWORD)
+    assert 0 < caught.value.retry_after_s <= 1
+    assert accounts.sign_in("ana", PASSWORD, address="192.0.2.9")[0].name == "ana"
     with pytest.raises(ConflictError, match="one admin"):
         accounts.change(ana.id, role="user")
+
+
+def test_a_new_password_needs_the_old_one_and_signs_other_browsers_out():
+    async def scenario(browser):
+        ana, phone = browser(), browser()
+        await ana.post("/first-account", json={"name": "ana", "password": PASSWORD})
+        await phone.post("/sign-in", json={"name": "ana", "password": PASSWORD})
+        new = "another long enough one"
+        assert (await ana.post("/password", json={"old": "wrong", "new": new})).status_code == 403
+        assert (await ana.post("/password", json={"old": PASSWORD, "new": "short"})).status_code == 400
+        assert (await ana.post("/password", json={"old": PASSWORD, "new": new})).status_code == 204
+        assert (await ana.get("/bootstrap")).status_code == 200
+        assert (await phone.get("/bootstrap")).status_code == 401
+        assert (await phone.post("/sign-in", json={"name": "ana", "password": PASSWORD})).status_code == 401
+        assert (await phone.post("/sign-in", json={"name": "ana", "password": new})).status_code == 200
+        assert (await browser().post("/password", json={"old": new, "new": PASSWORD})).status_code == 401
+
+    household(scenario)
+
+
+def test_only_argon2id_is_kept_of_a_password_and_a_hash_of_a_cookie():
+    storage = Memory()
+    accounts = Accounts(storage)
+    accounts.create_first("ana", PASSWORD)
+    _, token = accounts.sign_in("ana", PASSWORD)
+    with storage.reading() as session:
+        (stored,) = session.scalars(text("SELECT password_hash FROM accounts"))
+        (kept,) = session.scalars(text("SELECT token_hash FROM sign_ins"))
+    assert stored.startswith("$argon2id$")
+    assert token not in kept
+    assert PASSWORD not in stored

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 
 import pytest
+from sqlalchemy import text
 
 from bise.assistant.conversations import Conversations
-from bise.assistant.exchange import as_json, as_markdown, read_export, store_imported
+from bise.assistant.documents import Documents
+from bise.assistant.exchange import as_json, as_markdown, store_imported
+from bise.assistant.imports import read_export
 from bise.assistant.messages import Messages
+from bise.assistant.reader import ReadText
 from bise.assistant.storage import Memory
 from bise.errors import RequestError
 
@@ -68,8 +74,7 @@ LIBRECHAT = {
 
 def imported(document, storage=None):
     storage = storage or Memory()
-    found, skipped = read_export(json.dumps(document).encode())
-    report = store_imported(storage, "ana", found, skipped)
+    report = store_imported(storage, "ana", read_export(json.dumps(document).encode()))
     conversations = Conversations(storage).listing("ana")
     return report, conversations, Messages(storage)
 
@@ -96,16 +101,208 @@ def test_what_goes_out_comes_back_the_same():
     )
 
 
-def test_a_bad_conversation_is_skipped_and_told():
-    report, conversations, _ = imported([*CHATGPT, {"mapping": {"a": 7}}, {"other": 1}])
-    assert len(conversations) == 1
-    assert [line.split(":")[0] for line in report.skipped] == ["conversation 2", "conversation 3"]
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (7, "is no object"),
+        ({"title": "T", "other": 1}, "conversation 2 \\('T'\\): is of no known form"),
+        ({"title": "T", "mapping": {"a": 7}}, "mapping.a is no object"),
+        ({"format": "bise-conversation-1", "messages": [{"id": "a", "role": "robot"}]}, "role is 'robot'"),
+        ({"format": "bise-conversation-1", "messages": {}}, "messages is no list"),
+        ({"format": "bise-conversation-1", "messages": [{"role": "user"}]}, "has no id"),
+        ({"conversationId": "c", "messages": [{"text": "x"}]}, "no messageId"),
+        ({"chat": {"history": {"messages": {"a": {"role": 3}}}}}, "role is 3"),
+    ],
+)
+def test_one_bad_conversation_is_named_and_nothing_of_the_file_is_kept(bad, reason):
+    storage = Memory()
+    with pytest.raises(RequestError, match=f"{reason}.*nothing was imported") as caught:
+        imported([*CHATGPT, bad], storage)
+    assert "\n" not in str(caught.value)
+    assert Conversations(storage).listing("ana") == []
 
 
-@pytest.mark.parametrize("content", [b"no json", b"[]", b'{"a": 1}'])
-def test_a_file_of_no_known_kind_is_refused(content):
-    with pytest.raises(RequestError):
+def test_what_cannot_be_stored_undoes_the_whole_import():
+    storage = Memory()
+    bad = {"format": "bise-conversation-1", "title": "T", "params": {"temperature": 99},
+           "messages": [{"id": "a", "role": "user", "text": "x"}]}  # fmt: skip
+    with pytest.raises(RequestError, match=r"conversation 2 .*temperature.*nothing was imported"):
+        imported([*CHATGPT, bad], storage)
+    assert Conversations(storage).listing("ana") == []
+    with storage.reading() as session:
+        assert session.execute(text("SELECT count(*) FROM message_search")).scalar() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"no json", "is no JSON"),
+        (b"[]", "has no conversation"),
+        (b"\xff\xfe", "is no UTF-8"),
+        (b"[" * 100_000, "nested too deeply|no JSON"),
+        (b"PK\x03\x04 damaged", "archive is damaged"),
+    ],
+)
+def test_a_file_of_no_known_kind_is_refused_in_one_line(content, reason):
+    with pytest.raises(RequestError, match=reason) as caught:
         read_export(content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"mapping": {"a": {"message": {"author": {"role": "user"}, "content": {"parts": ["Hi"]}}}}},
+        {"chat": {"messages": [{"role": "user", "content": "Hi"}]}},
+        {
+            "chat": {
+                "history": {"messages": {"a": {"role": "user", "content": [{"type": "text", "text": "Hi"}]}}}
+            }
+        },
+        {"conversationId": None, "messages": [{"messageId": "a", "sender": "User", "text": "Hi"}]},
+        {"conv": {}, "messages": [{"id": 1, "role": "user", "content": "Hi"}]},
+        {"format": "bise-conversation-1", "messages": [{"id": "a", "role": "user", "text": "Hi"}]},
+    ],
+)
+def test_missing_fields_are_no_fault(document):
+    report, (conversation,), messages = imported(document)
+    assert report.messages == 1
+    assert [message.text for message in messages.branch("ana", conversation.id)] == ["Hi"]
+
+
+def chatgpt_node(key, parent, role, kind, words, **fields):
+    content = {"content_type": kind} | words
+    return key, {
+        "id": key, "parent": parent, "children": [],
+        "message": {"id": key, "author": {"role": role, "name": fields.pop("name", None), "metadata": {}},
+                    "content": content, "status": "finished_successfully", "recipient": "all",
+                    "metadata": fields.pop("metadata", {}), **fields},
+    }  # fmt: skip
+
+
+def test_thoughts_calls_and_results_of_chatgpt_become_parts_of_the_answer():
+    hidden = {"is_visually_hidden_from_conversation": True}
+    about = {"user_profile": "", "user_instructions": "Be brief."}
+    picture = {"content_type": "image_asset_pointer", "asset_pointer": "x"}
+    thoughts = {"thoughts": [{"summary": "Look", "content": "I look."}]}
+    code = {"language": "python", "text": "1+1"}
+    nodes = dict(
+        [
+            chatgpt_node("i", None, "user", "user_editable_context", about, metadata=hidden),
+            chatgpt_node("q", "i", "user", "multimodal_text", {"parts": [picture, "What is it?"]}),
+            chatgpt_node("t", "q", "assistant", "thoughts", thoughts),
+            chatgpt_node("c", "t", "assistant", "code", code, recipient="python"),
+            chatgpt_node("o", "c", "tool", "execution_output", {"text": "2"}, name="python"),
+            chatgpt_node("r", "o", "assistant", "reasoning_recap", {"content": "Thought for 3s"}),
+            chatgpt_node(
+                "a", "r", "assistant", "text", {"parts": ["A cat."]}, metadata={"model_slug": "gpt-9"}
+            ),
+        ]
+    )
+    entry = {
+        "title": "Cat", "create_time": 1.7e9, "update_time": 1.71e9, "mapping": nodes, "current_node": "a",
+        "is_archived": False, "conversation_template_id": None,
+    }  # fmt: skip
+    report, (conversation,), messages = imported([entry])
+    question, answer = messages.branch("ana", conversation.id)
+    assert report.messages == 2
+    assert (question.text, answer.text, answer.model) == ("What is it?", "A cat.", "gpt-9")
+    assert [part["type"] for part in answer.parts] == ["thinking", "tool_call", "tool_result"]
+    assert answer.parts[0]["text"] == "Look\nI look."
+    assert answer.parts[2] == {"type": "tool_result", "name": "python", "text": "2"}
+    assert (conversation.system, conversation.updated_at) == ("Be brief.", 1.71e9)
+
+
+def test_reasoning_in_open_webui_and_librechat_becomes_a_part():
+    content = (
+        '<details type="reasoning" done="true" duration="5">\n<summary>Thought for 5 seconds</summary>\n'
+        "> Hm.\n> So.\n</details>\nHello"
+    )
+    chat = {"chat": {"history": {"currentId": "a", "messages": {
+        "s": {"role": "system", "content": "Be kind.", "parentId": None},
+        "q": {"role": "user", "content": "Hi", "parentId": "s"},
+        "a": {"role": "assistant", "content": content, "parentId": "q", "timestamp": 1700000000},
+    }}}, "archived": True, "created_at": 1700000000, "updated_at": 1700000001}  # fmt: skip
+    storage = Memory()
+    imported([chat], storage)
+    (conversation,) = Conversations(storage).listing("ana", archived=True)
+    answer = Messages(storage).branch("ana", conversation.id)[-1]
+    assert (answer.text, conversation.system) == ("Hello", "Be kind.")
+    assert answer.parts == ({"type": "thinking", "text": "Hm.\nSo.", "seconds": 5.0},)
+    call = {"name": "web", "args": "{}", "output": "found"}
+    content = [
+        {"type": "think", "think": "Hm."},
+        {"type": "text", "text": {"value": "Hello"}},
+        {"type": "tool_call", "tool_call": call},
+    ]
+    root = "00000000-0000-0000-0000-000000000000"
+    libre = {
+        "conversationId": "c",
+        "options": {"promptPrefix": "Be kind."},
+        "messages": [
+            {"messageId": "q", "parentMessageId": root, "isCreatedByUser": True, "text": "Hi"},
+            {"messageId": "a", "parentMessageId": "q", "isCreatedByUser": False, "content": content},
+        ],
+    }
+    _, (conversation,), messages = imported(libre)
+    answer = messages.branch("ana", conversation.id)[-1]
+    assert (answer.text, [part["type"] for part in answer.parts]) == (
+        "Hello", ["thinking", "tool_call", "tool_result"],
+    )  # fmt: skip
+    assert conversation.system == "Be kind."
+
+
+def test_the_archive_of_chatgpt_is_read_with_all_its_parts():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("export/conversations-000.json", json.dumps(CHATGPT))
+        archive.writestr("export/conversations-001.json", json.dumps(CHATGPT))
+        archive.writestr("export/user.json", "{}")
+    assert len(read_export(out.getvalue())) == 2
+
+
+def test_everything_of_a_conversation_survives_the_way_out_and_in():
+    storage = Memory()
+    shelf = Conversations(storage), Messages(storage), Documents(storage)
+    made = shelf[0].create("ana", title="Été", system="Be kind.", params={"temperature": 0.3}, folder="F")
+    shelf[0].change("ana", made.id, {"pinned": True})
+    document = shelf[2].add(
+        "ana", made.id, name="a.pdf", kind="pdf", read=ReadText(text="one two", pages=((1, 0),)), tokens=2
+    )
+    _, answer, _ = shelf[1].ask(
+        "ana",
+        made.id,
+        text="Q",
+        parent_id=None,
+        client_id=None,
+        model="m",
+        params={},
+        documents=[document.id],
+    )
+    source = {"number": 1, "document_id": document.id, "name": "a.pdf", "text": "one", "start": 0, "end": 3,
+              "page": 1}  # fmt: skip
+    usage = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 2, "cost": "0.1", "currency": "EUR"}
+    fields = {"text": "A [1]", "status": "stopped", "finish_reason": "abort", "usage": usage,
+              "parts": [{"type": "thinking", "text": "Hm."}], "sources": [source]}  # fmt: skip
+    shelf[1].save(answer.id, fields, is_final=True)
+    shelf[1].rate("ana", answer.id, 1)
+
+    def out(conversation):
+        listed = shelf[2].listing("ana", conversation.id)
+        documents = [shelf[2].get("ana", conversation.id, found.id) for found in listed]
+        return as_json(conversation, shelf[1].all("ana", conversation.id), documents)
+
+    first = out(shelf[0].get("ana", made.id))
+    text = json.dumps(first)
+    report = store_imported(storage, "ana", read_export(text.encode()))
+    assert (report.conversations, report.messages) == (1, 2)
+    (copy,) = [found for found in shelf[0].listing("ana") if found.id != made.id]
+    second = out(copy)
+    ids = [first["documents"][0]["id"], *(message["id"] for message in first["messages"])]
+    news = [second["documents"][0]["id"], *(message["id"] for message in second["messages"])]
+    for old, new in zip(ids, news, strict=True):
+        text = text.replace(old, new)
+    assert json.loads(json.dumps(second)) == json.loads(text)
 
 
 def test_imports_are_found_by_search():

@@ -72,6 +72,7 @@ ELSEWHERE = {
     ("GET", "/events"): "never ends; test_a_tab_hears_of_its_own_owner_only",
     ("POST", "/first-account"): "tests/assistant/test_accounts.py",
     ("POST", "/sign-in"): "tests/assistant/test_accounts.py",
+    ("POST", "/password"): "tests/assistant/test_accounts.py",
     ("POST", "/sign-out"): "tests/assistant/test_accounts.py",
 }
 FOR_ADMINS = {

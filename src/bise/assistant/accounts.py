@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from argon2 import PasswordHasher
@@ -13,8 +15,21 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete, func, select, update
 
 from bise.assistant.storage import Storage, new_id
-from bise.errors import AuthenticationError, ConflictError, NotFoundError, PermissionDeniedError, RequestError
-from bise.store.chat_schema import AccountRecord, ConversationRecord, PreferenceRecord, SignInRecord
+from bise.errors import (
+    AuthenticationError,
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestError,
+)
+from bise.store.chat_schema import (
+    AccountRecord,
+    ConversationRecord,
+    PersonaRecord,
+    PreferenceRecord,
+    SignInRecord,
+)
 
 SIGNED_IN_S = 30 * 86400.0
 MIN_PASSWORD = 10
@@ -22,6 +37,10 @@ MAX_PASSWORD = 1024
 FREE_TRIES = 5
 """Wrong passwords for one name before waiting begins; the wait doubles up to MAX_WAIT_S."""
 MAX_WAIT_S = 300.0
+MAX_TRIED = 10_000
+"""Names and addresses whose wrong passwords are remembered."""
+HASHES = 4
+"""Passwords that are checked at the same time."""
 ROLES = ("admin", "user")
 
 
@@ -43,8 +62,10 @@ class Accounts:
         self._hasher = PasswordHasher()
         # A name that does not exist costs as much time as a wrong password.
         self._nobody = self._hasher.hash(secrets.token_urlsafe(16))
-        self._tries: dict[str, tuple[int, float]] = {}
+        self._tries: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
         self._lock = threading.Lock()
+        # A hash takes 64 MiB: a crowd at the door must not take the machine's memory.
+        self._hashing = threading.BoundedSemaphore(HASHES)
 
     def is_empty(self) -> bool:
         """Return True while nobody has an account."""
@@ -56,7 +77,7 @@ class Accounts:
         account = self._create(name, password, "admin", is_first=True)
         if adopts is not None:
             with self._storage.writing() as session:
-                for record in (ConversationRecord, PreferenceRecord):
+                for record in (ConversationRecord, PreferenceRecord, PersonaRecord):
                     session.execute(update(record).where(record.owner == adopts).values(owner=account.id))
         return account
 
@@ -64,20 +85,24 @@ class Accounts:
         """Make an account. Raises RequestError or ConflictError for a name or password that cannot be."""
         return self._create(name, password, role, is_first=False)
 
-    def sign_in(self, name: str, password: str) -> tuple[Account, str]:
-        """Return the account and a token for the browser's cookie. Raises AuthenticationError."""
+    def sign_in(self, name: str, password: str, *, address: str = "") -> tuple[Account, str]:
+        """Return the account and a token for the browser's cookie.
+
+        Raises AuthenticationError, and RateLimitError after too many wrong passwords for a name from one
+        address: nobody can lock somebody else out.
+        """
         key = name.strip().casefold()[:100]
-        self._wait(key)
+        tried = (key, address)
+        self._wait(tried)
         with self._storage.reading() as session:
             record = session.scalar(select(AccountRecord).where(AccountRecord.name == key))
             session.expunge_all()
         good = self._matches(self._nobody if record is None else record.password_hash, password)
         if record is None or not good or record.disabled_at is not None:
-            with self._lock:
-                self._tries[key] = (self._tries.get(key, (0, 0.0))[0] + 1, time.monotonic())
+            self._note_wrong(tried)
             raise AuthenticationError("the name or the password is wrong")
         with self._lock:
-            self._tries.pop(key, None)
+            self._tries.pop(tried, None)
         token, now = secrets.token_urlsafe(32), time.time()
         with self._storage.writing() as session:
             session.execute(delete(SignInRecord).where(SignInRecord.expires_at < now))
@@ -104,6 +129,31 @@ class Accounts:
         """Forget a signed-in browser."""
         with self._storage.writing() as session:
             session.execute(delete(SignInRecord).where(SignInRecord.token_hash == _digest(token)))
+
+    def change_password(self, token: str, old: str, new: str) -> None:
+        """Give whoever holds `token` a new password; all other browsers are signed out.
+
+        Raises AuthenticationError for a wrong old password, RequestError for a new one that cannot be.
+        """
+        account = self.whose(token)
+        tried = (account.name, "own")
+        self._wait(tried)
+        with self._storage.reading() as session:
+            record = session.get(AccountRecord, account.id)
+            stored = self._nobody if record is None else record.password_hash
+        if not self._matches(stored, old):
+            self._note_wrong(tried)
+            raise PermissionDeniedError("the old password is wrong", field="old")
+        fresh = self._hasher.hash(_checked_password(new))
+        with self._storage.writing() as session:
+            session.execute(
+                update(AccountRecord).where(AccountRecord.id == account.id).values(password_hash=fresh)
+            )
+            session.execute(
+                delete(SignInRecord).where(
+                    SignInRecord.account_id == account.id, SignInRecord.token_hash != _digest(token)
+                )
+            )
 
     def listing(self) -> list[Account]:
         """Return all accounts by name."""
@@ -168,18 +218,28 @@ class Accounts:
 
     def _matches(self, stored: str, password: str) -> bool:
         try:
-            return len(password) <= MAX_PASSWORD and self._hasher.verify(stored, password)
+            with self._hashing:
+                return len(password) <= MAX_PASSWORD and self._hasher.verify(stored, password)
         except (VerificationError, InvalidHashError):
             return False
 
-    def _wait(self, key: str) -> None:
+    def _wait(self, tried: tuple[str, str]) -> None:
         with self._lock:
-            count, last = self._tries.get(key, (0, 0.0))
+            count, last = self._tries.get(tried, (0, 0.0))
         if count < FREE_TRIES:
             return
         left = last + min(2.0 ** (count - FREE_TRIES), MAX_WAIT_S) - time.monotonic()
         if left > 0:
-            raise PermissionDeniedError(f"too many wrong passwords; try again in {left:.0f} seconds")
+            raise RateLimitError(
+                f"too many wrong passwords; try again in {math.ceil(left)} seconds", retry_after_s=left
+            )
+
+    def _note_wrong(self, tried: tuple[str, str]) -> None:
+        with self._lock:
+            count, _ = self._tries.pop(tried, (0, 0.0))
+            self._tries[tried] = (min(count + 1, 40), time.monotonic())
+            while len(self._tries) > MAX_TRIED:
+                self._tries.popitem(last=False)
 
 
 def _checked_role(role: str) -> str:

@@ -5,6 +5,7 @@ Every call takes the owner; what belongs to someone else does not exist. Knows n
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, text, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from bise.assistant.storage import Storage, new_id
@@ -161,11 +162,10 @@ class Conversations:
         with self._storage.writing() as session:
             stale = select(ConversationRecord.id).where(ConversationRecord.deleted_at < limit)
             ids = list(session.scalars(stale))
-            for conversation_id in ids:
-                session.execute(
-                    text("DELETE FROM message_search WHERE conversation_id = :id"), {"id": conversation_id}
-                )
-            session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
+            if ids:
+                unindex = text("DELETE FROM message_search WHERE conversation_id IN :ids")
+                session.execute(unindex.bindparams(bindparam("ids", expanding=True)), {"ids": ids})
+                session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
         return len(ids)
 
     def listing(
@@ -211,7 +211,10 @@ class Conversations:
             postgres = session.get_bind().dialect.name == "postgresql"
             statement = _SEARCH_POSTGRES if postgres else _SEARCH_SQLITE
             match = " & ".join(words) + ":*" if postgres else " ".join(f'"{word}"' for word in words) + "*"
-            rows = session.execute(text(statement), {"match": match, "owner": owner, "most": limit * 4}).all()
+            binds = {"match": match, "owner": owner, "most": limit * 4}
+            if postgres:
+                binds["first"] = words[0]
+            rows = session.execute(text(statement), binds).all()
             snippets: dict[str, str] = {}
             for conversation_id, snippet in rows:
                 snippets.setdefault(conversation_id, snippet)
@@ -228,7 +231,7 @@ WHERE message_search MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
 ORDER BY (s.message_id = '') DESC, bm25(message_search) LIMIT :most
 """
 _SEARCH_POSTGRES = """
-SELECT s.conversation_id, left(s.text, 160)
+SELECT s.conversation_id, substr(s.text, greatest(1, position(:first in s.folded) - 60), 160)
 FROM message_search s JOIN conversations c ON c.id = s.conversation_id
 WHERE s.words @@ to_tsquery('simple', :match) AND c.owner = :owner AND c.deleted_at IS NULL
 ORDER BY (s.message_id = '') DESC, ts_rank(s.words, to_tsquery('simple', :match)) DESC LIMIT :most
@@ -289,21 +292,34 @@ def index_text(session: Session, conversation_id: str, message_id: str, content:
     """Put a message's text, or with an empty message id the title, into the search index, once."""
     key = {"conversation": conversation_id, "message": message_id}
     session.flush()
-    session.execute(
-        text("DELETE FROM message_search WHERE conversation_id = :conversation AND message_id = :message"),
-        key,
-    )
     if session.get_bind().dialect.name == "postgresql":
-        columns, more = ", folded", {"folded": folded(content[:MAX_INDEXED])}
+        key |= {"text": content, "folded": folded(content[:MAX_INDEXED])}
+        remove, add = _UNINDEX_POSTGRES, _INDEX_POSTGRES
     else:  # SQLite's index folds what it reads
-        columns, more = "", {}
-    session.execute(
-        text(
-            f"INSERT INTO message_search (conversation_id, message_id, text{columns}) "  # noqa: S608 (fixed)
-            f"VALUES (:conversation, :message, :text{columns.replace(', ', ', :')})"
-        ),
-        key | {"text": content} | more,
-    )
+        key |= {"text": content, "row": search_row(conversation_id, message_id)}
+        remove, add = _UNINDEX_SQLITE, _INDEX_SQLITE
+    session.execute(text(remove), key)
+    session.execute(text(add), key)
+
+
+_UNINDEX_POSTGRES = (
+    "DELETE FROM message_search WHERE conversation_id = :conversation AND message_id = :message"
+)
+_INDEX_POSTGRES = """
+INSERT INTO message_search (conversation_id, message_id, text, folded)
+VALUES (:conversation, :message, :text, :folded)
+"""
+_UNINDEX_SQLITE = "DELETE FROM message_search WHERE rowid = :row"
+_INDEX_SQLITE = """
+INSERT INTO message_search (rowid, conversation_id, message_id, text)
+VALUES (:row, :conversation, :message, :text)
+"""
+
+
+def search_row(conversation_id: str, message_id: str) -> int:
+    """Return where SQLite's index has a text: its rows are found by number alone, anything else is a scan."""
+    digest = hashlib.blake2b(f"{conversation_id} {message_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def touch(session: Session, conversation_id: str, leaf_id: str | None) -> None:

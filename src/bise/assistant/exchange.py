@@ -1,49 +1,28 @@
-"""Conversations in and out: Markdown and JSON out; bise, ChatGPT, open-webui and LibreChat exports in.
+"""Conversations in and out: Markdown and JSON out, and what `bise.assistant.imports` read into the storage.
 
-An import is one transaction per conversation, keeps every branch, and says what it skipped and why.
+An import is one transaction: all of a file or nothing. It keeps every branch and says what it left out.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-from bise.assistant.conversations import MAX_TITLE, Conversation, index_text
-from bise.assistant.messages import Message, new_row
+from sqlalchemy.orm import Session
+
+from bise.assistant.conversations import MAX_SYSTEM, MAX_TITLE, Conversation, checked_changes, index_text
+from bise.assistant.documents import WholeDocument
+from bise.assistant.imports import FORMAT, Imported, Turn
+from bise.assistant.messages import LIVE, Message, new_row
 from bise.assistant.storage import Storage, new_id
 from bise.errors import RequestError
-from bise.store.chat_schema import ConversationRecord
+from bise.store.chat_schema import ConversationRecord, DocumentRecord
 
-FORMAT = "bise-conversation-1"
 MAX_IMPORTED = 20_000
 """Messages of one imported conversation."""
-
-
-@dataclass(slots=True)
-class Turn:
-    """A message on its way in."""
-
-    key: str
-    parent: str | None
-    role: str
-    text: str
-    model: str | None = None
-    at: float | None = None
-
-
-@dataclass(slots=True)
-class Imported:
-    """A conversation on its way in."""
-
-    title: str
-    turns: list[Turn]
-    leaf: str | None = None
-    at: float | None = None
-    system: str = ""
+_KEPT = ("complete", "stopped", "interrupted", "error")
 
 
 @dataclass(slots=True)
@@ -53,6 +32,7 @@ class Report:
     conversations: int = 0
     messages: int = 0
     skipped: list[str] = field(default_factory=list[str])
+    """What was left out, a line each: conversations without any text."""
 
 
 def as_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
@@ -61,219 +41,207 @@ def as_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
     if conversation.system.strip():
         parts.append(f"*Instructions:* {conversation.system.strip()}")
     for message in branch:
-        who = (
-            "You"
-            if message.role == "user"
-            else f"Assistant ({message.model})"
-            if message.model
-            else "Assistant"
-        )
-        parts.append(f"## {who}\n\n{message.text}")
+        model = f" ({message.model})" if message.model else ""
+        who = "You" if message.role == "user" else f"Assistant{model}"
+        cites = [
+            f"[{source['number']}] {source['name']}"
+            + (f", page {source['page']}" if source.get("page") else "")
+            for source in message.sources
+        ]
+        sources = "\n\n" + "\n".join(f"- {cite}" for cite in cites) if cites else ""
+        parts.append(f"## {who}\n\n{message.text}{sources}")
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(conversation: Conversation, messages: Sequence[Message]) -> dict[str, Any]:
-    """Return a conversation with all its branches; `read_export` takes it back."""
+def as_json(
+    conversation: Conversation, messages: Sequence[Message], documents: Sequence[WholeDocument] = ()
+) -> dict[str, Any]:
+    """Return a conversation with all its branches and documents; an import takes it back whole."""
+    names = (
+        "role", "text", "model", "created_at", "parts", "documents", "sources", "status", "finish_reason",
+        "error", "usage", "timings", "feedback", "params",
+    )  # fmt: skip
     return {
         "format": FORMAT,
         "title": conversation.title,
         "system": conversation.system,
+        "folder": conversation.folder,
+        "pinned": conversation.pinned,
+        "archived": conversation.archived,
+        "model": conversation.model,
+        "params": conversation.params,
         "created_at": conversation.created_at,
+        "updated_at": conversation.updated_at,
         "leaf": conversation.leaf_id,
-        "messages": [
+        "documents": [
             {
-                "id": message.id,
-                "parent": message.parent_id,
-                "role": message.role,
-                "text": message.text,
-                "model": message.model,
-                "created_at": message.created_at,
+                "id": document.id,
+                "name": document.name,
+                "kind": document.kind,
+                "tokens": document.tokens,
+                "text": document.text,
+                "pages": document.pages,
             }
+            for document in documents
+        ],
+        "messages": [
+            {"id": message.id, "parent": message.parent_id} | {name: getattr(message, name) for name in names}
             for message in messages
         ],
     }
 
 
-def read_export(content: bytes) -> tuple[list[Imported], list[str]]:
-    """Return the conversations of an export and what could not be read in it.
+def store_imported(storage: Storage, owner: str, found: Sequence[Imported]) -> Report:
+    """Keep imported conversations, all of them or, when one cannot be kept, none; return what happened.
 
-    Raises RequestError for a file of no known kind.
+    Raises RequestError naming the conversation and what is wrong with it.
     """
-    try:
-        text = content.decode("utf-8-sig")
-        document: Any = _lines(text) if text.count("\n{") else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            "the file is not JSON; import a conversations.json export", field="file"
-        ) from error
-    entries = cast("list[Any]", document if isinstance(document, list) else [document])
-    found: list[Imported] = []
-    skipped: list[str] = []
-    for number, entry in enumerate(entries, 1):
-        try:
-            found.append(_conversation(entry))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            skipped.append(f"conversation {number}: {type(error).__name__} in its form")
-    if not found:
-        raise RequestError(
-            "no conversation found; known: exports of bise, ChatGPT, open-webui and LibreChat", field="file"
-        )
-    return found, skipped
-
-
-def store_imported(storage: Storage, owner: str, found: Sequence[Imported], skipped: Sequence[str]) -> Report:
-    """Keep imported conversations, each in one transaction, and return what happened."""
-    report = Report(skipped=list(skipped))
-    for number, conversation in enumerate(found, 1):
-        turns = [turn for turn in conversation.turns if turn.text.strip()]
-        if not turns or len(turns) > MAX_IMPORTED:
-            report.skipped.append(f"conversation {number}: {len(turns)} messages")
-            continue
-        _store(storage, owner, conversation, turns)
-        report.conversations += 1
-        report.messages += len(turns)
+    report = Report()
+    with storage.writing() as session:
+        for number, conversation in enumerate(found, 1):
+            turns = [turn for turn in conversation.turns if turn.role and (turn.text.strip() or turn.parts)]
+            if not turns:
+                report.skipped.append(f"conversation {number} ('{conversation.title[:40]}') has no messages")
+                continue
+            try:
+                _store(session, owner, conversation, turns)
+            except RequestError as error:
+                raise RequestError(
+                    f"conversation {number} ('{conversation.title[:40]}'): {error}; nothing was imported",
+                    field="file",
+                ) from None
+            report.conversations += 1
+            report.messages += len(turns)
     return report
 
 
-def _store(storage: Storage, owner: str, source: Imported, turns: list[Turn]) -> None:
+def _store(session: Session, owner: str, source: Imported, turns: list[Turn]) -> None:
+    if len(turns) > MAX_IMPORTED:
+        raise RequestError(f"has {len(turns)} messages; {MAX_IMPORTED} can be imported", field="file")
+    if len(source.system) > MAX_SYSTEM:
+        raise RequestError(f"its instructions are longer than {MAX_SYSTEM} characters", field="file")
     now = time.time()
+    extra = source.extra
+    checked = checked_changes(
+        {name: extra[name] for name in ("folder", "model", "params") if extra.get(name) is not None}
+    )
     record = ConversationRecord(
         id=new_id(),
         owner=owner,
         title=" ".join(source.title.split())[:MAX_TITLE],
         is_title_frozen=True,
-        is_pinned=False,
-        folder=None,
-        model=None,
+        is_pinned=extra.get("pinned") is True,
+        folder=checked.get("folder"),
+        model=checked.get("model"),
         system=source.system,
-        params={},
+        params=checked.get("params", {}),
         leaf_id=None,
         created_at=source.at or now,
-        updated_at=source.at or now,
+        updated_at=extra.get("updated_at") or source.at or now,
         deleted_at=None,
-        archived_at=None,
+        archived_at=now if extra.get("archived") is True else None,
         persona_id=None,
     )
-    parents = {turn.key: turn.parent for turn in source.turns}
+    session.add(record)
+    session.flush()
+    index_text(session, record.id, "", record.title)
+    documents = _store_documents(session, record, source.documents)
     keys = {turn.key: new_id() for turn in turns}
+    links = _Links(source.turns, keys)
+    for index, turn in enumerate(turns):
+        row = new_row(record.id, links.parent(turn), turn.role, turn.text, status="complete")
+        row.id, row.model = keys[turn.key], turn.model
+        row.created_at = turn.at or record.created_at + index * 1e-6  # branches are in order of time
+        row.parts = [*links.parts_before(turn), *turn.parts]
+        _fill(row, turn.extra, documents)
+        session.add(row)
+        index_text(session, record.id, row.id, row.text)
+    record.leaf_id = links.nearest(source.leaf) or keys[turns[-1].key]
 
-    def kept(key: str | None) -> str | None:
-        """Return the new id of the nearest ancestor that has a text."""
-        for _ in range(len(parents) + 1):
-            if key is None or key in keys:
+
+class _Links:
+    """Who follows whom once the messages without a text are left out."""
+
+    def __init__(self, turns: Sequence[Turn], keys: dict[str, str]) -> None:
+        self._turns = {turn.key: turn for turn in turns}
+        self._keys = keys
+
+    def nearest(self, key: str | None) -> str | None:
+        """Return the new id of a message or of the nearest before it that is kept."""
+        for turn in self._upward(key):
+            if turn.key in self._keys:
+                return self._keys[turn.key]
+        return None
+
+    def parent(self, turn: Turn) -> str | None:
+        """Return the new id of what a message follows."""
+        return self.nearest(turn.parent)
+
+    def parts_before(self, turn: Turn) -> list[dict[str, Any]]:
+        """Return what was thought and called between the message before and an answer."""
+        found: list[dict[str, Any]] = []
+        if turn.role == "assistant":
+            for above in self._upward(turn.parent):
+                if above.key in self._keys:
+                    break
+                found = [*above.parts, *found]
+        return found
+
+    def _upward(self, key: str | None) -> Sequence[Turn]:
+        path: list[Turn] = []
+        seen: set[str] = set()
+        while key is not None and key in self._turns and key not in seen:
+            seen.add(key)
+            path.append(self._turns[key])
+            if key in self._keys:
                 break
-            key = parents.get(key)
-        return None if key is None else keys.get(key)
-
-    with storage.writing() as session:
-        session.add(record)
-        session.flush()
-        index_text(session, record.id, "", record.title)
-        for turn in turns:
-            row = new_row(record.id, kept(turn.parent), turn.role, turn.text, status="complete")
-            row.id, row.model, row.created_at = keys[turn.key], turn.model, turn.at or record.created_at
-            session.add(row)
-            index_text(session, record.id, row.id, row.text)
-        record.leaf_id = kept(source.leaf) or keys[turns[-1].key]
+            key = self._turns[key].parent
+        return path
 
 
-def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _conversation(entry: Any) -> Imported:
-    if entry.get("format") == FORMAT:
-        return _from_bise(entry)
-    if "mapping" in entry:
-        return _from_chatgpt(entry)
-    if "chat" in entry and "history" in entry["chat"]:
-        return _from_open_webui(entry)
-    if "messages" in entry and ("conversationId" in entry or "recursive" in entry):
-        return _from_librechat(entry)
-    raise ValueError
-
-
-def _from_bise(entry: Mapping[str, Any]) -> Imported:
-    turns = [
-        Turn(
-            turn["id"],
-            turn.get("parent"),
-            _role(turn["role"]),
-            str(turn["text"]),
-            turn.get("model"),
-            turn.get("created_at"),
-        )
-        for turn in entry["messages"]
-    ]
-    title, system = str(entry.get("title", "")), str(entry.get("system", ""))
-    return Imported(title, turns, entry.get("leaf"), entry.get("created_at"), system)
-
-
-def _from_chatgpt(entry: Mapping[str, Any]) -> Imported:
-    turns: list[Turn] = []
-    nodes: dict[str, Any] = entry["mapping"]
-    for key, node in nodes.items():
-        message: dict[str, Any] = node.get("message") or {}
-        role = message["author"]["role"] if message else "none"
-        content: dict[str, Any] = message.get("content") or {}
-        parts: list[Any] = content.get("parts") or []
-        text = "\n".join(part for part in parts if isinstance(part, str))
-        details: dict[str, Any] = message.get("metadata") or {}
-        turns.append(
-            Turn(
-                key,
-                node.get("parent"),
-                "user" if role == "user" else "assistant",
-                text if role in ("user", "assistant") else "",
-                details.get("model_slug"),
-                message.get("create_time"),
+def _store_documents(
+    session: Session, record: ConversationRecord, documents: Sequence[dict[str, Any]]
+) -> dict[str, str]:
+    """Keep the documents of an export of our own; return their old ids with the new ones."""
+    ids: dict[str, str] = {}
+    for document in documents:
+        text, name, key = document.get("text"), document.get("name"), document.get("id")
+        if not isinstance(text, str) or not isinstance(name, str) or not isinstance(key, str):
+            raise RequestError("a document without id, name or text", field="file")
+        tokens, pages = document.get("tokens"), document.get("pages")
+        ids[key] = new_id()
+        session.add(
+            DocumentRecord(
+                id=ids[key],
+                conversation_id=record.id,
+                name=name[:300],
+                kind=str(document.get("kind", "text"))[:16],
+                text=text.replace("\0", "\ufffd"),
+                tokens=tokens if isinstance(tokens, int) else len(text) // 3,
+                pages=pages if isinstance(pages, list) else [],
+                created_at=record.created_at,
             )
         )
-    return Imported(entry.get("title") or "", turns, entry.get("current_node"), entry.get("create_time"))
+    session.flush()
+    return ids
 
 
-def _from_open_webui(entry: Mapping[str, Any]) -> Imported:
-    chat = entry["chat"]
-    turns = [
-        Turn(
-            key,
-            node.get("parentId"),
-            _role(node["role"]),
-            str(node["content"]),
-            node.get("model"),
-            node.get("timestamp"),
-        )
-        for key, node in chat["history"]["messages"].items()
+def _fill(row: Any, extra: dict[str, Any], documents: dict[str, str]) -> None:
+    """Put the columns of an export of our own into a message, as far as they make sense."""
+    status = extra.get("status")
+    row.status = status if status in _KEPT else "interrupted" if status in LIVE else "complete"
+    for name in ("usage", "timings", "params"):
+        if isinstance(extra.get(name), dict):
+            setattr(row, name, extra[name])
+    if isinstance(extra.get("finish_reason"), str):
+        row.finish_reason = extra["finish_reason"][:16]
+    if isinstance(extra.get("error"), str):
+        row.error = extra["error"]
+    if extra.get("feedback") in (1, -1):
+        row.feedback = extra["feedback"]
+    row.documents = [documents[key] for key in extra.get("documents", []) if key in documents]
+    row.sources = [
+        source | {"document_id": documents.get(source.get("document_id", ""), "")}
+        for source in extra.get("sources", [])
+        if isinstance(source, dict) and {"number", "name", "text"} <= source.keys()
     ]
-    title = entry.get("title") or chat.get("title") or ""
-    return Imported(title, turns, chat["history"].get("currentId"), entry.get("created_at"))
-
-
-def _from_librechat(entry: Mapping[str, Any]) -> Imported:
-    turns: list[Turn] = []
-
-    def walk(messages: Sequence[Mapping[str, Any]], parent: str | None) -> None:
-        for node in messages:
-            key = str(node["messageId"])
-            above = parent if entry.get("recursive") else node.get("parentMessageId")
-            role = "user" if node.get("isCreatedByUser") else "assistant"
-            parts: list[Any] = node.get("content") or []
-            texts = [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
-            text = node.get("text") or "\n".join(
-                str(part.get("text", "")) for part in texts if part.get("type") == "text"
-            )
-            turns.append(Turn(key, above, role, text, node.get("model"), _seconds(node.get("createdAt"))))
-            walk(node.get("children") or [], key)
-
-    walk(entry["messages"], None)
-    return Imported(entry.get("title") or "", turns)
-
-
-def _seconds(value: Any) -> float | None:
-    return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else None
-
-
-def _role(role: Any) -> str:
-    if role not in ("user", "assistant"):
-        raise ValueError(role)
-    return role

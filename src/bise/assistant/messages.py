@@ -114,7 +114,7 @@ class Messages:
             rows = session.scalars(
                 select(MessageRecord)
                 .where(MessageRecord.conversation_id == conversation_id)
-                .order_by(MessageRecord.id)
+                .order_by(MessageRecord.created_at, MessageRecord.id)
             )
             return [as_message(row) for row in rows]
 

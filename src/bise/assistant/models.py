@@ -7,7 +7,7 @@ from array import array
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from bise.engine.fleet import Fleet
 from bise.engine.fleet_entry import Lease
@@ -246,7 +246,7 @@ def _embeddings(lease: Lease, texts: Sequence[str], tenant: str) -> list[Request
 async def _pieces(loaded: LoadedModel, handle: RequestHandle, num_prompt: int) -> AsyncGenerator[Piece]:
     """Yield what the engine says, and until the first token how far it has come."""
     thoughts = Thoughts(loaded.tokenizer)
-    deltas = aiter(handle)
+    deltas = cast("AsyncGenerator[Delta]", aiter(handle))
     pending = asyncio.ensure_future(anext(deltas))
     told: Piece | None = None
     try:

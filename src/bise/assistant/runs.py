@@ -75,7 +75,7 @@ class Run:
         self.is_stopping = False
         self._started = time.perf_counter()
         self._prefill: tuple[int, int] | None = None
-        self._before = 0
+        self._before: int = 0
         self._thinking_since: float | None = None
         self._told_thought = 0.0
         self._first: float | None = None

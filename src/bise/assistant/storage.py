@@ -40,6 +40,7 @@ class Memory:
         self._lock = threading.Lock()  # there is one connection, so one transaction at a time
         with self._engine.begin() as connection:
             connection.execute(text("PRAGMA foreign_keys=ON"))
+            connection.execute(text("PRAGMA temp_store=MEMORY"))  # large sorts would spill into a file
             Record.metadata.create_all(connection, tables=list(ASSISTANT_TABLES))
             connection.execute(text(SEARCH_DDL))
 

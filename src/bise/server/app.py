@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -79,6 +80,8 @@ class Application(Edge):
         super().__init__(inner, limits=limits, reach=reach, is_draining=lambda: service.is_draining)
         self.service = service
         self.routes = app.routes
+        self.lifespan = partial(app.router.lifespan_context, app)
+        """What the routes begin and end with the server; a context for as long as it serves."""
 
 
 def _add_page(app: FastAPI) -> None:

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.assistant.accounts import SIGNED_IN_S, Accounts
-from bise.errors import PermissionDeniedError
-from bise.server.assistant_people import COOKIE, LOCAL_OWNER, People, Person, check_origin
+from bise.errors import AuthenticationError, PermissionDeniedError
+from bise.server.assistant_people import COOKIE, LOCAL_OWNER, People, Person, check_body, check_origin
 
 
 class _Body(BaseModel):
@@ -25,6 +25,13 @@ class Credentials(_Body):
 
     name: str = Field(max_length=200)
     password: str = Field(max_length=2000)
+
+
+class PasswordChange(_Body):
+    """One's own password, and the new one."""
+
+    old: str = Field(max_length=2000)
+    new: str = Field(max_length=2000)
 
 
 class NewAccount(Credentials):
@@ -46,6 +53,7 @@ def accounts_router(accounts: Accounts, people: People) -> APIRouter:
 
     async def same_site(request: Request) -> None:
         check_origin(request)
+        await check_body(request)
 
     router = APIRouter(prefix="/api/v1", include_in_schema=False, dependencies=[Depends(same_site)])
 
@@ -57,24 +65,7 @@ def accounts_router(accounts: Accounts, people: People) -> APIRouter:
 
     boss: Any = Depends(admin)
 
-    @router.post("/first-account", status_code=201)
-    async def first(request: Request, body: Credentials) -> Response:
-        await people.check_first(request)
-        await asyncio.to_thread(lambda: accounts.create_first(body.name, body.password, adopts=LOCAL_OWNER))
-        return await _signed_in(accounts, request, body)
-
-    @router.post("/sign-in")
-    async def sign_in(request: Request, body: Credentials) -> Response:
-        return await _signed_in(accounts, request, body)
-
-    @router.post("/sign-out", status_code=204)
-    async def sign_out(request: Request) -> Response:
-        token = request.cookies.get(COOKIE)
-        if token is not None:
-            await asyncio.to_thread(accounts.sign_out, token)
-        response = Response(status_code=204)
-        response.delete_cookie(COOKIE, path="/")
-        return response
+    _add_doors(router, accounts, people)
 
     @router.get("/accounts")
     async def listing(person: Person = boss) -> dict[str, Any]:
@@ -95,8 +86,39 @@ def accounts_router(accounts: Accounts, people: People) -> APIRouter:
     return router
 
 
+def _add_doors(router: APIRouter, accounts: Accounts, people: People) -> None:
+    @router.post("/first-account", status_code=201)
+    async def first(request: Request, body: Credentials) -> Response:
+        await people.check_first(request)
+        await asyncio.to_thread(lambda: accounts.create_first(body.name, body.password, adopts=LOCAL_OWNER))
+        return await _signed_in(accounts, request, body)
+
+    @router.post("/sign-in")
+    async def sign_in(request: Request, body: Credentials) -> Response:
+        return await _signed_in(accounts, request, body)
+
+    @router.post("/sign-out", status_code=204)
+    async def sign_out(request: Request) -> Response:
+        token = request.cookies.get(COOKIE)
+        if token is not None:
+            await asyncio.to_thread(accounts.sign_out, token)
+        response = Response(status_code=204)
+        response.delete_cookie(COOKIE, path="/")
+        return response
+
+    @router.post("/password", status_code=204)
+    async def password(request: Request, body: PasswordChange) -> None:
+        token = request.cookies.get(COOKIE)
+        if token is None:
+            raise AuthenticationError("sign in first")
+        await asyncio.to_thread(accounts.change_password, token, body.old, body.new)
+
+
 async def _signed_in(accounts: Accounts, request: Request, body: Credentials) -> Response:
-    account, token = await asyncio.to_thread(accounts.sign_in, body.name, body.password)
+    address = "" if request.client is None else request.client.host
+    account, token = await asyncio.to_thread(
+        lambda: accounts.sign_in(body.name, body.password, address=address)
+    )
     response = JSONResponse({"name": account.name, "role": account.role})
     response.set_cookie(
         COOKIE,

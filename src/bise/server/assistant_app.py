@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, FastAPI
 
 from bise.assistant.accounts import Accounts
 from bise.assistant.models import FleetModels
@@ -14,8 +18,6 @@ from bise.server.assistant_routes import assistant_router, page_router
 from bise.server.assistant_usage import usage_router
 
 if TYPE_CHECKING:
-    from fastapi import APIRouter
-
     from bise.assistant.models import ChatModels
     from bise.assistant.storage import Storage
     from bise.engine.fleet import Fleet
@@ -31,7 +33,15 @@ def assistant_routers(
     """
     assistant = Assistant(storage, models or FleetModels(fleet))
     accounts = Accounts(storage)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        # Answers that the grace time did not see to their end are kept as far as they were written.
+        await assistant.close()
+
     return [
+        APIRouter(lifespan=lifespan),
         assistant_router(lambda: assistant, people or Household(accounts)),
         accounts_router(accounts, people or Household(accounts)),
         usage_router(people or Household(accounts)),

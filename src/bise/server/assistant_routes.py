@@ -18,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from bise import __version__
-from bise.assistant.conversations import cursor_after
-from bise.assistant.exchange import as_json, as_markdown, read_export, store_imported
+from bise.assistant.conversations import Conversation, cursor_after
+from bise.assistant.exchange import as_json, as_markdown, store_imported
+from bise.assistant.imports import read_export
 from bise.assistant.runs import Event, Run
-from bise.assistant.service import Assistant
+from bise.assistant.service import Assistant, Shelf
+from bise.errors import RequestError, quoted
 from bise.server.assistant_documents import add_documents, document_facts
 from bise.server.assistant_folders import add_folders, folder_facts
 from bise.server.assistant_page import PAGE_HEADERS, StaticPage
@@ -60,6 +62,8 @@ class Question(_Body):
     model: str | None = None
     documents: list[str] = Field(default_factory=list, max_length=100)
     run: bool = True
+    keep_from: str | None = None
+    """The first question that the answer shall read; what comes before it is left out."""
 
 
 class Again(_Body):
@@ -207,8 +211,10 @@ def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: An
         shelf = await assistant().shelf_of(person.owner, conversation_id)
         found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
         if form == "json":
-            every = await asyncio.to_thread(shelf.messages.all, person.owner, conversation_id)
-            return _download(json.dumps(as_json(found, every), ensure_ascii=False, indent=1), "json")
+            whole = await asyncio.to_thread(_whole, shelf, person.owner, found)
+            return _download(json.dumps(whole, ensure_ascii=False, indent=1), "json")
+        if form != "markdown":
+            raise RequestError(f"form must be markdown or json, got {quoted(form)}", field="form")
         branch = await asyncio.to_thread(shelf.messages.branch, person.owner, conversation_id)
         return _download(as_markdown(found, branch), "md")
 
@@ -223,8 +229,8 @@ def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: An
                     list_page = partial(shelf.conversations.listing, cursor=cursor, archived=archived)
                     page = await asyncio.to_thread(list_page, person.owner)
                     for found in page:
-                        every = await asyncio.to_thread(shelf.messages.all, person.owner, found.id)
-                        yield (_json(as_json(found, every)) + "\n").encode()
+                        whole = await asyncio.to_thread(_whole, shelf, person.owner, found)
+                        yield (_json(whole) + "\n").encode()
                     cursor = cursor_after(page)
                     if cursor is None:
                         break
@@ -238,8 +244,8 @@ def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: An
         content = await request.body()
 
         def work() -> dict[str, Any]:
-            found, skipped = read_export(content)
-            return dataclasses.asdict(store_imported(service.disk.storage, person.owner, found, skipped))
+            found = read_export(content)
+            return dataclasses.asdict(store_imported(service.disk.storage, person.owner, found))
 
         report = await asyncio.to_thread(work)
         service.hub.tell(person.owner, "reload")
@@ -319,6 +325,13 @@ def _add_runs(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -
     @router.get("/events")
     async def events(person: Person = who) -> Response:
         return _stream(_tab_events(assistant(), person.owner))
+
+
+def _whole(shelf: Shelf, owner: str, conversation: Conversation) -> dict[str, Any]:
+    """Return a conversation with everything in it, for an export."""
+    listed = shelf.documents.listing(owner, conversation.id)
+    documents = [shelf.documents.get(owner, conversation.id, found.id) for found in listed]
+    return as_json(conversation, shelf.messages.all(owner, conversation.id), documents)
 
 
 def _download(text: str, ending: str) -> Response:

@@ -23,7 +23,8 @@ async def serve_all(serving: Serving, app: Application, gate: StoreGate, listene
     worker.start()
     await tuning.start()
     try:
-        await serving.serve(sockets=[listener])
+        async with app.lifespan():
+            await serving.serve(sockets=[listener])
     finally:
         await tuning.stop()
         await worker.stop()

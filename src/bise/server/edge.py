@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from bise.server.limits import UPLOADS, HttpLimits
+from bise.server.limits import HttpLimits
 from bise.server.problem import ApiError, as_api_error, error_response
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Edge:
         self, scope: MutableMapping[str, Any], headers: dict[bytes, str], receive: Receive
     ) -> Receive:
         """Return a `receive` that refuses a body that is too long or too slow."""
-        limit = self._limits.upload if scope["path"] == UPLOADS else self._limits.body
+        limit = self._limits.body_of(scope["path"])
         declared = headers.get(b"content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > limit:
             raise _too_large(limit)

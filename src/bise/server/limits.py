@@ -16,7 +16,9 @@ class HttpLimits:
     num_headers: int = 128
     body: int = 16 << 20
     upload: int = 512 << 20
-    """Body of /v1/files."""
+    """Body of /v1/files, and of an import into the assistant."""
+    document: int = 64 << 20
+    """A file that is dropped into a conversation."""
     json_depth: int = 64
     json_values: int = 500_000
     """Numbers, strings, objects and arrays in one body."""
@@ -34,8 +36,16 @@ class HttpLimits:
     linger_s: float = 2.0
     """How long a refused client may go on sending, so that it can read the refusal."""
 
+    def body_of(self, path: str) -> int:
+        """Return the size that a body may have on a route."""
+        if path in (UPLOADS, IMPORTS):
+            return self.upload
+        return self.document if path.startswith(CONVERSATIONS) and path.endswith("/documents") else self.body
+
 
 UPLOADS = "/v1/files"
+IMPORTS = "/api/v1/import"
+CONVERSATIONS = "/api/v1/conversations/"
 
 MAX_DEADLINE_S = 86_400.0
 """Longest `deadline_s`; a day."""
