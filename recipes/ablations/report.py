@@ -90,7 +90,7 @@ def _text(
         "on the same rows as far as they go. A difference is against `gqa`, row by row over held-back rows;",
         "its error says nothing of other seeds: those vary by more, and one seed shows none of it.",
         "",
-        "| model | seeds | weights, active | steps | loss | second half | against gqa | KV bytes | of 4,096 |",
+        "| model | seeds | weights, active | steps | loss | second half | against gqa | KV bytes | at 4k |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
