@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import threading
 import time
 from decimal import Decimal
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +14,12 @@ from bise.errors import ConfigError
 from bise.hub.remotes import Remote, RemoteSpec, add_remote, choose_remotes, remotes_path
 from bise.store.prices import Price
 
-KEY = "sk-upstream-secret"
-USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+_SPEC = importlib.util.spec_from_file_location("hosted_stub", Path(__file__).with_name("hosted_stub.py"))
+stub = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(stub)
+KEY, USAGE, Upstream = stub.KEY, stub.USAGE, stub.Upstream
+call, chunks, completion, events = stub.call, stub.chunks, stub.completion, stub.events
+
 TOOL = {
     "type": "function",
     "function": {
@@ -30,58 +34,6 @@ SCHEMA = {
         "schema": {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]},
     },
 }
-
-
-def completion(content="Hi there", calls=None, reason="stop", usage=USAGE):
-    message = {"role": "assistant", "content": content, "tool_calls": calls}
-    body = {"id": "x", "model": "big", "choices": [{"index": 0, "message": message, "finish_reason": reason}]}
-    return body | ({"usage": usage} if usage else {})
-
-
-def call(arguments, name="weather"):
-    return [{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}]
-
-
-class Upstream:
-    """Answers with `answer`: an object, bytes of events, or a function that is given the handler."""
-
-    def __init__(self):
-        self.answer = completion()
-        self.status = 200
-        self.headers = {}
-        self.seen = []
-        upstream = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                upstream.seen.append((self.path, dict(self.headers), body))
-                answer = upstream.answer
-                try:
-                    if callable(answer):
-                        answer(self)
-                        return
-                    is_stream = isinstance(answer, bytes)
-                    self.send_response(upstream.status)
-                    kind = "text/event-stream" if is_stream else "application/json"
-                    for name, value in {"content-type": kind, **upstream.headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(answer if is_stream else json.dumps(answer).encode())
-                except OSError:
-                    pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -105,21 +57,6 @@ def chat(place, **fields):
 
 def rows(place):
     return place.store.ledger.rows() if hasattr(place.store.ledger, "rows") else []
-
-
-def events(*deltas, reason="stop", usage=USAGE, done=True):
-    lines = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-    if usage:
-        lines.append({"choices": [], "usage": usage})
-    data = "".join(f"data: {json.dumps(line)}\n\n" for line in lines)
-    return (data + ("data: [DONE]\n\n" if done else "")).encode()
-
-
-def chunks(response):
-    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_an_answer_of_a_hosted_model_looks_like_ours_and_says_that_it_left(place, upstream):

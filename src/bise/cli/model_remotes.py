@@ -27,8 +27,19 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens", type=int, default=4096, show_default=True, help="Of an answer that names no limit."
 )
+@click.option(
+    "--serves", multiple=True, type=click.Choice(["chat", "embeddings", "completions", "fim"]),
+    help="What the host has; may be repeated.  [default: chat, embeddings]",
+)  # fmt: skip
 def add_remote(
-    name: str, url: str, model: str, key_env: str | None, dialect: str, timeout: float, max_tokens: int
+    name: str,
+    url: str,
+    model: str,
+    key_env: str | None,
+    dialect: str,
+    timeout: float,
+    max_tokens: int,
+    serves: tuple[str, ...],
 ) -> None:
     """List a model that another machine hosts as NAME.
 
@@ -36,7 +47,7 @@ def add_remote(
     """
     from bise.errors import UserError
     from bise.hub.registry import known_models, local_models
-    from bise.hub.remotes import RemoteSpec
+    from bise.hub.remotes import DEFAULT_ENDPOINTS, RemoteSpec
     from bise.hub.remotes import add_remote as add
 
     here = {"brise", *(path.stem if path.suffix == ".gguf" else path.name for path in local_models())}
@@ -47,7 +58,7 @@ def add_remote(
     add(
         RemoteSpec(
             name=name, url=url, model=model, key_env=key_env, dialect=dialect, timeout_s=timeout,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, serves=serves or DEFAULT_ENDPOINTS,
         )
     )  # fmt: skip
     aside(f"prompts to {name} will leave this machine once it is served with `bise serve --remote {name}`")
@@ -62,6 +73,7 @@ def remote_rows(specs: Iterable[RemoteSpec]) -> list[dict[str, Any]]:
             "model": spec.model,
             "key_env": spec.key_env,
             "dialect": spec.dialect,
+            "serves": list(spec.serves),
             "leaves_this_machine": True,
         }
         for spec in specs

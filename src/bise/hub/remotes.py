@@ -19,6 +19,8 @@ from bise.hub.file_names import is_local_name
 from bise.jsonfile import read_json_object
 
 DIALECTS = ("openai", "mistral")
+ENDPOINTS = ("chat", "embeddings", "completions", "fim")
+DEFAULT_ENDPOINTS = ("chat", "embeddings")
 MAX_REMOTES = 200
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
@@ -41,7 +43,13 @@ class RemoteSpec:
     max_tokens: int = 4096
     """Most tokens of an answer when a request names no limit; never more than it asks for."""
 
+    serves: tuple[str, ...] = DEFAULT_ENDPOINTS
+    """What its host has; nothing else is sent there."""
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "serves", tuple(self.serves))
+        if not self.serves or not set(self.serves) <= set(ENDPOINTS):
+            raise ConfigError(f"--serves must be some of {', '.join(ENDPOINTS)}", field="serves")
         if not is_local_name(self.name):
             raise ConfigError(f"'{self.name}' cannot be the name of a model", field="name")
         object.__setattr__(self, "url", checked_url(self.url, field="--url"))

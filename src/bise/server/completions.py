@@ -16,6 +16,7 @@ from bise.engine.request import Request as EngineRequest
 from bise.errors import RequestError
 from bise.server.body import read_json
 from bise.server.chat import usage_body
+from bise.server.hosted_text import complete_elsewhere
 from bise.server.limits import MAX_SEQUENCES
 from bise.server.logprobs import FLOOR, plain_name
 from bise.server.openapi import documented
@@ -35,6 +36,8 @@ async def create_completion(request: Request) -> Response:
     """Continue a text."""
     service: Service = request.app.state.service
     body = await read_json(request, CompletionRequest)
+    if (client := service.hosted.get(body.model)) is not None:
+        return await complete_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
         prompts, requests = await service.offload(_plan, job, body)

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from bise.engine.request import Request as EngineRequest
 from bise.server.body import read_json
 from bise.server.chat import ChatAnswer, ChatOptions
+from bise.server.hosted_text import fill_elsewhere
 from bise.server.openapi import documented
 from bise.server.prompts import fim_prompt
 from bise.server.reading import Reading
@@ -23,6 +24,8 @@ async def create_fim_completion(request: Request) -> Response:
     """Fill the gap between a prompt and a suffix."""
     service: Service = request.app.state.service
     body = await read_json(request, FimRequest)
+    if (client := service.hosted.get(body.model)) is not None:
+        return await fill_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
         wanted = await service.offload(_plan, job, body)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from bise.engine.request import Timings, Usage
 from bise.errors import RequestError
-from bise.server.conversation import prepared
+from bise.server.conversation import prefix_of, prepared, texts_of
 from bise.server.hosted_checks import Checks, fields_of, lie, reason_of, usage_of
 from bise.server.hosted_client import HostedClient
 from bise.server.problem import ApiError, as_api_error
@@ -64,7 +64,8 @@ class HostedModels:
         """Refuse a route that hosted models do not serve."""
         if name in self._clients:
             raise RequestError(
-                f"{name} is hosted elsewhere and serves /v1/chat/completions and /v1/embeddings only",
+                f"{name} is hosted elsewhere and serves {', '.join(self._clients[name].spec.serves)} only; use "
+                "a local model here",
                 field="model",
             )
 
@@ -76,7 +77,7 @@ class HostedModels:
 def hosted_card(client: HostedClient) -> dict[str, object]:
     """Return a hosted model's card; what nobody here can know is not claimed."""
     names = (
-        "completion_fim", "fine_tuning", "vision", "ocr", "classification", "moderation", "audio",
+        "fine_tuning", "vision", "ocr", "classification", "moderation", "audio",
         "audio_transcription", "audio_speech", "reasoning",
     )  # fmt: skip
     spec = client.spec
@@ -89,7 +90,13 @@ def hosted_card(client: HostedClient) -> dict[str, object]:
         "type": "base",
         "name": f"{spec.name} (leaves this machine)",
         "description": "Hosted elsewhere: prompts and answers leave this machine.",
-        "capabilities": {"completion_chat": True, "function_calling": True} | dict.fromkeys(names, False),
+        "capabilities": {
+            "completion_chat": "chat" in spec.serves,
+            "completion_fim": "fim" in spec.serves,
+            "function_calling": "chat" in spec.serves,
+            **dict.fromkeys(names, False),
+        },
+        "serves": list(spec.serves),
         "aliases": [],
         "deprecation": None,
         "default_model_temperature": None,
@@ -173,6 +180,7 @@ async def chat_elsewhere(
     """Answer a conversation with a hosted model."""
     from bise.server.sse import EventStream
 
+    client.check_serves("chat")
     ticket = await service.gate.admit(request, scope="inference", model=body.model)
     job = HostedJob(service, request, ticket, client)
     try:
@@ -205,7 +213,8 @@ def _chat_request(job: HostedJob, body: ChatRequest) -> tuple[Checks, dict[str, 
     checks = Checks.of(body)
     messages = prepared(body.messages, safe_prompt=bool(body.safe_prompt))
     _check_roles(messages)
-    job.ticket.check_input([json.dumps(message, ensure_ascii=False) for message in messages])
+    job.ticket.check_input([text for message in messages for text in texts_of(message)])
+    job.ticket.check_input([json.dumps(tool, ensure_ascii=False) for tool in body.tools or ()])
     spec = job.client.spec
     given = body.model_dump(exclude_none=True, by_alias=True, mode="json")
     wanted: dict[str, Any] = {name: given[name] for name in _PASSED if name in given}
@@ -277,7 +286,10 @@ class HostedChat:
         reason = reason_of(choice, len(calls))
         self._checks.check_content(content, reason, len(calls))
         if self._job.ticket.checks_output:
-            self._job.ticket.check_output(content)
+            begun = prefix_of(self._wanted["messages"]) or ""
+            said = content if content.startswith(begun) else begun + content
+            for text in (said, *(call["function"]["arguments"] for call in calls)):
+                self._job.ticket.check_output(text)
         return {
             "index": index,
             "message": {
@@ -417,6 +429,12 @@ def content_text(content: object) -> str:
     return content
 
 
+def usage_body_of(job: HostedJob) -> dict[str, object]:
+    """Return the `usage` object of a job whose host has counted."""
+    assert job.usage is not None
+    return _usage_body(job.usage)
+
+
 def _usage_body(usage: Usage) -> dict[str, object]:
     from bise.server.chat import usage_body
 
@@ -427,6 +445,7 @@ async def embed_elsewhere(
     service: Service, request: Request, client: HostedClient, body: EmbeddingRequest
 ) -> Response:
     """Turn texts into vectors with a hosted model."""
+    client.check_serves("embeddings")
     ticket = await service.gate.admit(request, scope="inference", model=body.model)
     job = HostedJob(service, request, ticket, client)
     try:
@@ -438,6 +457,8 @@ async def embed_elsewhere(
                 "encoding_format and output_dtype must be float for a model that is hosted elsewhere",
                 field="encoding_format",
             )
+        if body.pooling is not None:
+            raise RequestError("a model that is hosted elsewhere takes no pooling", field="pooling")
         ticket.check_input(cast(list[str], texts))
         size = sum(len(str(text).encode()) for text in texts)
         await ticket.reserve(model=job.model, prompt_tokens=size // _BYTES_PER_TOKEN + 16, max_tokens=0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from bise.errors import RequestError
 from bise.hub.client import is_loopback_host
 from bise.server.hosted_checks import lie, parsed
 from bise.server.problem import ApiError
@@ -40,11 +41,20 @@ class HostedClient:
             headers=headers,
         )
 
+    def check_serves(self, what: str) -> None:
+        """Refuse what the host was not said to serve (RequestError, a 400)."""
+        if what not in self.spec.serves:
+            raise RequestError(
+                f"{self.spec.name} is hosted elsewhere and serves {', '.join(self.spec.serves)} only, not {what}; "
+                f"if its host has it, list it with `bise models add-remote --serves {what}`",
+                field="model",
+            )
+
     async def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the JSON object that the host answers. Raises ApiError 400, 429, 502 or 504."""
         async with self._sent(path, body) as response:
             data = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in self._chunks(response):
                 data += chunk
                 if len(data) > MAX_ANSWER:
                     raise lie("sent an answer that is too large")
@@ -57,7 +67,7 @@ class HostedClient:
                 raise lie("sent no event stream, though one was asked for")
             size = 0
             buffer = b""
-            async for chunk in response.aiter_raw():
+            async for chunk in self._chunks(response):
                 size += len(chunk)
                 buffer += chunk
                 *lines, buffer = buffer.split(b"\n")
@@ -76,15 +86,25 @@ class HostedClient:
                     yield value
             raise lie("broke off its answer")
 
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[bytes]:
+        """Yield the body as it comes; TimeoutError when it drips for too long, however lively."""
+        loop = asyncio.get_running_loop()
+        # No asyncio.timeout: each step of this generator may run in a task of its own.
+        end = loop.time() + self.spec.timeout_s * 10
+        async for chunk in response.aiter_raw():
+            if loop.time() > end:
+                raise TimeoutError
+            yield chunk
+
     @asynccontextmanager
     async def _sent(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[httpx.Response]:
         import httpx
 
         try:
-            async with (
-                asyncio.timeout(self.spec.timeout_s * 10),  # an answer that drips has an end, too
-                self._client.stream("POST", f"{self.spec.url}{path}", json=body) as response,
-            ):
+            async with AsyncExitStack() as stack:
+                sent = self._client.stream("POST", f"{self.spec.url}{path}", json=body)
+                async with asyncio.timeout(self.spec.timeout_s * 10):  # heads can drip, too
+                    response = await stack.enter_async_context(sent)
                 if response.status_code != 200:
                     raise _refusal(response.status_code, response.headers)
                 if response.headers.get("content-encoding", "identity") not in ("", "identity"):
