@@ -88,8 +88,8 @@ tune-kill: .venv/.dev ## Kill 200 writers of checkpoints and 20 training runs at
 web: ## Check, test and build the assistant's page into the package (node from PyPI where there is none)
 	@sh tools/make_web.sh
 
-wheel: .venv/.dev ## Build a wheel and an sdist into dist/
-	@$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
+wheel: .venv/.dev ## Build an sdist and a wheel into dist/, and see that the wheel serves the assistant's page
+	@$(BIN)/python tools/check_package.py
 
 clean: ## Remove what the build and the tests left (not .venv)
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
