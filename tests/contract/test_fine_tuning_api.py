@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -283,3 +285,36 @@ def test_what_cannot_be_done_is_refused_at_once(server, monkeypatch):
     with pytest.raises(APIStatusError, match=r"bise\[torch\]") as caught:
         create(model="tiny", training_file=file)
     assert caught.value.status_code == 501
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_survives_kill_9_of_the_server(model, tmp_path):
+    environment = os.environ | {"BISE_HOME": str(tmp_path / "home"), "BISE_THREADS": "1"}
+    command = [sys.executable, "-m", "bise", "serve", str(model), "--port", "0"]
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        url = process.stdout.readline().split(" at ")[1].strip()
+        return process, OpenAI(base_url=url, api_key="none", max_retries=3)
+
+    process, client = start()
+    try:
+        job = client.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(client), hyperparameters={"n_epochs": 200, "batch_size": 2}
+        )
+        until = time.monotonic() + 60
+        while not any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id).data):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process, client = start()
+        assert wait(client, job.id, *OVER).status == "succeeded"
+        events = client.fine_tuning.jobs.list_events(job.id, limit=500).data
+        assert any("goes on after a restart" in event.message for event in events)
+    finally:
+        process.terminate()
+        process.wait(60)
+        process.stdout.close()

@@ -17,6 +17,7 @@ from bise.model.checkpoint import open_model
 from bise.model.lora import BASE_HASH, open_adapter
 from bise.model.packed import content_hash
 from bise.text.turns import LearnedText
+from bise.train import job
 from bise.train.job import JobSettings, run_directory, run_job
 from bise.train.loop import Schedule, Training
 from bise.train.network import Network, read_weights, torch_ops
@@ -438,7 +439,8 @@ def test_a_file_of_its_own_is_evaluated_on_and_ends_a_run_that_gets_no_better(ti
         )  # fmt: skip
 
 
-def test_two_processes_do_not_train_in_one_directory(tiny_dir, data_path, tmp_path):
+def test_two_processes_do_not_train_in_one_directory(tiny_dir, data_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "LOCK_WAIT_S", 0.3)
     run = run_directory(tmp_path / "out")
     run.mkdir()
     with (run / "lock").open("w") as file:

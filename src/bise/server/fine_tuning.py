@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from bise.engine.model_spec import ADAPTER_SEPARATOR
-from bise.errors import RequestError
+from bise.errors import ModelNotFoundError, RequestError
 from bise.server.body import read_json
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
@@ -294,10 +294,13 @@ async def remove_tuned(request: Request, base: str, adapter: str) -> Response:
     gate, caller = await enter(request, "inference")
     service: Service = request.app.state.service
     name = f"{base}{ADAPTER_SEPARATOR}{adapter}"
-    job = await gate.offload(gate.store.tuning.forget, caller.owner, base, adapter)
+    made = service.tuned.get(name)
+    if made is None or not (made.owner == caller.owner or caller.is_admin):
+        raise ModelNotFoundError(f"none of your jobs made {name[:200]}", field="model")
     path = next(card.spec.path for card in service.models.card(base).adapters if card.spec.name == adapter)
     await service.offload(service.models.remove_adapter, base, adapter)
     service.tuned.remove(name)
-    if path.parent.name == job.id:
+    await gate.offload(gate.store.tuning.forget, made.owner, base, adapter)
+    if path.parent.name == made.job_id:
         await service.offload(shutil.rmtree, path.parent, ignore_errors=True)
     return JSONResponse({"id": name, "object": "model", "deleted": True})

@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ from bise.train.sharding import Ranks
 from bise.train.write import publish, require_free
 
 METHODS = ("lora", "full", "dpo")
+LOCK_WAIT_S = 60.0
+"""How long a resumed run waits for the process before it, whose end may not have reached it yet."""
+_LOCK_POLL_S = 0.2
 MIN_SPLIT = 10
 """Fewer samples than this are all learned; none is held back."""
 
@@ -205,7 +209,7 @@ def run_job(
               "data_sha256": data.sha256, "evaluation_sha256": evaluated.sha256,
               "settings": asdict(settings), "texts": len(train), "held_back": len(held_back)}  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
-    with _alone(run, ranks):
+    with _alone(run, ranks, LOCK_WAIT_S if resume else 0.0):
         trainable = _trainable(source, settings, sharded=ranks.is_many)
         trained = _train(trainable, settings, (train, held_back), run, record, report, should_stop, ranks)
         if trained is None or not ranks.is_first:
@@ -327,19 +331,27 @@ def _objective(trainable: Trainable, settings: JobSettings) -> Objective:
 
 
 @contextmanager
-def _alone(run: Path, ranks: Ranks) -> Generator[None]:
+def _alone(run: Path, ranks: Ranks, wait_s: float) -> Generator[None]:
     """Hold a run's directory for this run; ConfigError when another one works at it."""
     if not ranks.is_first:
         yield
         return
     with (run / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process trains in {run}; wait for it or end it", field="out"
-            ) from None
+        until = time.monotonic() + wait_s
+        while not _locked(file):
+            if time.monotonic() >= until:
+                raise ConfigError(f"another process trains in {run}; wait for it or end it", field="out")
+            time.sleep(_LOCK_POLL_S)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Take the lock on a file; False when another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _gate(
