@@ -60,7 +60,7 @@ SAMPLING: dict[str, tuple[str, list[Any]]] = {
     "stop_token_ids": ("array", [["x"], [-1], [1.5], "x"]),
     "ignore_eos": ("true", ["yes", 1]),
     "stream": ("true", ["true", 1]),
-    "stream_options": ("", [{"include_usage": True}, {"include_usage": 1}, "x"]),
+    "stream_options": ("", [{"include_usage": True}, {"include_usage": 1}, "x", {"include_obfuscation": True}]),
     "metadata": ("object", ["x", [1]]),
 }  # fmt: skip
 
@@ -77,7 +77,15 @@ CHAT: dict[str, tuple[str, list[Any]]] = SAMPLING | {
                       [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": "x"},
                        {"role": "user", "content": "y"}],
                       [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [7]},
-                       {"role": "user", "content": "y"}]]),
+                       {"role": "user", "content": "y"}],
+                      [{"role": "user", "content": "a", "name": "a b"}], [{"role": "user", "content": "a", "name": 5}],
+                      [{"role": "user", "content": "a", "cache_control": {}}], [{"role": ["user"], "content": "a"}],
+                      [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"},
+                       {"role": "user", "content": "b"}],
+                      [{"role": "user", "content": "a"},
+                       {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
+                       {"role": "tool", "tool_call_id": "b", "content": "1"}],
+                      [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c", "prefix": True}]]),
     "max_tokens": ("integer", [0, -1, 1.5, 1 << 40, "1"]),
     "max_completion_tokens": ("integer", [0, -1, 1.5]),
     "n": ("integer", [0, -1, 17, 1_000_000, 1.5]),
@@ -87,6 +95,12 @@ CHAT: dict[str, tuple[str, list[Any]]] = SAMPLING | {
     "response_format": ("", [{"type": "xml"}, {"type": "json_schema"}, {"type": 5}, "json",
                              {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
                              {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strange"}}},
+                             {"type": "text", "json_schema": {"name": "a", "schema": {}}},
+                             {"type": "json_object", "schema": {}}, {"type": ["text"]}, {}, [],
+                             {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "more": 1}},
+                             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": []}}},
+                             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}},
+                             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"minimum": 5, "maximum": 3}}},
                              {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nope"}}},
                              {"type": "json_schema", "json_schema": {"name": "a", "schema": {"pattern": "("}}},
                              {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}},
@@ -97,10 +111,14 @@ CHAT: dict[str, tuple[str, list[Any]]] = SAMPLING | {
                         [{"type": "function", "function": {"name": "a", "parameters": {"type": 5}}}],
                         [{"type": "function", "function": {"name": "a", "parameters": []}}],
                         [{"type": "function", "function": {"name": "a", "parameters": {}}}] * 200,
-                        [{"type": "retrieval"}], [None]]),
+                        [{"type": "retrieval"}], [None], [{"type": "function", "function": None}],
+                        [{"type": "function", "function": {"name": "a", "strict": "x"}}],
+                        [{"type": "function", "function": {"name": "a", "more": 1}}]]),
     "tool_choice": ("", ["sometimes", "required", {"type": "function", "function": {"name": "f"}}, {}, 5]),
     "parallel_tool_calls": ("true", ["x", 1]),
-    "prediction": ("object", [{"type": "image"}, {"type": "content", "content": 5}, "x"]),
+    "prediction": ("", [{"type": "image"}, {"type": "content", "content": 5}, "x", {"type": "content"},
+                        {"type": "content", "content": "x", "speed": 2},
+                        {"type": "content", "content": [{"type": "image_url"}]}]),
     "safe_prompt": ("true", ["x", 1]),
     "reasoning_effort": ("", ["extreme", 5]),
     "prompt_mode": ("", ["fast", 5]),
@@ -141,12 +159,18 @@ EMBED: dict[str, tuple[str, list[Any]]] = {
 RESPONSES: dict[str, tuple[str, list[Any]]] = {
     "model": ("string|text number", [""]),
     "input": ("string|text number", [[], [{"type": "strange"}], ["x"], [{"role": "user", "content": [{}]}],
-                                     [{"type": "function_call"}], [{"type": "function_call_output"}], [{}]]),
+                                     [{"type": "function_call"}], [{"type": "function_call_output"}], [{}],
+                                     [{"type": ["message"]}], [{"role": "robot", "content": "x"}],
+                                     [{"role": "user", "content": "x", "weird": 1}], [{"type": "item_reference"}]]),
+    "include": ("array", [["x"], [1], ["reasoning.encrypted_content"]]),
+    "context_management": ("array", [[{"type": "compaction"}]]),
+    "stream_options": ("object", [{"include_obfuscation": True}, {"x": 1}]),
     "instructions": ("string|text number", []),
     "tools": ("array", [[{"type": "web_search"}], [{}], ["x"]]),
     "tool_choice": ("", ["sometimes", "required", {}]),
-    "text": ("object", [{"format": {"type": "xml"}}, {"format": 5}]),
-    "reasoning": ("object", [{"effort": "extreme"}]),
+    "text": ("object", [{"format": {"type": "xml"}}, {"format": 5}, {"format": {"type": "json_schema", "name": "a"}},
+                        {"format": {"type": "text", "schema": {}}}, {"x": 1}]),
+    "reasoning": ("object", [{"effort": "extreme"}, {"summary": "detailed"}, {"x": 1}]),
     "max_output_tokens": ("integer", [0, -1, 1.5]),
     "temperature": ("real", [-1, 3]),
     "top_logprobs": ("integer", [21, -1]),
@@ -271,6 +295,17 @@ def http_cases() -> Iterator[Case]:
     ]  # fmt: skip
     for path in paths:
         yield Case(f"path {path[:40]}", f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), ANY)
+    queries = [
+        "/v1/files?colour=red", "/v1/files?limit=0", "/v1/files?page=-1", "/v1/files?limit=" + "9" * 30,
+        "/v1/files?source=moon", "/v1/batches?after=x", "/v1/batch/jobs?status=BAD", "/v1/batch/jobs?created_after=x",
+        "/v1/responses/resp_x?stream=true", "/v1/responses/resp_x/input_items?order=up", "/v1/usage?by=moon",
+    ]  # fmt: skip
+    for query in queries:
+        yield Case(f"query {query[:40]}", f"GET {query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    keys = {"empty": "", "long": "k" * 201, "tab": "a\tb"}
+    for name, key in keys.items():
+        data = post("/v1/chat/completions", b"{}", f"Idempotency-Key: {key}")
+        yield Case(f"idempotency key {name}", data)
     for method in ("PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "PROPFIND"):
         for path in ("/v1/chat/completions", "/v1/models", "/health", "/v1/moderations"):
             head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

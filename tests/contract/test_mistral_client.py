@@ -65,6 +65,14 @@ def test_models_are_base_cards_with_capabilities(live, client):
     assert card.max_context_length == live.engine.max_context
 
 
+def test_models_are_listed_by_provider_and_name(client):
+    def names(**filters):
+        return [card.id for card in client.models.list(**filters).data]
+
+    assert names(provider="bise") == names(model="stub") == names(model="stub-latest") == ["stub"]
+    assert names(provider="someone-else") == names(model="other") == names(provider="bise", model="x") == []
+
+
 def test_logprobs_have_bytes_and_token_ids(live, client):
     answer = client.chat.complete(model="stub", messages=ASK, logprobs=True, top_logprobs=2)
     first = answer.choices[0].logprobs.content[0]

@@ -153,6 +153,30 @@ def test_a_line_that_a_stop_cut_off_is_billed_once(mistral, site):
     assert done.cost == Decimal(done.prompt_tokens + 13) / 1_000_000
 
 
+def test_files_are_listed_by_every_filter_of_mistrals_client(mistral, site):
+    requests = [{"body": {"messages": [{"role": "user", "content": "hi"}]}}]
+    job = mistral.batch.jobs.create(endpoint=CHAT, requests=requests, model="stub")
+    site.work(lambda: openai_status(site, job.id) == "succeeded")
+    mistral.files.upload(file={"file_name": "train.jsonl", "content": b"{}\n"}, purpose="fine-tune")
+
+    def names(**filters):
+        return sorted(file.filename for file in mistral.files.list(**filters).data)
+
+    everything = names()
+    assert len(everything) == 3
+    assert names(sample_type=["instruct"]) == ["train.jsonl"]
+    assert names(sample_type=["instruct", "batch_request"]) == ["inline_requests.jsonl", "train.jsonl"]
+    (output,) = names(sample_type=["batch_result"])
+    assert names(sample_type=["batch_error"]) == names(sample_type=["pretrain"]) == []
+    assert names(source=["mistral"]) == [output]
+    assert names(source=["repository"]) == []
+    assert names(source=["upload", "mistral"]) == everything
+    assert mistral.files.list(include_total=False).total is None
+    for query in ("mimetypes=a/b", "colour=red", "source=moon", "sample_type=x", "include_total=x"):
+        _, key = site.key(owner="ann")
+        assert site.get(f"/v1/files?{query}", key).status_code == 400
+
+
 def test_jobs_are_listed_by_metadata_and_by_key(mistral, site):
     requests = [{"body": {"messages": [{"role": "user", "content": "hi"}]}}]
     for number in range(2):

@@ -50,6 +50,7 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
     """
     result: list[Message] = []
     unanswered: list[str] = []
+    called: set[str] = set()
     for index, message in enumerate(messages):
         kept = {key: value for key, value in message.items() if key not in _UNUSED}
         if isinstance(kept.get("content"), list):
@@ -59,8 +60,15 @@ def prepared(messages: Sequence[Message], *, safe_prompt: bool = False) -> list[
         if kept.get("role") == "assistant" and kept.get("tool_calls"):
             kept["tool_calls"] = _with_ids(kept["tool_calls"], index)
             unanswered = [call["id"] for call in kept["tool_calls"]]
+            called |= set(unanswered)
         elif kept.get("role") == "tool":
-            kept["tool_call_id"] = _answered(kept.get("tool_call_id"), unanswered)
+            given = kept.get("tool_call_id")
+            kept["tool_call_id"] = _answered(given, unanswered)
+            if called and isinstance(kept["tool_call_id"], str) and kept["tool_call_id"] not in called:
+                raise RequestError(
+                    f"messages[{index}].tool_call_id is {str(given)[:60]!r}, which no call before it has",
+                    field=f"messages[{index}].tool_call_id",
+                )
         result.append(kept)
     return _with_safe_prompt(result) if safe_prompt else result
 

@@ -15,8 +15,16 @@ from bise.errors import AuthenticationError, RequestError
 from bise.server.gate import StoreGate
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
-from bise.server.stored import choice_argument, enter, page_arguments, text_argument, whole_argument
-from bise.store.files import CHUNK_BYTES, PURPOSES, StoredFile
+from bise.server.stored import (
+    choice_argument,
+    choice_arguments,
+    enter,
+    only_arguments,
+    page_arguments,
+    text_argument,
+    whole_argument,
+)
+from bise.store.files import CHUNK_BYTES, OUTPUT, PURPOSES, SAMPLE_TYPES, StoredFile
 from bise.store.secret import keyed_hash
 
 router = APIRouter()
@@ -25,7 +33,12 @@ _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 4096
 _HOUR_S = 3600.0
 _MAX_EXPIRY_S = 366 * 86_400
-_OUTPUT = "batch_output"
+_SOURCES = {"upload": "upload", "mistral": "bise", "repository": "none"}
+"""Mistral's names of where files come from, and ours; none come from repositories."""
+_LIST_ARGUMENTS = (
+    "page", "page_size", "limit", "after", "order", "purpose", "search", "sample_type", "source", "mimetypes",
+    "include_total",
+)  # fmt: skip
 
 
 @router.post("/v1/files", **documented(None, "Upload a file (multipart).", tag="files"))
@@ -53,11 +66,17 @@ async def upload(request: Request) -> Response:
 async def list_files(request: Request) -> Response:
     """List the caller's files."""
     gate, caller = await enter(request, "inference")
+    only_arguments(request, *_LIST_ARGUMENTS)
     offset, limit = page_arguments(request)
+    if request.query_params.getlist("mimetypes"):
+        raise RequestError("files here have no MIME types; leave mimetypes out", field="mimetypes")
+    sources = [_SOURCES.get(name, "") for name in choice_arguments(request, "source", tuple(_SOURCES))]
     files, total = await gate.offload(
         gate.store.files.list,
         caller.owner,
-        purpose=choice_argument(request, "purpose", (*PURPOSES, _OUTPUT)),
+        purpose=choice_argument(request, "purpose", (*PURPOSES, OUTPUT)),
+        sample_types=choice_arguments(request, "sample_type", SAMPLE_TYPES),
+        sources=sources,
         search=text_argument(request, "search"),
         after=text_argument(request, "after"),
         offset=offset,
@@ -65,7 +84,10 @@ async def list_files(request: Request) -> Response:
         newest_first=choice_argument(request, "order", ("asc", "desc")) != "asc",
     )
     data = [file_body(file) for file in files[:limit]]
-    return JSONResponse(list_body(data, total, has_more=len(files) > limit))
+    body = list_body(data, total, has_more=len(files) > limit)
+    if choice_argument(request, "include_total", ("true", "false")) == "false":
+        body["total"] = None
+    return JSONResponse(body)
 
 
 @router.get("/v1/files/{file_id}", **documented(None, "Describe a file.", tag="files"))
@@ -128,7 +150,7 @@ def file_body(file: StoredFile) -> dict[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "status_details": None,
-        "sample_type": _sample_type(file),
+        "sample_type": file.sample_type,
         "source": "upload" if file.source == "upload" else "mistral",
         "num_lines": file.num_lines,
         "mimetype": None,
@@ -147,14 +169,6 @@ def list_body(data: list[dict[str, Any]], total: int, *, has_more: bool) -> dict
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
     }
-
-
-def _sample_type(file: StoredFile) -> str:
-    if file.purpose == "batch":
-        return "batch_request"
-    if file.purpose == _OUTPUT:
-        return "batch_error" if file.name.endswith("_error.jsonl") else "batch_result"
-    return "instruct"
 
 
 def _pieces(file: UploadFile) -> Iterator[bytes]:

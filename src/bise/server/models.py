@@ -16,7 +16,6 @@ from bise.server.hosted import hosted_card
 from bise.server.openapi import documented
 from bise.server.problem import ApiError
 from bise.server.service import Service
-from bise.server.stored import only_arguments
 
 if TYPE_CHECKING:
     from bise.engine.model_spec import AdapterCard, ModelCard
@@ -29,7 +28,6 @@ async def list_models(request: Request) -> Response:
     """List the models; `provider` narrows to an owner, `model` to a name or alias."""
     service: Service = request.app.state.service
     await service.gate.authenticate(request)
-    only_arguments(request, "provider", "model")
     hidden = await service.tuned.hidden_from(request, service.gate)
     data: list[dict[str, object]] = []
     for card in service.models.cards():

@@ -61,6 +61,7 @@ class Reading:
         choice, name, allowed = _choice(body.tool_choice, body.tools)
         tools = [tool for tool in body.tools if allowed is None or _name_of(tool) in allowed]
         specs = parse_tools(tools)
+        _check_names([spec.name for spec in specs])
         form = call_form(job.loaded.template.name, job.loaded.tokenizer)
         forced = name is not None or choice in ("any", "required")
         if grammar is not None and choice != "none":
@@ -125,6 +126,15 @@ def _choice(
             f"tool_choice allows {min(unknown)[:64]!r}, which is not among the tools", field="tool_choice"
         )
     return choice.allowed_tools.mode, None, names
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise RequestError(
+                f"tools[{index}].function.name {name!r} is given twice; a call could mean either",
+                field="tools",
+            )
 
 
 def _name_of(tool: object) -> str:

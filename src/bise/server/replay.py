@@ -54,25 +54,25 @@ class Replaying:
             return
         request = Request(scope, receive)
         given = request.headers.get(HEADER)
-        if given is not None and scope["path"] == UPLOADS:
+        if given is None or scope["path"] not in (*_ROUTES, UPLOADS):
+            await self._app(scope, receive, send)
+            return
+        caller = await self._gate.caller(request, "inference")
+        if scope["path"] == UPLOADS:
             raise RequestError(
                 "Idempotency-Key is not kept for uploads; leave it out", field="Idempotency-Key"
             )
-        if given is None or scope["path"] not in _ROUTES:
-            await self._app(scope, receive, send)
-            return
-        await self._serve(request, checked_key(given), send)
+        await self._serve(request, f"{caller.owner}\0{scope['path']}\0{checked_key(given)}", send)
 
-    async def _serve(self, request: Request, given: str, send: Send) -> None:
+    async def _serve(self, request: Request, place: str, send: Send) -> None:
         gate, scope = self._gate, request.scope
-        caller = await gate.caller(request, "inference")
         try:
             body = await request.body()
         except ClientDisconnect:
             return
         secret = gate.store.secret
-        ident = keyed_hash(secret, "replay", f"{caller.owner}\0{scope['path']}\0{given}").hex()
-        body_hash = keyed_hash(secret, "replay_body", body.decode("latin-1")).hex()
+        ident = keyed_hash(secret, "replay", place).hex()
+        body_hash = (await gate.offload(keyed_hash, secret, "replay_body", body.decode("latin-1"))).hex()
         standing, kept = await self._claim(ident, body_hash)
         if kept is not None:
             await _send_again(kept, send)

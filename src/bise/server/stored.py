@@ -61,6 +61,14 @@ def choice_argument(request: Request, name: str, choices: Sequence[str]) -> str 
     return text
 
 
+def choice_arguments(request: Request, name: str, choices: Sequence[str]) -> list[str]:
+    """Return those of `choices` that the query names, it may be several times; RequestError for another."""
+    found = request.query_params.getlist(name)
+    if any(text not in choices for text in found):
+        raise RequestError(f"{name} must be one of {', '.join(choices)}", field=name)
+    return found
+
+
 def only_arguments(request: Request, *known: str) -> None:
     """Refuse query arguments that a list does not know: a filter not applied would be a wrong list."""
     for name in request.query_params:

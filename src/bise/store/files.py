@@ -10,11 +10,11 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, false, func, or_, select
 from sqlalchemy.orm import Session
 
 from bise.config import state_directory
@@ -25,6 +25,10 @@ from bise.store.secret import sync_directory
 
 PURPOSES = ("batch", "fine-tune", "user_data")
 """What users may hand in; `batch_output` is what batch jobs make."""
+OUTPUT = "batch_output"
+ERROR_ENDING = "_error.jsonl"
+"""How the names of batch outputs end that hold errors."""
+SAMPLE_TYPES = ("pretrain", "instruct", "batch_request", "batch_result", "batch_error")
 MAX_FILE_BYTES = 512 << 20
 MAX_NAME = 255
 CHUNK_BYTES = 1 << 20
@@ -47,6 +51,15 @@ class StoredFile:
     num_lines: int | None
     created_at: float
     expires_at: float | None
+
+    @property
+    def sample_type(self) -> str:
+        """What its lines are, one of SAMPLE_TYPES; `_sample_condition` says the same to the database."""
+        if self.purpose == "batch":
+            return "batch_request"
+        if self.purpose == OUTPUT:
+            return "batch_error" if self.name.endswith(ERROR_ENDING) else "batch_result"
+        return "instruct"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +193,8 @@ class Files:
         *,
         purpose: str | None = None,
         search: str | None = None,
+        sample_types: Sequence[str] = (),
+        sources: Sequence[str] = (),
         after: str | None = None,
         offset: int = 0,
         limit: int = 100,
@@ -187,13 +202,18 @@ class Files:
     ) -> tuple[list[StoredFile], int]:
         """Return a page of the owner's files, and how many there are in all.
 
-        `after` is the id that the page before ended with; NotFoundError when it is none of the owner's.
+        `sample_types` and `sources` narrow to some of them; empty means all. `after` is the id that the page
+        before ended with; NotFoundError when it is none of the owner's.
         """
         query = select(FileRecord).where(FileRecord.owner == owner, self._is_alive())
         if purpose is not None:
             query = query.where(FileRecord.purpose == purpose)
         if search:
             query = query.where(FileRecord.name.contains(search, autoescape=True))
+        if sample_types:
+            query = query.where(or_(*(_sample_condition(name) for name in sample_types)))
+        if sources:
+            query = query.where(FileRecord.source.in_(sources))
         with self._database.reading() as session:
             total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
             at, ident = FileRecord.created_at, FileRecord.id
@@ -289,6 +309,20 @@ class Files:
                 continue
             if path.name not in known and age > ORPHAN_S:
                 path.unlink(missing_ok=True)
+
+
+def _sample_condition(name: str) -> ColumnElement[bool]:
+    is_output, is_error = (
+        FileRecord.purpose == OUTPUT,
+        FileRecord.name.endswith(ERROR_ENDING, autoescape=True),
+    )
+    conditions = {
+        "batch_request": FileRecord.purpose == "batch",
+        "batch_error": is_output & is_error,
+        "batch_result": is_output & ~is_error,
+        "instruct": FileRecord.purpose.not_in(("batch", OUTPUT)),
+    }
+    return conditions.get(name, false())
 
 
 def _file(record: FileRecord) -> StoredFile:
