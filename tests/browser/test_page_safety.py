@@ -101,8 +101,15 @@ def test_the_first_load_keeps_its_budget(site, visit):
     assert 20_000 < size < 120_000
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1280),
+        ("dark", 390),
+        pytest.param("dark", 1280, marks=pytest.mark.slow),
+        pytest.param("light", 390, marks=pytest.mark.slow),
+    ],
+)
 def test_axe_finds_nothing_serious(site, visit, ask, scheme, width):
     source = Path(__file__).parents[2] / "web" / "node_modules" / "axe-core" / "axe.min.js"
     if not source.is_file():

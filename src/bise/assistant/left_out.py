@@ -23,6 +23,12 @@ def left_out(messages: Sequence[Message]) -> frozenset[str]:
     )
 
 
+def kept(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages of a branch that its last answer read, or would read."""
+    absent = left_out(messages)
+    return [message for message in messages if message.id not in absent]
+
+
 def dropped_part(history: Sequence[Message], keep_from: str) -> dict[str, Any]:
     """Return the part of an answer to the end of `history` that reads from the message `keep_from` on.
 

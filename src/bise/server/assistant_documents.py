@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from bise.assistant.context import view_context
 from bise.assistant.documents import Document, excerpt
-from bise.assistant.left_out import left_out
+from bise.assistant.left_out import kept
 from bise.assistant.service import Assistant
 from bise.server.assistant_people import Person
 
@@ -83,8 +83,7 @@ def add_documents(router: APIRouter, assistant: Callable[[], Assistant], who: An
                     turn, history=tuple(branch), answer=dataclasses.replace(branch[-1], text="")
                 )
             prompt, _ = await service.prompt(shelf, person.owner, live)
-            absent = left_out(branch)
-            branch = [message for message in branch if message.id not in absent]
+            branch = kept(branch)
         view = await view_context(
             service.models, facts, system=found.system, branch=branch, prompt=prompt, draft=body.draft
         )

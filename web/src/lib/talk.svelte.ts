@@ -104,8 +104,16 @@ class Talk {
     this.#show(page);
   }
 
-  /** Asks, about the messages from `keepFrom` on; false when nothing was sent, so that the text stays where it was typed. */
-  async send(text: string, parent?: string | null, documents: string[] = [], keepFrom: string | null = null): Promise<boolean> {
+  /**
+   * Asks; the answer reads from the message `keepFrom` on where given. Returns false when nothing was sent, so that
+   * the text stays where it was typed.
+   */
+  async send(
+    text: string,
+    parent?: string | null,
+    documents: string[] = [],
+    keepFrom: string | null = null,
+  ): Promise<boolean> {
     if (this.isSending || !text.trim()) return false;
     this.isSending = true;
     notices.failure = null;
@@ -113,7 +121,14 @@ class Talk {
     try {
       const conversation = this.current ?? (await this.create());
       const parentId = parent === undefined ? (this.last?.id ?? null) : parent;
-      const body = { text, parent_id: parentId, client_id: clientId, model: this.model?.id ?? null, documents, ...(keepFrom ? { keep_from: keepFrom } : {}) };
+      const body = {
+        text,
+        parent_id: parentId,
+        client_id: clientId,
+        model: this.model?.id ?? null,
+        documents,
+        ...(keepFrom ? { keep_from: keepFrom } : {}),
+      };
       const asked = await notices.patiently(() =>
         post<{ message: Message; answer: Message }>(`/conversations/${conversation.id}/messages`, body),
       );
@@ -146,7 +161,9 @@ class Talk {
       ...(persona ? { persona_id: persona.id } : {}),
     });
     this.current = { ...made, temporary: this.isTemporary };
+    this.drafts.set('new', '');
     if (!this.isTemporary) {
+      this.drafts.set(made.id, this.draft);
       library.put(made);
       history.pushState(null, '', `/c/${made.id}`);
     }
@@ -256,7 +273,6 @@ class Talk {
   saveDraft(text: string): void {
     this.draft = text;
     if (this.isTemporary) return;
-    if (this.current) this.drafts.set('new', '');
     this.drafts.set(this.current?.id ?? 'new', text);
   }
 
