@@ -3,7 +3,9 @@
 import pytest
 
 from bise.engine.device import Placement, free_bytes
+from bise.engine.fleet import Fleet
 from bise.engine.load import load_model
+from bise.engine.model_spec import ModelSpec
 from bise.engine.request import Request, SamplingParams
 from bise.errors import ConfigError, MemoryPlanError
 from bise.hub.registry import resolve
@@ -58,3 +60,14 @@ def test_weights_that_do_not_fit_the_device_are_refused_before_they_are_read(mon
     with pytest.raises(MemoryPlanError):
         load_model(resolve(None), placement=Placement("cpu", "f32"))
     assert free_bytes(Placement("cpu", "f32")) != 1 << 20
+
+
+def test_a_fleet_plans_and_serves_a_model_on_a_device():
+    spec = ModelSpec(name="m", path=resolve(None), quant="q8", context=128, placement=Placement("cpu", "f32"))
+    with Fleet([spec], 1 << 30) as fleet:
+        plan = fleet.cards()[0].plan
+        assert plan is not None
+        assert plan.kv_format == "f32"
+        with fleet.use("m") as loaded:
+            assert loaded.ops is not None
+            assert loaded.ops.name == "torch"

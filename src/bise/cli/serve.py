@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bise.cli.logs import configure
-from bise.cli.options import kv_option, quant_option, text
+from bise.cli.options import device_options, kv_option, quant_option, text
 from bise.cli.output import aside
 
 if TYPE_CHECKING:
     import socket
 
+    from bise.engine.device import Placement
     from bise.engine.fleet import Fleet
     from bise.engine.model_spec import AdapterSpec, ModelSpec
     from bise.server.access import Access
@@ -58,6 +59,7 @@ DEFAULT_SEQUENCES = 8
     help="Requests that can reach the full context at once.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]")
+@device_options
 @click.option(
     "--memory", type=click.FloatRange(min=0.01), help="GiB for all models together.  [default: what is free]"
 )
@@ -101,7 +103,7 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     access = Access.OPEN if values["no_key"] else Access.REQUIRED if values["require_key"] else Access.AUTO
     specs = _specs(models or (None,), values)
     hosted = _hosted(values["remotes"], specs)
-    memory = None if values["memory"] is None else int(values["memory"] * 2**30)
+    memory = _memory(specs[0].placement, values["memory"])
     with (
         Store.open(values["db"]) as store,
         _listener(values, access, store) as listener,
@@ -116,6 +118,15 @@ def command(models: tuple[str, ...], **values: Any) -> None:
                 if adapter.fault is not None:
                     aside(f"note: {card.spec.name}:{adapter.spec.name} cannot be served: {adapter.fault}")
         _serve(fleet, store, listener, access, values, hosted)
+
+
+def _memory(placement: Placement, gibibytes: float | None) -> int | None:
+    """Return the bytes for all models together; None: what is free on this machine."""
+    from bise.engine.device import free_bytes
+
+    if gibibytes is not None:
+        return int(gibibytes * 2**30)
+    return None if placement.is_native else free_bytes(placement)
 
 
 def _hosted(names: tuple[str, ...], specs: list[ModelSpec]) -> HostedModels:
@@ -207,9 +218,12 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
     """Return what the fleet is to serve, in the order of the command line."""
     from pathlib import Path
 
+    from bise.engine.device import Placement, require_device
     from bise.engine.model_spec import ModelSpec
     from bise.hub.registry import resolve
 
+    placement = Placement(values["device"], values["dtype"])
+    require_device(placement)
     aliases: dict[str, list[str]] = {}
     for entry in values["aliases"]:
         alias, sign, model = entry.partition("=")
@@ -232,6 +246,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
                 context=values["context"],
                 sequences=values["sequences"],
                 threads=values["threads"],
+                placement=placement,
                 prefix_cache_dir=prefixes,
                 swap_bytes=int((values["swap"] or 0) * 2**30),
                 aliases=tuple(alias for key in sorted(known) for alias in aliases.pop(key, ())),

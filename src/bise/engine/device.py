@@ -15,7 +15,7 @@ import numpy as np
 from bise.engine.memory import available_memory, checked_kv_format, packed_formats
 from bise.errors import ConfigError
 from bise.kernels import Array, Weight
-from bise.kernels.cpu import CpuOps
+from bise.kernels.cpu import CpuOps, packed_size
 from bise.model.pack import Progress
 from bise.model.source import ModelSource
 from bise.model.stream import stream_packed
@@ -67,11 +67,32 @@ class Placement:
         return chosen
 
 
+NATIVE = Placement()
+"""This processor, through the native extension."""
+
+
 def make_ops(placement: Placement) -> TorchOps:
     """Return the ops of a device that torch drives: Triton's kernels on a CUDA device, plain torch elsewhere.
 
     Raises ConfigError when torch or the device is absent.
     """
+    require_device(placement)
+    import torch
+
+    from bise.kernels.torch import TorchOps
+
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[placement.compute_format]
+    if not placement.device.startswith("cuda") or find_spec("triton") is None:
+        return TorchOps(dtype, placement.device)
+    from bise.kernels.triton.ops import TritonOps
+
+    return TritonOps(dtype, placement.device)
+
+
+def require_device(placement: Placement) -> None:
+    """Raise ConfigError unless the device, and torch where it needs it, are there."""
+    if placement.is_native:
+        return
     if find_spec("torch") is None:
         raise ConfigError(
             f"device {placement.device} needs PyTorch; pip install 'bise[torch]', or leave --device and "
@@ -80,21 +101,12 @@ def make_ops(placement: Placement) -> TorchOps:
         )
     import torch
 
-    from bise.kernels.torch import TorchOps
-
-    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[placement.compute_format]
     if placement.device == "mps" and not torch.backends.mps.is_available():
-        raise _absent(placement, "Metal", torch.__version__)
-    if not placement.device.startswith("cuda"):
-        return TorchOps(dtype, placement.device)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(placement.device.partition(":")[2] or 0) >= count:
-        raise _absent(placement, f"{count} CUDA" if count else "no CUDA", torch.__version__)
-    if find_spec("triton") is None:
-        return TorchOps(dtype, placement.device)
-    from bise.kernels.triton.ops import TritonOps
-
-    return TritonOps(dtype, placement.device)
+        raise _absent(placement, "no Metal", torch.__version__)
+    if placement.device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(placement.device.partition(":")[2] or 0) >= count:
+            raise _absent(placement, f"{count or 'no'} CUDA", torch.__version__)
 
 
 def _absent(placement: Placement, seen: str, version: str) -> ConfigError:
@@ -106,7 +118,11 @@ def _absent(placement: Placement, seen: str, version: str) -> ConfigError:
 
 
 def free_bytes(placement: Placement) -> int | None:
-    """Return the memory that a model may take on the device; None when it does not tell."""
+    """Return the memory that a model may take on the device; None when it does not tell.
+
+    Raises ConfigError when the device is absent.
+    """
+    require_device(placement)
     if not placement.device.startswith("cuda"):
         return available_memory()
     import torch
@@ -115,14 +131,15 @@ def free_bytes(placement: Placement) -> int | None:
     return max(free - _HEADROOM, 0)
 
 
-def device_excess(source: ModelSource, quant: str, ops: TorchOps) -> int:
+def device_excess(source: ModelSource, quant: str, placement: Placement) -> int:
     """Return the bytes that the weights take on a device beyond their packed size: scales of two levels are
-    multiplied out there, and codes of 5 and 6 bits take a byte.
+    multiplied out there, and codes of 5 and 6 bits take a byte. Needs torch unless the placement is native.
     """
-    from bise.kernels.cpu import packed_size
+    if placement.is_native:
+        return 0
     from bise.kernels.grouped import device_bytes
 
-    width = ops.dtype.itemsize
+    width = 4 if placement.compute_format == "f32" else 2
     return sum(
         device_bytes(packed_format, *source.tensors[name].shape, float_bytes=width)
         - packed_size(packed_format, *source.tensors[name].shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -12,7 +13,8 @@ from bise.cache.pages import plan_num_blocks
 from bise.cache.prefix_file import PrefixFile
 from bise.config import default_threads
 from bise.diskfile import require_inside
-from bise.engine.device import Placement, device_excess, free_bytes, make_ops, place_weights
+from bise.engine.device import NATIVE, Placement, device_excess, free_bytes, make_ops, place_weights
+from bise.engine.draft_model import STEP_TOKENS as DRAFT_STEP_TOKENS
 from bise.engine.draft_model import DraftModel, check_same_vocabulary
 from bise.engine.engine import Engine
 from bise.engine.memory import (
@@ -20,8 +22,10 @@ from bise.engine.memory import (
     available_memory,
     checked_kv_format,
     kv_bytes,
+    packed_formats,
     planned_context,
     require_weights,
+    scratch_bytes,
     weight_bytes,
 )
 from bise.engine.pace import Pace
@@ -45,11 +49,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-NATIVE = Placement()
-"""This processor, through the native extension."""
+STEP_SECONDS = 0.25
+"""What a step should last at most while others wait for it: a gap between two words that nobody minds."""
 
-STEP_SECONDS = 0.5
-"""What a step should last at most while others wait for it: the gap between two words that a reader bears."""
+SEATS = 2
+"""Sequences that may run for each one that the KV memory is planned for: few reach the full context."""
 
 PREFIX_FILE_BYTES = 1 << 30
 """Largest file of cached prefixes."""
@@ -123,11 +127,11 @@ def load_model(
 
     `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
     together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
-    holds. `max_sequences` full contexts can run at once. With `prefix_cache_dir` cached prefixes are written
-    there when the engine closes, up to 1 GiB, and found again by the next one. Preempted requests may leave
-    `swap_bytes` outside of the KV memory. The model at `draft`, of the
-    same vocabulary, guesses ahead; the output is the same. Raises UserError for everything the caller can
-    mend.
+    holds. `max_sequences` full contexts can run at once, and twice as many shorter ones. With
+    `prefix_cache_dir` cached prefixes are written there when the engine closes, up to 1 GiB, and found again
+    by the next one. Preempted requests may leave `swap_bytes` outside of the KV memory. The model at `draft`,
+    of the same vocabulary, guesses ahead; the output is the same. Raises UserError for everything the caller
+    can mend.
     """
     source = open_model(path)
     kv_format = placement.kv_format(kv, quant)
@@ -136,7 +140,7 @@ def load_model(
     free = free_bytes(placement)
     if not isinstance(ops, CpuOps):
         _require_native(placement, prefix_cache_dir=prefix_cache_dir, swap_bytes=swap_bytes, draft=draft)
-        free = None if free is None else free - device_excess(source, quant, ops)
+        free = None if free is None else free - device_excess(source, quant, placement)
     guessing = None if draft is None else DraftSource.open(draft)
     if free is not None and guessing is not None:
         free -= guessing.weight_bytes
@@ -148,6 +152,7 @@ def load_model(
         context=context,
         sequences=max_sequences,
         available=None if free is None else free - weight_bytes(source, quant),
+        beside=None if guessing is None else partial(guessing.working_bytes, sequences=max_sequences),
     )
     tokenizer, template = load_text(source)
     if guessing is not None:
@@ -170,7 +175,7 @@ def load_model(
         kv_memory_bytes=kv_bytes(source.config, tokens, kv_format, max_sequences),
         max_context=tokens,
         max_step_tokens=STEP_TOKENS,
-        max_sequences=max(max_sequences, 8),
+        max_sequences=max(SEATS * max_sequences, 8),
         prefix_file=prefix_file,
         swap_bytes=swap_bytes,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
@@ -211,6 +216,15 @@ class DraftSource:
     def weight_bytes(self) -> int:
         """Memory of its weights."""
         return weight_bytes(self.source, "auto")
+
+    def working_bytes(self, context: int, sequences: int) -> int:
+        """Return the memory for KV pages and steps beside `sequences` texts of `context` tokens."""
+        config = self.source.config
+        kv_format, context = checked_kv_format("auto", "auto"), min(context, config.max_context)
+        formats = packed_formats(self.source, "auto")
+        rows = min(DRAFT_STEP_TOKENS, sequences * context)
+        pages = kv_bytes(config, context, kv_format, sequences)
+        return pages + scratch_bytes(config, formats, rows, max(sequences, 8))
 
     def load(self, ops: CpuOps, context: int, sequences: int, progress: Progress | None) -> DraftModel:
         """Load the weights, and take KV memory for `sequences` texts of `context` tokens, or as many as the

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bise.engine.device import NATIVE, Placement, device_excess
 from bise.engine.load import LoadedModel, load_model
 from bise.engine.memory import (
     PROCESS_BYTES,
     STEP_TOKENS,
-    checked_kv_format,
     memory_need,
     planned_context,
     require_weights,
@@ -52,6 +52,8 @@ class ModelSpec:
     sequences: int = 1
     """Requests that can reach the full context at once."""
     threads: int | None = None
+    placement: Placement = NATIVE
+    """The device that it runs on."""
     prefix_cache_dir: Path | None = None
     """Where cached prefixes outlast the engine; None: they do not."""
     swap_bytes: int = 0
@@ -130,9 +132,10 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
     Raises MemoryPlanError when weights or the context asked for do not fit, ModelFileError for bad files.
     """
     source = open_model(spec.path)
-    kv_format = checked_kv_format(spec.kv, spec.quant)
-    weights = weight_bytes(source, spec.quant)
-    require_weights(source, spec.quant, memory)
+    kv_format = spec.placement.kv_format(spec.kv, spec.quant)
+    excess = device_excess(source, spec.quant, spec.placement)
+    weights = weight_bytes(source, spec.quant) + excess
+    require_weights(source, spec.quant, None if memory is None else memory - excess)
     context, notes = planned_context(
         source,
         spec.quant,
@@ -143,7 +146,7 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
     )
     need = memory_need(source, spec.quant, context=context, kv_format=kv_format, sequences=spec.sequences)
     return ModelPlan(
-        size_bytes=need.total - PROCESS_BYTES + spec.swap_bytes,
+        size_bytes=need.total - PROCESS_BYTES + spec.swap_bytes + excess,
         weight_bytes=weights,
         context=context,
         kv_format=kv_format,
@@ -177,6 +180,7 @@ def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:
         quant=spec.quant,
         kv=spec.kv,
         threads=spec.threads,
+        placement=spec.placement,
         context=plan.context,
         max_sequences=spec.sequences,
         prefix_cache_dir=spec.prefix_cache_dir,
