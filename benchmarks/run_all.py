@@ -21,6 +21,10 @@ from pathlib import Path
 
 from verdicts import table, verdicts
 
+from bise.bench.gguf_file import gguf_path
+from bise.bench.suite import altered_shape
+from bise.plan import known_shape
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 AVX2_LLAMA = Path.home() / ".cache" / "bise" / "llama-avx2"
@@ -39,6 +43,7 @@ PLAN: dict[str, str] = {
     "7b-q8": "--shape mistral-7b --layers 16 --quant q8 --prompt , --gen 16",
     "brise": "--prompt 256 --gen 96",
     "avx2": "--shape mistral-7b --layers 4 --quant q4 --prompt 512 --gen 32 --vs llama.cpp:Q4_0",
+    "avx2-same-file": "FILE --quant auto --prompt 512 --gen 16 --vs llama.cpp",
 }
 
 
@@ -80,14 +85,15 @@ def main() -> int:
 def run(name: str, arguments: str, document: dict) -> None:
     """Run one entry; show its table, keep its document."""
     environment = dict(os.environ)
-    if name == "avx2":
+    if name.startswith("avx2"):
         if not AVX2_LLAMA.is_dir():
             document["failed"][name] = f"no llama.cpp for AVX2 at {AVX2_LLAMA}"
             print(document["failed"][name], flush=True)
             return
         paths = [str(AVX2_LLAMA), environment.get("PYTHONPATH", "")]
         environment |= {"BISE_ISA": "avx2", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "bise", "bench", *arguments.split()]
+    words = [same_file() if word == "FILE" else word for word in arguments.split()]
+    command = [sys.executable, "-m", "bise", "bench", *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -97,6 +103,11 @@ def run(name: str, arguments: str, document: dict) -> None:
     print("\n".join(lines[:-1]), flush=True)
     document["failed"].pop(name, None)
     document["runs"][name] = json.loads(lines[-1])
+
+
+def same_file() -> str:
+    """Return the GGUF file that llama.cpp reads in `avx2`: the same Q4_0 blocks for both engines."""
+    return str(gguf_path(altered_shape(known_shape("mistral-7b"), None, 4), "Q4_0"))
 
 
 def startup_seconds(runs: int) -> list[float]:

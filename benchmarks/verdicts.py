@@ -107,6 +107,8 @@ ROWS = (
     Row("engine's share of a 7B step", _overhead, 0.03, 0.01, "%", less_is_better=True),
     Row("AVX2: prefill vs llama.cpp for AVX2 (4 layers)", _ratio("avx2", "llama", prompt=512), 1.0, 1.0),
     Row("AVX2: decode vs llama.cpp for AVX2 (4 layers)", _ratio("avx2", "llama", op="decode"), 1.0, 1.0),
+    Row("AVX2, same Q4_0 file: prefill", _ratio("avx2-same-file", "llama", prompt=512), 1.0, 1.0),
+    Row("AVX2, same Q4_0 file: decode", _ratio("avx2-same-file", "llama", op="decode"), 1.0, 1.0),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bise.bench.report import COLUMNS, provenance, result_of, table_rows, with_ratios
+from bise.bench.report import columns, provenance, result_of, table_rows, with_ratios
 from bise.bench.rounds import Case, Series, Turn
 from bise.plan import MachineLimits, Work
 
@@ -71,9 +71,9 @@ def test_a_row_of_the_table_has_a_cell_per_column_and_shows_noise():
     quiet = with_ratios([result_of(series_of(DECODE, [1.0]), work, LIMITS)])
     noisy = with_ratios([result_of(series_of(DECODE, [1.0], foreign=1.0), work, LIMITS)])
     row = table_rows(quiet)[0]
-    assert len(row) == len(COLUMNS)
-    assert row == ["decode", "-", "2", "16", "bise", "20.0", "10.0", "50%", "-", "1 of 1"]
-    assert table_rows(noisy)[0][-1] == "0 of 1 (noisy)"
+    assert len(row) == len(columns(quiet))
+    assert row == ["decode", "-", "2", "16", "bise", "20.0", "10.0", "50%", "-", "1 of 1", "0.25"]
+    assert table_rows(noisy)[0][-2] == "0 of 1 (noisy)"
 
 
 def test_provenance_names_machine_versions_and_command():
@@ -82,3 +82,12 @@ def test_provenance_names_machine_versions_and_command():
     assert origin["threads"] == 2
     assert origin["versions"]["numpy"]
     assert {"date", "machine", "cpu", "kernel", "isa", "commit"} <= set(origin)
+
+
+def test_joules_have_a_column_only_where_the_machine_reports_them():
+    work = Work(tokens=2, bytes_read=1e9, operations=1e9, is_float=False)
+    series = series_of(DECODE, [1.0])
+    series.turns[0] = dataclasses.replace(series.turns[0], joules=None)
+    silent = with_ratios([result_of(series, work, LIMITS)])
+    assert "J/TOK" not in columns(silent)
+    assert len(table_rows(silent)[0]) == len(columns(silent))

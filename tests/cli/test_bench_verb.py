@@ -58,6 +58,8 @@ def test_a_peer_that_is_absent_is_told_in_the_table_and_the_document(bench, monk
         (["--window", "64"], "--window and --layers need --shape"),
         (["--layers", "2"], "--window and --layers need --shape"),
         (["somewhere", "--shape", "s06"], "give either MODEL or --shape"),
+        (["--roofline", "ops.png"], "'ops.png' must name an .svg file in a directory that exists"),
+        (["--roofline", "no/such/ops.svg"], "must name an .svg file in a directory that exists"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_measured(bench, args, message):
@@ -73,3 +75,21 @@ def test_a_context_beyond_the_models_is_skipped_and_told(bench):
     document = json.loads(result.out.splitlines()[-1])
     assert [entry["op"] for entry in document["results"]] == ["prefill"]
     assert "exceed the model's context" in document["skipped"][0]
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(bench, monkeypatch):
+    monkeypatch.setattr("bise.bench.engine_bench.available_memory", lambda: 1 << 30)
+    result = bench("--shape", "mistral-7b", "--quant", "q4")
+    assert result.code != 0
+    assert "GiB for its weights, 1.0 GiB of memory are free" in result.err
+    assert len(result.error_lines) == 1
+
+
+def test_a_kv_cache_that_does_not_fit_is_skipped_and_told(bench, monkeypatch):
+    monkeypatch.setattr("bise.bench.engine_bench.require_weights", lambda source, quant, available: None)
+    monkeypatch.setattr("bise.bench.engine_bench.available_memory", lambda: 1 << 10)
+    result = bench("--prompt", "4", "--gen", "0")
+    assert result.code == 0
+    document = json.loads(result.out.splitlines()[-1])
+    assert document["results"] == []
+    assert "its KV cache needs" in document["skipped"][0]

@@ -138,6 +138,23 @@ def test_the_fused_feed_forward_equals_its_parts_bit_for_bit(isa, packed_format,
     assert np.abs(together - ops.linear(hidden, [down])[0]).max() < 2e-2 * np.abs(together).max()
 
 
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "q8"])
+def test_rows_too_many_for_the_cache_have_the_bits_that_they_have_alone(packed_format, monkeypatch):
+    rng = np.random.default_rng(11)
+    ops = ops_on(ISAS[0], monkeypatch, 2)
+    gate, up = (
+        ops.quantized(rng.standard_normal((80, 4096)).astype(np.float32), packed_format) for _ in range(2)
+    )
+    down = ops.quantized(rng.standard_normal((40, 80)).astype(np.float32), packed_format)
+    bank = ops.experts([(gate, up, down)])
+    x = rng.standard_normal((71, 4096)).astype(np.float32)  # 71 x 128 blocks x 48 bytes: over 384 KiB
+    many, hidden = ops.linear(x, [gate, up])[1], ops.mlp(x, bank)
+    for size in (1, 8, 16):
+        parts = [x[at : at + size].copy() for at in range(0, 71, size)]
+        assert np.concatenate([ops.linear(part, [up])[0] for part in parts]).tobytes() == many.tobytes()
+        assert np.concatenate([ops.mlp(part, bank) for part in parts]).tobytes() == hidden.tobytes()
+
+
 @pytest.mark.parametrize("packed_format", ["f32", "q8"])
 def test_a_mixture_adds_its_experts_in_rank_order_whatever_the_batch(packed_format, monkeypatch):
     rng = np.random.default_rng(5)

@@ -16,7 +16,14 @@ from bise.bench.synthetic import random_weights
 from bise.config import ModelConfig
 from bise.engine.engine import Engine
 from bise.engine.handle import RequestHandle
-from bise.engine.memory import STEP_TOKENS, checked_kv_format, kv_bytes, packed_formats
+from bise.engine.memory import (
+    STEP_TOKENS,
+    available_memory,
+    checked_kv_format,
+    kv_bytes,
+    packed_formats,
+    require_weights,
+)
 from bise.engine.request import Delta, Request, SamplingParams
 from bise.errors import EngineError
 from bise.kernels import Array, Ops
@@ -35,7 +42,11 @@ class BiseContestant:
     name = "bise"
 
     def __init__(self, source: ModelSource, *, quant: str, kv: str, threads: int) -> None:
-        """Load the weights of a model, or make random ones for a shape."""
+        """Load the weights of a model, or make random ones for a shape.
+
+        Raises MemoryPlanError when they do not fit what is free.
+        """
+        require_weights(source, quant, available_memory())
         self.version = __version__
         self.kv_format = checked_kv_format(kv, quant)
         self.formats: Mapping[str, str] = packed_formats(source, quant)
@@ -60,6 +71,9 @@ class BiseContestant:
         context = case.prompt + 1 if case.op == "prefill" else case.context + case.steps * (rounds + 2) + 64
         if context > self.config.max_context:
             raise PeerError(f"{context} tokens exceed the model's context of {self.config.max_context}")
+        free, needed = available_memory(), kv_bytes(self.config, context, self.kv_format, case.batch)
+        if free is not None and needed > free:
+            raise PeerError(f"its KV cache needs {needed >> 20:,} MiB, {free >> 20:,} MiB of memory are free")
         self._case = case
         self._engine = _engine(self._transformer, self._ops, self.config, self.kv_format, context, case.batch)
         if case.op == "decode":

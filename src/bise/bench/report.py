@@ -75,9 +75,19 @@ def with_ratios(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
+def columns(results: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the heads of the table: `COLUMNS`, and joules per token where the machine reports them."""
+    return (*COLUMNS, "J/TOK") if _tells_joules(results) else COLUMNS
+
+
+def _tells_joules(results: Sequence[Mapping[str, Any]]) -> bool:
+    return any(entry["joules_per_token"] is not None for entry in results)
+
+
 def table_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the results as cells under `COLUMNS`."""
+    """Return the results as cells under `columns`."""
     rows: list[list[str]] = []
+    tells_joules = _tells_joules(results)
     for entry in results:
         ratio = entry.get("bise_ratio")
         kept = f"{entry['rounds_kept']} of {entry['rounds']}"
@@ -93,6 +103,9 @@ def table_rows(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             "-" if ratio is None else f"{ratio:.2f}x",
             f"{kept} (noisy)" if entry["noisy"] else kept,
         ])  # fmt: skip
+        if tells_joules:
+            joules = entry["joules_per_token"]
+            rows[-1].append("-" if joules is None else f"{joules:.3g}")
     return rows
 
 

@@ -126,7 +126,7 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
     output is one JSON document. Disturbed rounds are left out, or marked as noisy when all are.
     """
     from bise.bench.peers import parse_peers
-    from bise.bench.report import COLUMNS, limits_of, provenance, table_rows
+    from bise.bench.report import columns, limits_of, provenance, table_rows
     from bise.bench.roofline import draw_roofline, op_table
     from bise.bench.suite import BenchOptions, run_bench
     from bise.config import default_threads
@@ -134,6 +134,10 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
 
     if shape is None and (window is not None or layers is not None):
         raise click.UsageError("--window and --layers need --shape")
+    if roofline is not None and (roofline.suffix.lower() != ".svg" or not roofline.parent.is_dir()):
+        raise click.BadParameter(
+            f"'{roofline}' must name an .svg file in a directory that exists", param_hint="--roofline"
+        )
     options = BenchOptions(threads=threads or default_threads(), **values)
     document = run_bench(_source(model, shape, window, layers), parse_peers(peers), options, aside)
     origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
@@ -141,7 +145,7 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
         title = f"{document['model']} as {document['quant']}, {origin['cpu']}, {options.threads} threads"
         roofline.write_text(draw_roofline(document["ops"], limits_of(document["limits"]), title), "utf-8")
     if not as_json:
-        write_table(COLUMNS, table_rows(document["results"]))
+        write_table(columns(document["results"]), table_rows(document["results"]))
         click.echo()
         write_table(*op_table(document["ops"]))
         click.echo()
