@@ -154,3 +154,11 @@ def test_a_class_holds_only_characters_that_python_counts_in_as_well(written):
     for low, high in node.ranges:
         for point in range(low, high + 1):
             assert re.fullmatch(written, chr(point)), hex(point)
+
+
+def test_a_lark_grammar_whose_terminals_swallow_each_other_is_refused_or_still_ends(outputs):
+    with pytest.raises(RequestError, match="takes what belongs to the next"):
+        outputs(GrammarSpec.lark("start: A B\nA: /[a-z0-9]+/\nB: /[0-9]+/"))
+    trap = """start: "y" | "x" (SHORT NAME | LONG)\nSHORT: ","\nNAME: "n1"\nLONG: ",name" """
+    for text in outputs(GrammarSpec.lark(trap)).some(12, room=12):
+        assert text == "y"

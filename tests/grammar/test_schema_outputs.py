@@ -45,6 +45,12 @@ OBJECTS = {
         "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}},
         "maxProperties": 1,
     },
+    "others_after_optional": {
+        "type": "object",
+        "properties": {"": {"type": "null"}, "c d": True},
+        "required": [""],
+        "additionalProperties": True,
+    },
     "forbidden_name": {"type": "object", "properties": {"a": False, "b": {"type": "null"}}},
     "required_unnamed": {"type": "object", "required": ["z"], "additionalProperties": {"type": "null"}},
     "quoted_name": {
@@ -153,6 +159,19 @@ WHOLES = {
     },
     "one_type": {
         "oneOf": [{"type": "string"}, {"type": "integer", "minimum": 3}, {"type": "integer", "maximum": 2}]
+    },
+    "long_or_any": {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"b": {"type": "string", "minLength": 40}},
+                "required": ["b"],
+                "additionalProperties": False,
+            },
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            {"enum": [{"b": [1, 2, 3, 4, 5, 6, 7, 8, 9]}, [1, [2, 3]]]},
+            {"type": "array", "items": {"type": "integer"}},
+        ]
     },
     "merged": {
         "allOf": [
@@ -295,6 +314,7 @@ def test_many_generated_schemas_are_kept_or_allow_nothing(outputs, schema, seed)
     [
         (OBJECTS["named"], {"a": "xyz", "b": 0.3, "c": [1, {"q": 2}]}),
         (OBJECTS["others"], {"a": 1, "zz": True}),
+        (OBJECTS["others_after_optional"], {"": None, "other": 1}),
         (OBJECTS["patterns"], {"xa": 7, "xb": 1, "yz": None}),
         (ARRAYS["unique"], ["c", "a"]),
         (ARRAYS["counted"], [None] * 17),

@@ -56,17 +56,26 @@ class Compiled:
     a new one, and only what is too much for a new one is too much.
     """
 
-    __slots__ = ("_text", "_vocabulary", "matcher", "size_bytes", "table")
+    __slots__ = ("_text", "_vocabulary", "is_ours", "matcher", "size_bytes", "table")
 
     def __init__(
-        self, table: Table, text: str, vocabulary: Vocabulary, matcher: LLMatcher, size: int
+        self,
+        table: Table,
+        text: str,
+        vocabulary: Vocabulary,
+        matcher: LLMatcher,
+        *,
+        size_bytes: int,
+        is_ours: bool,
     ) -> None:
         self.table = table
+        self.is_ours = is_ours
+        """bise chose the terminals, such that on no way out one swallows what belongs to the next."""
         self._text = text
         self._vocabulary = vocabulary
         self.matcher: LLMatcher | None = matcher
         """At the start, with what outputs have added; only ever copied. None: nobody used it lately."""
-        self.size_bytes = size
+        self.size_bytes = size_bytes
         """What it takes without what outputs add, roughly and rather more."""
 
     def begin(self) -> LLMatcher:
@@ -148,7 +157,8 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead
         reason = " ".join(trial.get_error().split())[:160]
         raise RequestError(f"{spec.field} is more than the grammar engine takes ({reason})", field=spec.field)
     size = (1 << 16) + 40 * len(text) + 200 * budget.spent
-    return Compiled(table, text, vocabulary, matcher, size)
+    is_ours = spec.kind is not GrammarKind.LARK
+    return Compiled(table, text, vocabulary, matcher, size_bytes=size, is_ours=is_ours)
 
 
 def _root(spec: GrammarSpec, builder: Builder, vocabulary: Vocabulary) -> Symbol:

@@ -104,6 +104,12 @@ class Follower:
             raise RequestError(
                 "the model's vocabulary cannot spell an output of this grammar", field="grammar"
             )
+        if not self._compiled.is_ours and not self._leads_out(path):
+            raise RequestError(
+                "the grammar's shortest output cannot be written: text is cut greedily, and one terminal "
+                "takes what belongs to the next; let what follows a terminal begin with other characters",
+                field="grammar",
+            )
         return len(path)
 
     @property
@@ -267,6 +273,8 @@ class Follower:
 
     def _can_end_within(self, left: int) -> bool:
         """Say whether `left` tokens complete the output; finds out as cheaply as it can."""
+        if not self._compiled.is_ours:
+            return self._has_proven_way(left)
         need = self._tracker.need()
         if need <= left and self._vocabulary.spells_every_byte:
             return True
@@ -280,6 +288,22 @@ class Follower:
             return True
         self._path = self._vocabulary.spell(pieces)
         return self._path is not None and len(self._path) <= left
+
+    def _has_proven_way(self, left: int) -> bool:
+        """Say the same of a caller's own terminals, which may swallow parts of the shortest text."""
+        if self._path is None:
+            path = self._vocabulary.spell(self._tracker.shortest())
+            if path is None or len(path) > left or not self._leads_out(path):
+                return False
+            self._path = path
+        return len(self._path) <= left
+
+    def _leads_out(self, path: Sequence[int]) -> bool:
+        """Say whether the output is complete after these tokens."""
+        mark = self._tracker.mark()
+        is_out = all(map(self._move, path)) and self._tracker.need() == 0
+        self._tracker.back_to(mark)
+        return is_out
 
     def _way_out(self) -> list[int] | None:
         if self._path is None:

@@ -110,7 +110,7 @@ class ObjectRules:
                 made: list[tuple[Symbol, ...]] = [] if name in shape.required else [(skip,)]
                 if shape.high is None or count < shape.high:
                     after = later[False, min(count + 1, cap)]
-                    made.append((owner.key(name, comma=not is_first), value, after))
+                    made.append((*owner.key(name, comma=not is_first), value, after))
                 here[is_first, count] = builder.rule(*made)
             later = here
         return later[True, 0]
@@ -139,11 +139,10 @@ class ObjectRules:
         `patternProperties` gets only names that match.
         """
         owner = self._owner
-        colon = owner.builder.text(":", ": ")
         patterns = self._pattern_names(members)
         if patterns:
             made = [
-                (name, colon, owner.value(self._pattern_places(members, source)))
+                (name, owner.colon, owner.value(self._pattern_places(members, source)))
                 for source, name in self._keys(members, names, patterns)
             ]
             return owner.builder.rule(*made)
@@ -160,7 +159,7 @@ class ObjectRules:
         if any(not owner.document.cases((place,)) for place in places):
             return None
         name = self._key(members, names, [])
-        return owner.builder.rule((name, colon, owner.value(places)))
+        return owner.builder.rule((name, owner.colon, owner.value(places)))
 
     def _pattern_names(self, members: Members) -> dict[str, str]:
         """Return the patterns of `patternProperties` with a place of each."""

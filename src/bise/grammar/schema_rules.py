@@ -36,6 +36,7 @@ class SchemaRules:
         self.builder = builder
         self.judge = Judge(document)
         self.comma = builder.text(",", ", ")
+        self.colon = builder.text(":", ": ")
         self._values: dict[Places, int] = {}
         self._anything: dict[int, int] = {}
         self._told_apart: set[str] = set()
@@ -122,15 +123,18 @@ class SchemaRules:
         if isinstance(value, dict):
             inner = []
             for index, (name, item) in enumerate(cast(dict[str, object], value).items()):
-                inner += [self.key(name, comma=index > 0), *self._literal(item)]
+                inner += [*self.key(name, comma=index > 0), *self._literal(item)]
             return (word("{"), *inner, word("}"))
         return (word(json_text(value)),)
 
-    def key(self, name: str, *, comma: bool) -> Terminal:
-        """Return the terminal of a property's name and its colon, with or without a comma before it."""
-        quoted = json_text(name)
-        before = (",", ", ") if comma else ("",)
-        return self.builder.text(*(f"{start}{quoted}:{space}" for start in before for space in ("", " ")))
+    def key(self, name: str, *, comma: bool) -> tuple[Symbol, ...]:
+        """Return the symbols of a property's name and its colon, with or without a comma before it.
+
+        Each is one token of JSON, as all terminals here: text is cut greedily, and one that went on past a
+        token's end would leave what else may follow no chance.
+        """
+        lead = (self.comma,) if comma else ()
+        return (*lead, self.builder.text(json_text(name)), self.colon)
 
     def anything(self, depth: int) -> int:
         """Return the rule of all JSON values that nest at most `MAX_FREE_DEPTH - depth` deep."""
@@ -146,8 +150,7 @@ class SchemaRules:
         )
         if depth < MAX_FREE_DEPTH:
             inner = self.anything(depth + 1)
-            colon = word(":", ": ")
-            pair = self.builder.rule((self.builder.json_string(), colon, inner))
+            pair = self.builder.rule((self.builder.json_string(), self.colon, inner))
             self.builder.define(found, (word("["), self.several(inner, 0, None), word("]")))
             self.builder.define(found, (word("{"), self.several(pair, 0, None), word("}")))
         return found
