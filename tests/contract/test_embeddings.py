@@ -42,6 +42,25 @@ def test_fewer_dimensions_keep_unit_length(live, client):
     assert np.linalg.norm(row) == pytest.approx(1, abs=1e-6)
 
 
+def rows_of(live, texts, **fields):
+    reply = live.post("/v1/embeddings", {"model": "stub", "input": texts, **fields}).json()
+    return [row["embedding"] for row in reply["data"]]
+
+
+def test_the_last_token_can_be_asked_for_instead_of_the_mean(live):
+    assert rows_of(live, "Hi", pooling="mean") == rows_of(live, "Hi")
+    (last,) = rows_of(live, "Hi", pooling="last")
+    assert np.linalg.norm(last) == pytest.approx(1, abs=1e-6)
+    assert rows_of(live, [65], pooling="last") == rows_of(live, [65]), "one token is its own mean"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_vector_has_the_same_bits_alone_and_among_others(live, pooling):
+    texts = ["a" * length for length in (1, 3, 40, 7, 40, 90)]
+    together = rows_of(live, texts, pooling=pooling)
+    assert [rows_of(live, text, pooling=pooling)[0] for text in texts] == together
+
+
 @pytest.mark.parametrize("kind", ["int8", "uint8", "binary", "ubinary"])
 def test_smaller_types_follow_from_the_floats(live, kind):
     def ask(**fields):
@@ -63,7 +82,15 @@ def test_smaller_types_follow_from_the_floats(live, kind):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"input": []}, {"input": ""}, {"dimensions": 1000}, {"input": [10**6]}, {"input": ["x"] * 200}]
+    "fields",
+    [
+        {"input": []},
+        {"input": ""},
+        {"dimensions": 1000},
+        {"input": [10**6]},
+        {"input": ["x"] * 200},
+        {"extra_body": {"pooling": "max"}},
+    ],
 )
 def test_what_cannot_be_done_is_400(live, client, fields):
     with pytest.raises(openai.BadRequestError):

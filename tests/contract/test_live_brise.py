@@ -100,9 +100,20 @@ def test_a_demanded_call_comes(client):
     assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)
 
 
-def test_embeddings_are_unit_vectors(client):
-    row = client.embeddings.create(model="brise", input="a river").data[0].embedding
-    assert np.linalg.norm(row) == pytest.approx(1, abs=1e-5)
+def test_embeddings_are_unit_vectors_of_the_mean_or_of_the_last_token(client):
+    def ask(texts, **fields):
+        rows = client.embeddings.create(
+            model="brise", input=texts, encoding_format="float", extra_body=fields
+        ).data
+        return [row.embedding for row in rows]
+
+    (mean,), (last,) = ask("a river"), ask("a river", pooling="last")
+    assert np.linalg.norm(mean) == pytest.approx(1, abs=1e-5)
+    assert np.linalg.norm(last) == pytest.approx(1, abs=1e-5)
+    assert not np.allclose(mean, last, atol=1e-3)
+    texts = ["a river", "and then a much longer text about a river", "x"]
+    assert ask(texts, pooling="last")[0] == last
+    assert ask(texts)[0] == mean
 
 
 def test_mistrals_client_fills_a_gap_and_continues_a_prefix(process):

@@ -76,7 +76,8 @@ def _plan(job: Job, body: EmbeddingRequest) -> list[EngineRequest]:
         )
     job.ticket.check_input([prompt.text for prompt in prompts])
     params = SamplingParams(max_tokens=0)
-    return [EngineRequest(token_ids=prompt.token_ids, params=params, pooling="mean") for prompt in prompts]
+    pooling = body.pooling or "mean"
+    return [EngineRequest(token_ids=prompt.token_ids, params=params, pooling=pooling) for prompt in prompts]
 
 
 def _encoded(

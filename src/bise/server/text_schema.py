@@ -68,6 +68,8 @@ class EmbeddingRequest(WireModel):
     output_dimension: int | None = Field(None, ge=1, le=1 << 17)
     """The same as `dimensions`."""
     output_dtype: Literal["float", "int8", "uint8", "binary", "ubinary"] | None = None
+    pooling: Literal["mean", "last"] | None = None
+    """The mean of all tokens' final hidden states (when absent), or the last token's."""
     metadata: dict[str, Any] | None = None
     user: str | None = None
 
