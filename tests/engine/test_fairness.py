@@ -86,7 +86,7 @@ class Simulation:
         raise AssertionError("the sequence starves")
 
 
-@pytest.mark.parametrize("num_prompt", [200, 600, 1500])
+@pytest.mark.parametrize("num_prompt", [1, 5, 20, 200, 600, 1500])
 @pytest.mark.parametrize("num_steps", [1, 7, 40, 333])
 def test_a_backlog_of_1000_requests_does_not_double_anothers_time_to_first_token(num_prompt, num_steps):
     quiet = Simulation()

@@ -110,6 +110,10 @@ class FairQueue:
         """Return how many sequences of a tenant run."""
         return self._present[tenant] - self._waiting[tenant]
 
+    def num_present(self, tenant: str) -> int:
+        """Return how many sequences of a tenant wait or run."""
+        return self._present[tenant]
+
     def level(self, sequence: Sequence) -> int:
         """Return the priority of a sequence, age taken into account; lower is better."""
         return sequence.request.priority - (self._num_computed - sequence.clock) // AGING_TOKENS

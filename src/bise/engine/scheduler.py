@@ -8,7 +8,8 @@ the queue. Where a place or a block is missing, the last one in the order may ha
 all of its blocks and is computed again later, as far as they did not stay in the prefix cache. It gives way
 to a running sequence before it that must grow; to a waiting one of a better level; and to a waiting one of a
 tenant that would still run no more sequences than its own tenant keeps. The eldest running sequence of the
-best level never gives way, so everyone finishes.
+best level never gives way, so everyone finishes. A step that brings somebody's first token is kept short:
+tenants with more sequences than theirs get about as many prompt tokens in it, not all that is left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from bise.engine.blocks import BlockBook, Swap
 from bise.engine.fairness import FairQueue
 from bise.engine.sequence import Sequence, Status
 from bise.errors import ConfigError
+
+MIN_SPARE = 16
+"""Prompt tokens of others beside a first token, however short its prompt is: they cost a step little."""
 
 
 class StepRow(NamedTuple):
@@ -71,6 +75,10 @@ class _Round:
     rows: list[StepRow] = field(default_factory=list["StepRow"])
     is_open: bool = True
     """Whether a waiting sequence may still be admitted."""
+    num_modest: int | None = None
+    """Sequences of the tenant, the one with the fewest, for which this step brings a first token."""
+    spare: int = 0
+    """Prompt tokens that tenants with more sequences may still have beside it."""
 
 
 class Scheduler:
@@ -227,10 +235,28 @@ class Scheduler:
         pending = sequence.num_pending
         if pending == 1:
             plan.num_decoding -= 1
-        count = self._secure(sequence, min(pending, plan.budget - plan.num_decoding), plan)
-        if count:
-            plan.rows.append(_row(sequence, count))
-            plan.budget -= count
+        room = plan.budget - plan.num_decoding
+        is_guest = (
+            pending > 1 and plan.num_modest is not None and self._num_present(sequence) > plan.num_modest
+        )
+        if is_guest:
+            room = min(room, plan.spare)
+        count = self._secure(sequence, min(pending, room), plan)
+        if not count:
+            return
+        row = _row(sequence, count)
+        plan.rows.append(row)
+        plan.budget -= count
+        if is_guest:
+            plan.spare -= count
+        elif row.num_samples and not sequence.num_output:
+            # Its first token comes when the step is over: those who ask for much do not make it long.
+            known, present = plan.num_modest, self._num_present(sequence)
+            plan.num_modest = present if known is None else min(known, present)
+            plan.spare += max(count, MIN_SPARE)
+
+    def _num_present(self, sequence: Sequence) -> int:
+        return self.waiting.num_present(sequence.request.tenant)
 
     def _secure(self, sequence: Sequence, count: int, plan: _Round) -> int:
         """Allocate blocks for up to `count` more tokens and return for how many; makes others give way if it
