@@ -7,11 +7,14 @@ import pytest
 
 pytest.importorskip("bise._native", reason="the native extension is not built")
 
-from bise.engine.load import load_model
+from bise.engine import load
+from bise.engine.load import DraftSource, load_model
+from bise.engine.memory import checked_kv_format, memory_need
 from bise.engine.payoff import Payoff
 from bise.engine.request import Request, SamplingParams
-from bise.errors import ConfigError
+from bise.errors import ConfigError, MemoryPlanError
 from bise.hub.registry import resolve
+from bise.model.checkpoint import open_model
 
 
 class ModelOnly(Payoff):
@@ -58,3 +61,16 @@ def test_a_model_with_another_vocabulary_is_refused_in_one_line(tmp_path):
     ) as caught:
         load_model(resolve(None), threads=1, context=128, threaded=False, draft=other)
     assert "\n" not in str(caught.value)
+
+
+def test_the_plan_counts_the_draft_models_weights_keys_and_values(monkeypatch):
+    path = resolve(None)
+    source, guessing = open_model(path), DraftSource.open(path)
+    own = memory_need(source, "auto", context=128, kv_format=checked_kv_format("auto", "auto"))
+    enough = own.weights + own.kv + own.scratch + guessing.weight_bytes + guessing.working_bytes(128, 1)
+    assert guessing.working_bytes(128, 1) > own.kv
+    monkeypatch.setattr(load, "free_bytes", lambda _: enough)
+    load_model(path, threads=1, context=128, threaded=False, draft=path).close()
+    monkeypatch.setattr(load, "free_bytes", lambda _: enough - 1)
+    with pytest.raises(MemoryPlanError, match="a context of 128 tokens needs"):
+        load_model(path, threads=1, context=128, threaded=False, draft=path)

@@ -8,7 +8,7 @@ libraries, tokenizer): see docs/bench.md for how far prediction and peak lie apa
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,10 +204,12 @@ def planned_context(
     context: int | None,
     sequences: int,
     available: int | None,
+    beside: Callable[[int], int] | None = None,
 ) -> tuple[int, tuple[str, ...]]:
     """Return the context to plan for, with a note when it is shorter than the model's own.
 
-    `available` is what is free beside the weights. An asked-for context that does not fit raises
+    `available` is what is free beside the weights, `beside` the bytes that another model takes for a context
+    of so many tokens. An asked-for context that does not fit raises
     MemoryPlanError; without one the longest of the model's own and 32,768, halved until it takes half of what
     is free.
     """
@@ -216,9 +218,9 @@ def planned_context(
 
     def cost(tokens: int) -> int:
         rows = min(STEP_TOKENS, sequences * tokens)
-        return kv_bytes(config, tokens, kv_format, sequences) + scratch_bytes(
-            config, formats, rows, sequences
-        )
+        other = 0 if beside is None else beside(tokens)
+        own = kv_bytes(config, tokens, kv_format, sequences)
+        return other + own + scratch_bytes(config, formats, rows, sequences)
 
     if context is not None:
         if not 1 <= context <= config.max_context:
