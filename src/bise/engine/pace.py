@@ -9,7 +9,7 @@ from __future__ import annotations
 MIN_TOKENS = 32
 """Below this a step mostly reads weights: smaller ones would cost throughput and gain little."""
 
-ALONE = 4
+ALONE = 8
 """Times the target that a step may last while one sequence has the engine to itself: it delays nobody yet."""
 
 _MEMORY = 8
