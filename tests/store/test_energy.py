@@ -35,7 +35,7 @@ def test_a_machine_without_readable_counters_says_so(tmp_path):
 
 
 class _Nvml(types.ModuleType):
-    """NVIDIA's library with cards that count from what a test says, in millijoules; None: a card that cannot."""
+    """NVIDIA's library with cards that count what a test says, in millijoules; None: a card that cannot."""
 
     class NVMLError(Exception):
         pass

@@ -278,7 +278,7 @@ class StoreGate:
             raise
 
     def record(self, row: LedgerRow, reservation: Reservation | None, share: str) -> LedgerRow:
-        """Finish a row (energy, costs), write it and settle the reservation, in one transaction; return it."""
+        """Finish a row (energy, costs), write it and settle the reservation at once; return it."""
         machine_s, energy_j = self._shares.leave(share)
         if reservation is not None:
             self._open.pop(reservation.id, None)
@@ -344,7 +344,7 @@ class StoreGate:
         elif self.is_pass(request.cookies.get(PASS_COOKIE, "")):
             return Caller(owner=LOCAL_OWNER, scopes=frozenset({"inference"}))
         elif not await self._needs_no_key(request):
-            raise AuthenticationError("an API key is needed: send it as `Authorization: Bearer KEY`")
+            raise AuthenticationError(self._way_in(request))
         scopes = {"inference"} if self._access is Access.OPEN else {"inference", "metrics", "admin"}
         return Caller(owner=LOCAL_OWNER, scopes=frozenset(scopes))
 
@@ -357,6 +357,18 @@ class StoreGate:
         """Return True for a request from this machine to a server that only this machine can reach."""
         client = request.client
         return self._is_local_only and client is not None and is_loopback(client.host)
+
+    def _way_in(self, request: Request) -> str:
+        """Return what someone without a key is told; on this machine also where keys come from."""
+        text = "an API key is needed: send it as `Authorization: Bearer KEY`"
+        if not self.is_from_here(request):
+            return text
+        if self._access is Access.REQUIRED:
+            return f"{text}; `bise keys create --name NAME` makes one"
+        return (
+            f"{text}; `bise keys create --name NAME` makes one. Since the first key was made this machine "
+            "needs one, too, also when all are revoked; `bise serve --no-key` asks nobody"
+        )
 
     async def _needs_no_key(self, request: Request) -> bool:
         if self._access is not Access.AUTO:

@@ -45,8 +45,8 @@ class HostedClient:
         """Refuse what the host was not said to serve (RequestError, a 400)."""
         if what not in self.spec.serves:
             raise RequestError(
-                f"{self.spec.name} is hosted elsewhere and serves {', '.join(self.spec.serves)} only, not {what}; "
-                f"if its host has it, list it with `bise models add-remote --serves {what}`",
+                f"{self.spec.name} is hosted elsewhere and serves {', '.join(self.spec.serves)} only, not "
+                f"{what}; if its host has it, list it with `bise models add-remote --serves {what}`",
                 field="model",
             )
 

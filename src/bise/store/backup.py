@@ -225,8 +225,8 @@ def _manifest(archive: tarfile.TarFile, source: Path) -> Manifest:
     try:
         value = parse_json(stream.read(), MANIFEST, max_values=10_000_000)
         manifest = Manifest(**cast(dict[str, Any], value))
-        names = manifest.members.items()
-        sound = all(_is_name(name) and isinstance(digest, str) for name, digest in names)
+        members = cast(object, manifest.members)
+        sound = isinstance(members, dict) and all(map(_is_name, cast(dict[object, object], members)))
     except (ModelFileError, TypeError, AttributeError) as error:
         raise _unsound(source, "its manifest cannot be read") from error
     if not sound:

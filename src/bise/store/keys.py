@@ -22,7 +22,7 @@ from bise.store.secret import keyed_hash
 
 KEY_PREFIX = "bise-"
 ALLOWANCE_PREFIX = "acc_"
-"""Ids of the allowances of accounts, which stand among the keys and open nothing (`bise.store.allowances`)."""
+"""Ids of accounts' allowances, which stand among the keys and open nothing (`bise.store.allowances`)."""
 KEY_BYTES = 32
 """Random bytes of a key: 256 bits."""
 MAX_KEY_LENGTH = 200
