@@ -1,4 +1,4 @@
-"""Backups of everything that `bise serve` keeps, taken while it runs: one tar file, checked when it is restored.
+"""Backups of what `bise serve` keeps, taken while it runs: one tar file, checked when it is restored.
 
 The database is copied as it was at one moment, with every file that it knows of, the server's secret and the
 configuration. Models, caches and adapters are not in it: they can be fetched or made again.
@@ -62,8 +62,8 @@ class Manifest:
 def write_backup(database: Database, files: Files, home: Path, target: Path) -> Manifest:
     """Write a backup to `target`, whole or not at all; its mode is 600. Any number of writers may go on.
 
-    A PostgreSQL database is not in it: `pg_dump` saves that. Raises UserError when `target` exists, StoreError
-    when something cannot be read or written.
+    A PostgreSQL database is not in it: `pg_dump` saves that. Raises UserError when `target` exists,
+    StoreError when something cannot be read or written.
     """
     if target.exists():
         raise UserError(f"{target}: exists already; name another file", field=str(target))
@@ -95,8 +95,8 @@ def read_backup(source: Path) -> Manifest:
 def restore_backup(source: Path, home: Path, *, replace: bool = False) -> Manifest:
     """Put everything of a backup under `home`, checked first. What was there is kept in a folder beside it.
 
-    Raises UserError when the backup is not sound, when something would be replaced without `replace`, or while
-    a process uses the database.
+    Raises UserError when the backup is not sound, when something would be replaced without `replace`, or
+    while a process uses the database.
     """
     with _opened(source) as archive, _workplace(home) as place:
         manifest = _manifest(archive, source)
@@ -157,14 +157,16 @@ def _link(source: Path, target: Path) -> bool:
 def _copy_database(database: Database, target: Path) -> set[str]:
     """Copy the database as it is at one moment and return the ids of the files that it knows of."""
     path = database.engine.url.database or ""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as source:
-        with closing(sqlite3.connect(target)) as copy:
-            source.backup(copy)
-            copy.execute("PRAGMA journal_mode=DELETE")
-            verdict = copy.execute("PRAGMA integrity_check").fetchone()[0]
-            if verdict != "ok":
-                raise StoreError(f"{path}: the database is damaged ({first_line(Exception(verdict))})")
-            known = {str(row[0]) for row in copy.execute("SELECT id FROM files")}
+    with (
+        closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as source,
+        closing(sqlite3.connect(target)) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
+        verdict = copy.execute("PRAGMA integrity_check").fetchone()[0]
+        if verdict != "ok":
+            raise StoreError(f"{path}: the database is damaged ({first_line(Exception(verdict))})")
+        known = {str(row[0]) for row in copy.execute("SELECT id FROM files")}
     target.chmod(0o600)
     return known
 
