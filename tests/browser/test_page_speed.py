@@ -151,9 +151,11 @@ def test_a_thousand_messages_stay_usable(own_site, visit):
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         page.wait_for_load_state("networkidle")
     assert page.get_by_role("article").count() <= 160
+    field = page.get_by_role("textbox", name="Message")
+    field.press_sequentially("warm")
     page.evaluate(KEYS)
-    page.get_by_role("textbox", name="Message").press_sequentially("the quick brown fox jumps over it")
-    page.wait_for_function("() => window.delays.length >= 33")
+    field.press_sequentially("the quick brown fox jumps over the lazy dog, and then once more")
+    page.wait_for_function("() => window.delays.length >= 60")
     delays = sorted(page.evaluate("window.delays"))
     print(
         f"1,000 messages: usable after {usable_s:.2f} s (budget 1), key to frame median "
@@ -179,6 +181,7 @@ def test_three_hundred_exchanges_stay_light(own_site, visit, ask):
     start = time.monotonic()
     ask(page, "count 3")
     first_s = time.monotonic() - start
+    page.context.new_cdp_session(page).send("HeapProfiler.collectGarbage")
     heap = page.evaluate("performance.memory.usedJSHeapSize") / 1e6
     print(
         f"300 exchanges: heap {heap:.0f} MB (budget 150), sending took {late_s:.2f} s, in an empty one "
