@@ -262,6 +262,8 @@ struct R {
 
 #include "../kernels/matmul.inl"
 
+#include "../kernels/matmul_float.inl"
+
 #include "../kernels/fused.inl"
 
 #include "../kernels/attention.inl"

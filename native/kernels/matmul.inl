@@ -311,25 +311,32 @@ struct Fetch {
   int64_t step;
 };
 
+// Lanes of a panel that are computed in one walk over it: all 16 of few rows, so that the walk is as fast as the
+// memory; those of one register otherwise.
+template <int MT>
+constexpr int kWalkLanes = MT <= 2 ? kPanelRows : R::L;
+
 template <int kFormat, int MT, int kPanels>
 inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a, int64_t blocks, int at, float* out,
                          int64_t ldo, Fetch& fetch) {
   using Scales = LayoutOf<kFormat>::Scales;
-  constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes;
+  constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes, kParts = kWalkLanes<MT> / R::L;
   const uint8_t* w[kPanels];
-  R::F acc[kPanels][MT];
-  Header header[kPanels];
+  R::F acc[kParts][kPanels][MT];
+  Header header[kParts][kPanels];
   Fetch f = fetch;
   for (int p = 0; p < kPanels; ++p) {
     w[p] = panel + p * stride;
-    header[p] = {R::set1(0.0f), R::set1(0.0f)};
-    for (int m = 0; m < MT; ++m) acc[p][m] = R::set1(0.0f);
+    for (int part = 0; part < kParts; ++part) {
+      header[part][p] = {R::set1(0.0f), R::set1(0.0f)};
+      for (int m = 0; m < MT; ++m) acc[part][p][m] = R::set1(0.0f);
+    }
   }
   for (int64_t b = 0; b < blocks; ++b) {
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (Scales::kHeader != 0) {
         if (b % kSuperBlocks == 0) {
-          Scales::header(w[p], at, header[p]);
+          for (int part = 0; part < kParts; ++part) Scales::header(w[p], at + part * R::L, header[part][p]);
           w[p] += Scales::kHeader;
         }
       }
@@ -339,21 +346,23 @@ inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a,
     if constexpr (MT > 1) {
       for (f.due += f.step; f.next < f.due; f.next += 64) R::prefetch_far(f.next);
     }
-    Block<kFormat, MT, kPanels>::add(w, at, header, a, acc);
+    for (int part = 0; part < kParts; ++part)
+      Block<kFormat, MT, kPanels>::add(w, at + part * R::L, header[part], a, acc[part]);
     for (int p = 0; p < kPanels; ++p) w[p] += kBlockBytes;
     a += MT * kTileRowBytes;
   }
   fetch = f;
-  for (int p = 0; p < kPanels; ++p)
-    for (int m = 0; m < MT; ++m) R::store(out + m * ldo + p * kPanelRows + at, acc[p][m]);
+  for (int part = 0; part < kParts; ++part)
+    for (int p = 0; p < kPanels; ++p)
+      for (int m = 0; m < MT; ++m) R::store(out + m * ldo + p * kPanelRows + at + part * R::L, acc[part][p][m]);
 }
 
 template <int kFormat, int MT, int kPanels>
 void matmul_rows(const uint8_t* panel, int64_t stride, const uint8_t* tile, int64_t blocks, float* out, int64_t ldo,
                  Fetch& fetch) {
-  for (int at = 0; at < kPanelRows; at += R::L) {
+  for (int at = 0; at < kPanelRows; at += kWalkLanes<MT>) {
     matmul_lanes<kFormat, MT, kPanels>(panel, stride, tile, blocks, at, out, ldo, fetch);
-    fetch.step = 0;  // the second half of a panel finds it in the cache
+    fetch.step = 0;  // the second walk over a panel finds it in the cache
   }
 }
 
@@ -411,50 +420,6 @@ void matmul(int format, const uint8_t* panel, int panels, const uint8_t* tile, i
     case kQ2K: return matmul_format<kQ2K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
     default: __builtin_trap();
   }
-}
-
-template <int kFormat>
-inline R::F load_column(const uint8_t* w, int at) {
-  if constexpr (kFormat == kF32) return R::load(reinterpret_cast<const float*>(w) + at);
-  else if constexpr (kFormat == kF16) return R::loadh(w + 2 * at);
-  else return R::loadbf(w + 2 * at);
-}
-
-template <int kFormat, int MT>
-inline void float_lanes(const uint8_t* w, const float* x, int64_t ldx, int64_t k, int at, float* out, int64_t ldo) {
-  constexpr int kStep = kFormatInfo[kFormat].block_bytes;
-  R::F acc[MT];
-  for (int m = 0; m < MT; ++m) acc[m] = R::set1(0.0f);
-  for (int64_t i = 0; i < k; ++i, w += kStep) {
-    const R::F column = load_column<kFormat>(w, at);
-BISE_UNROLL(8)
-    for (int m = 0; m < MT; ++m) acc[m] = R::fma(column, R::set1(x[m * ldx + i]), acc[m]);
-  }
-  for (int m = 0; m < MT; ++m) R::store(out + m * ldo + at, acc[m]);
-}
-
-template <int kFormat>
-void float_format(const uint8_t* panel, const float* x, int64_t ldx, int64_t k, int rows, float* out, int64_t ldo) {
-  for (int m = 0; m < rows;) {
-    const int left = rows - m;
-    const int mt = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    const float* xm = x + m * ldx;
-    float* om = out + m * ldo;
-    for (int at = 0; at < 16; at += R::L) {
-      if (mt == 8) float_lanes<kFormat, 8>(panel, xm, ldx, k, at, om, ldo);
-      else if (mt == 4) float_lanes<kFormat, 4>(panel, xm, ldx, k, at, om, ldo);
-      else if (mt == 2) float_lanes<kFormat, 2>(panel, xm, ldx, k, at, om, ldo);
-      else float_lanes<kFormat, 1>(panel, xm, ldx, k, at, om, ldo);
-    }
-    m += mt;
-  }
-}
-
-void matmul_float(int format, const uint8_t* panel, const float* x, int64_t ldx, int64_t k, int rows, float* out,
-                  int64_t ldo) {
-  if (format == kF32) float_format<kF32>(panel, x, ldx, k, rows, out, ldo);
-  else if (format == kF16) float_format<kF16>(panel, x, ldx, k, rows, out, ldo);
-  else float_format<kBF16>(panel, x, ldx, k, rows, out, ldo);
 }
 
 // Quantise 32 floats to int8 with scale max|x| / 127 (round to nearest even).
