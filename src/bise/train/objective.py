@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class Preference:
     def _margins(self, samples: Sequence[Sample], loras: Mapping[str, TorchLora]) -> Tensor:
         texts = [text for sample in samples for text in sample]
         losses = self._network.token_losses(texts, loras)
-        parts = torch.split(losses, [sum(text.learned) for text in texts])  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-        sums = torch.stack([part.sum() for part in cast("tuple[Tensor, ...]", parts)])
+        parts = torch.split(losses, [sum(text.learned) for text in texts])  # pyright: ignore[reportUnknownMemberType]
+        sums = torch.stack([part.sum() for part in parts])
         return sums[1::2] - sums[0::2]
 
 

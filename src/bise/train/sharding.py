@@ -35,7 +35,7 @@ class Ranks:
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
             self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
             if device.startswith("cuda"):
-                torch.cuda.set_device(distributed.get_node_local_rank())
+                torch.cuda.set_device(self.rank % torch.cuda.device_count())
 
     @property
     def is_first(self) -> bool:
