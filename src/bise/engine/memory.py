@@ -36,6 +36,8 @@ HUGE_PAGE = 2 << 20
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 TILE_ROW_BYTES = 48
 """Bytes of one quantised activation row per 32 columns (native/formats.h)."""
+FEW_ROW_BYTES = 384 * 1024
+"""Quantised rows up to this size keep gate and up of the feed-forward part as floats (native/context.cpp)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ def scratch_bytes(config: ModelConfig, formats: Mapping[str, str], rows: int, se
         native += padded * -(-wide // 32) * TILE_ROW_BYTES
     if _is_fused(formats):
         native += padded * -(-hidden // 32) * TILE_ROW_BYTES
+        few = FEW_ROW_BYTES // (-(-width // 32) * TILE_ROW_BYTES)
+        native += 2 * min(rows, few) * hidden * 4
     else:
         native += 2 * rows * hidden * 4
     if config.is_moe:
