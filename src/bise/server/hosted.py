@@ -64,8 +64,8 @@ class HostedModels:
         """Refuse a route that hosted models do not serve."""
         if name in self._clients:
             raise RequestError(
-                f"{name} is hosted elsewhere and serves {', '.join(self._clients[name].spec.serves)} only; use "
-                "a local model here",
+                f"{name} is hosted elsewhere and serves {', '.join(self._clients[name].spec.serves)} only; "
+                "use a local model here",
                 field="model",
             )
 
