@@ -9,9 +9,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from bise.assistant.models import Piece
 from bise.assistant.scripted import ScriptedModels
 from bise.assistant.service import Assistant
 from bise.assistant.storage import Memory
+from bise.engine.request import Usage
 from bise.errors import BiseError
 from bise.server.assistant_people import OnePerson
 from bise.server.assistant_routes import assistant_router
@@ -348,5 +350,65 @@ def test_what_another_site_sends_changes_nothing(headers, status):
             "/api/v1/conversations", content="{}", headers={"content-type": "application/json"} | headers
         )
         assert answer.status_code == status
+
+    run(scenario)
+
+
+def test_what_no_database_keeps_or_readers_disagree_about_is_refused():
+    async def scenario(site):
+        made = (await site.client.post("/api/v1/conversations", json={})).json()["id"]
+        path = f"/api/v1/conversations/{made}"
+        kind = {"content-type": "application/json"}
+        for content in (
+            rb'{"text":"a\ud800"}',
+            rb'{"text":"a\u0000"}',
+            b'{"text":"a","text":"b"}',
+            b"[" * 100_000,
+            b'{"text":"a","parent_id":NaN}',
+        ):
+            answer = await site.client.post(f"{path}/messages", content=content, headers=kind)
+            assert answer.status_code in (400, 422), answer.text
+        for body in ({"title": "a\0"}, {"folder": "\0"}, {"system": "\0"}, {"title": 7}, {"nothing": 1}):
+            assert (await site.client.patch(path, json=body)).status_code == 400, body
+        for place in (
+            "conversations/a%00",
+            "conversations?q=%00",
+            "conversations?cursor=1_%00",
+            "messages/%00",
+        ):
+            answer = await site.client.get(f"/api/v1/{place}")
+            assert answer.status_code == 400, place
+        assert (await site.page(made))["messages"] == []
+
+    run(scenario)
+
+
+def test_a_run_tells_who_waits_before_it_and_what_the_model_thinks():
+    async def scenario(site):
+        async def stream(job):
+            yield Piece(prefill=(0, 9))
+            yield Piece(before=2, prefill=(0, 9))
+            yield Piece(before=1, prefill=(0, 9))
+            yield Piece(before=0, prefill=(5, 9))
+            yield Piece(thought="Hm. ", tokens=1)
+            yield Piece(thought="So.", tokens=1)
+            usage = Usage(prompt_tokens=9, cached_tokens=4, completion_tokens=3)
+            yield Piece(text="Yes", tokens=1, finish_reason="stop", usage=usage, cost="0.25", currency="CHF")
+
+        site.models.stream = stream
+        conversation, asked = await site.ask()
+        events = [
+            (event.get("event"), json.loads(event["data"]))
+            for event in await site.events(asked["answer"]["run_id"])
+        ]
+        states = [(body["status"], body["before"]) for kind, body in events if kind == "state"]
+        assert states == [("prefill", 0), ("queued", 2), ("queued", 1), ("prefill", 0), ("running", 0)]
+        assert ("prefill", {"done": 5, "total": 9}) in events
+        answer = (await site.page(conversation))["messages"][1]
+        (part,) = answer["parts"]
+        assert (part["type"], part["text"]) == ("thinking", "Hm. So.")
+        assert part["seconds"] >= 0
+        assert answer["text"] == "Yes"
+        assert (answer["usage"]["cost"], answer["usage"]["currency"]) == ("0.25", "CHF")
 
     run(scenario)

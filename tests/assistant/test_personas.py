@@ -69,7 +69,7 @@ def test_a_persona_is_refused_with_the_field_that_is_wrong():
             ({"name": " "}, 400, "name"),
             ({"name": "x", "color": 1}, 400, "body"),
             ({"name": "x", "params": {"temperature": 9}}, 400, "params.temperature"),
-            ({"name": "x\0"}, 400, "name"),
+            ({"name": "x\0"}, 400, "body"),
         ):
             answer = await client.post(f"{API}/personas", json=body)
             assert (answer.status_code, answer.json()["param"]) == (status, param), body

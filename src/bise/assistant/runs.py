@@ -73,6 +73,8 @@ class Run:
         self.events: list[Event] = []
         self.task: asyncio.Task[None] | None = None
         self.is_stopping = False
+        self.is_ending = False
+        """True from the moment when it is only saved any more: nothing may cancel that."""
         self._started = time.perf_counter()
         self._prefill: tuple[int, int] | None = None
         self._before: int = 0
@@ -265,7 +267,7 @@ class Runs:
         """End a run and return when its place is free; does nothing once it is over."""
         if run.task is None or run.task is asyncio.current_task():
             return
-        if not run.is_stopping and not run.is_over:
+        if not run.is_stopping and not run.is_ending:
             run.is_stopping = True
             # A task that is cancelled before its first step would never reach its own clean-up.
             await asyncio.sleep(0)
@@ -274,9 +276,13 @@ class Runs:
 
     async def close(self) -> None:
         """Interrupt all runs, as a restart does: their text is kept."""
-        tasks = [run.task for run in self._runs.values() if run.task is not None and not run.task.done()]
-        for task in tasks:
-            task.cancel()
+        await asyncio.sleep(0)  # as in `stop`
+        tasks: list[asyncio.Task[None]] = []
+        for run in self._runs.values():
+            if run.task is not None and not run.task.done():
+                tasks.append(run.task)
+                if not run.is_ending:
+                    run.task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
@@ -301,6 +307,7 @@ class Runs:
             run.error, run.finish_reason = "the answer failed inside the server", "error"
             logger.exception("event=run_crashed run=%s", run.id)
         finally:
+            run.is_ending = True
             await asyncio.shield(self._finish(run, status, save, ended))
 
     async def _write(self, run: Run, save: Save) -> str:

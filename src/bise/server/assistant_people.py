@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from bise.errors import AuthenticationError, ModelFileError, PermissionDeniedError, RequestError
 from bise.jsonfile import parse_json
@@ -127,9 +127,11 @@ def check_origin(request: Request) -> None:
 
 
 async def check_body(request: Request) -> None:
-    """Refuse JSON that means different things to different readers, or that no database can keep: duplicate
-    keys, NaN, halves of surrogate pairs, absurd depth. Raises RequestError.
+    """Refuse what readers disagree about, or what no database can keep: in JSON duplicate keys, NaN, halves
+    of surrogate pairs, absurd depth; anywhere NUL. Raises RequestError.
     """
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        raise RequestError("the address has a NUL character", field="path")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" or request.url.path.endswith("/import"):
         return
@@ -139,9 +141,21 @@ async def check_body(request: Request) -> None:
 
     def check() -> None:
         try:
-            parse_json(data, "body", max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+            value = parse_json(data, "body", max_depth=MAX_DEPTH, max_values=MAX_VALUES)
+            if b"\\u0000" in data and _has_nul(value):
+                raise RequestError("the body has a NUL character (U+0000)", field="body")
         except (ModelFileError, RecursionError) as error:
             reason = str(error).removeprefix("body: ") if isinstance(error, ModelFileError) else "too deep"
             raise RequestError(f"the body {reason}", field="body") from None
 
     await asyncio.to_thread(check)
+
+
+def _has_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, list):
+        return any(_has_nul(part) for part in cast("list[object]", value))
+    if isinstance(value, dict):
+        return any(_has_nul(part) for pair in cast("dict[str, object]", value).items() for part in pair)
+    return False
