@@ -140,8 +140,12 @@ def _write_weights(path: Path, size: Size) -> None:
 
 
 def main() -> None:
+    from bise.engine import load
     from bise.engine.load import load_model
     from bise.engine.request import Request, SamplingParams
+
+    # Steps shrink on a slow or busy machine while others wait; the plan is for the largest one.
+    load.STEP_SECONDS = 3600.0
 
     path, quant, kv, context, sequences = sys.argv[1:6]
     loaded = load_model(
