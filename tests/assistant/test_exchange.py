@@ -111,6 +111,7 @@ def test_what_goes_out_comes_back_the_same():
         ({"format": "bise-conversation-1", "messages": {}}, "messages is no list"),
         ({"format": "bise-conversation-1", "messages": [{"role": "user"}]}, "has no id"),
         ({"conversationId": "c", "messages": [{"text": "x"}]}, "no messageId"),
+        ({"conv": {}, "messages": [{"id": 1, "role": "user", "content": "x"}] * 2}, "have the same id"),
         ({"chat": {"history": {"messages": {"a": {"role": 3}}}}}, "role is 3"),
     ],
 )
@@ -309,3 +310,20 @@ def test_imports_are_found_by_search():
     storage = Memory()
     imported(OPEN_WEBUI, storage)
     assert len(Conversations(storage).search("ana", "hello")) == 1
+
+
+def test_senseless_details_of_our_own_form_do_no_harm():
+    node = {
+        "id": "a", "role": "user", "text": "x\ud800", "documents": 5, "sources": [7, {}, {"number": []}],
+        "parts": [1], "usage": [], "feedback": 9, "status": "robot", "params": {"a\ud800": "\0"},
+    }  # fmt: skip
+    document = {"id": "d", "name": "n", "text": "t", "pages": [["x"]], "tokens": "many"}
+    entry = {"format": "bise-conversation-1", "messages": [node], "documents": [document], "leaf": {}}
+    storage = Memory()
+    _, (conversation,), messages = imported(entry, storage)
+    (message,) = messages.branch("ana", conversation.id)
+    assert (message.text, message.status, message.feedback) == ("x\ufffd", "complete", None)
+    json.dumps(as_json(conversation, [message]), ensure_ascii=False).encode()
+    assert Documents(storage).get(
+        "ana", conversation.id, Documents(storage).listing("ana", conversation.id)[0].id
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
@@ -147,6 +147,8 @@ def _store(session: Session, owner: str, source: Imported, turns: list[Turn]) ->
     index_text(session, record.id, "", record.title)
     documents = _store_documents(session, record, source.documents)
     keys = {turn.key: new_id() for turn in turns}
+    if len(keys) < len(turns):
+        raise RequestError("two of its messages have the same id", field="file")
     links = _Links(source.turns, keys)
     for index, turn in enumerate(turns):
         row = new_row(record.id, links.parent(turn), turn.role, turn.text, status="complete")
@@ -216,9 +218,9 @@ def _store_documents(
                 conversation_id=record.id,
                 name=name[:300],
                 kind=str(document.get("kind", "text"))[:16],
-                text=text.replace("\0", "\ufffd"),
+                text=text,
                 tokens=tokens if isinstance(tokens, int) else len(text) // 3,
-                pages=pages if isinstance(pages, list) else [],
+                pages=_pages(pages),
                 created_at=record.created_at,
             )
         )
@@ -239,9 +241,32 @@ def _fill(row: Any, extra: dict[str, Any], documents: dict[str, str]) -> None:
         row.error = extra["error"]
     if extra.get("feedback") in (1, -1):
         row.feedback = extra["feedback"]
-    row.documents = [documents[key] for key in extra.get("documents", []) if key in documents]
-    row.sources = [
-        source | {"document_id": documents.get(source.get("document_id", ""), "")}
-        for source in extra.get("sources", [])
-        if isinstance(source, dict) and {"number", "name", "text"} <= source.keys()
+    row.documents = [
+        documents[key] for key in _list(extra, "documents") if isinstance(key, str) and key in documents
     ]
+    row.sources = [
+        source | {"document_id": documents.get(str(source.get("document_id")), "")}
+        for source in (
+            cast("dict[str, Any]", part) for part in _list(extra, "sources") if isinstance(part, dict)
+        )
+        if {"number", "name", "text"} <= source.keys()
+    ]
+
+
+def _list(extra: dict[str, Any], name: str) -> list[Any]:
+    """Return a list of texts or objects; anything else is none."""
+    value = extra.get(name)
+    found = cast("list[Any]", value) if isinstance(value, list) else []
+    return [part for part in found if isinstance(part, str | dict)]
+
+
+def _pages(value: Any) -> list[list[int]]:
+    """Return pages as they are kept; none where they make no sense."""
+    pages = cast("list[Any]", value) if isinstance(value, list) else []
+    sound = all(
+        isinstance(page, list)
+        and len(cast("list[Any]", page)) == 2
+        and all(isinstance(number, int) for number in cast("list[Any]", page))
+        for page in pages
+    )
+    return pages if sound else []

@@ -27,6 +27,7 @@ _REASONING = re.compile(
 )
 _DURATION = re.compile(r'duration="(\d+)"')
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|\0")
 
 Json = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def read_export(content: bytes) -> list[Imported]:
         try:
             found.append(_conversation(entry))
         except _BadError as error:
-            title = quoted(entry.get("title") or "", 40) if isinstance(entry, dict) else "''"
+            title = quoted(_text(_object(entry).get("title")), 40)
             raise RequestError(
                 f"conversation {number} ({title}): {error}; nothing was imported", field="file"
             ) from None
@@ -85,8 +86,9 @@ def _entries(content: bytes) -> Iterator[Any]:
     """Yield what may be conversations: from a list, from lines, from one object, from an archive."""
     for part in _files(content):
         document = _json(part)
-        if isinstance(document, dict) and isinstance(document.get("conversations"), list):
-            document = document["conversations"]
+        listed = _object(document).get("conversations")
+        if isinstance(listed, list):
+            document = cast("list[Any]", listed)
         yield from cast("list[Any]", document) if isinstance(document, list) else [document]
 
 
@@ -117,15 +119,32 @@ def _json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise RequestError(f"the file is no UTF-8 (byte {error.start}); {KNOWN}", field="file") from error
     try:
-        return json.loads(text)
+        value = _parsed(text)
+        return _clean(value) if _SUSPECT.search(text) else value
     except RecursionError as error:
         raise RequestError("the file is nested too deeply", field="file") from error
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
     except ValueError as whole:
         try:
             return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except (ValueError, RecursionError):
+        except ValueError:
             reason = str(whole)[:100]
             raise RequestError(f"the file is no JSON ({reason}); {KNOWN}", field="file") from whole
+
+
+def _clean(value: Any) -> Any:
+    """Return a value with U+FFFD for what no database keeps: NUL, and halves of surrogate pairs."""
+    if isinstance(value, str):
+        return _UNSTORABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_clean(part) for part in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {_clean(name): _clean(part) for name, part in cast("dict[str, Any]", value).items()}
+    return value
 
 
 def _conversation(entry: Any) -> Imported:
@@ -252,7 +271,7 @@ def _from_open_webui(entry: Json) -> Imported:
         turn.text = _REASONING.sub("", turn.text)
         turns.append(turn)
     title = _text(entry.get("title")) or _text(chat.get("title"))
-    extra = {name: entry[name] is True for name in ("pinned", "archived") if name in entry}
+    extra: dict[str, Any] = {name: entry[name] is True for name in ("pinned", "archived") if name in entry}
     extra["updated_at"] = _time(entry.get("updated_at"))
     at = _time(entry.get("created_at")) or _time(chat.get("timestamp"))
     return Imported(title, turns, _text_or_none(history.get("currentId")), at, system, extra)
@@ -350,8 +369,7 @@ def _list(entry: Json, name: str) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    """Return a text with U+FFFD for what no database keeps: NUL, and halves of surrogate pairs."""
-    return _UNSTORABLE.sub("\ufffd", value) if isinstance(value, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def _text_or_none(value: Any) -> str | None:
