@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import openai
 import pytest
 from mistralai.client import Mistral
 from openai import OpenAI
@@ -114,6 +115,17 @@ def test_embeddings_are_unit_vectors_of_the_mean_or_of_the_last_token(client):
     texts = ["a river", "and then a much longer text about a river", "x"]
     assert ask(texts, pooling="last")[0] == last
     assert ask(texts)[0] == mean
+
+
+@pytest.mark.parametrize("mode", ["oldest", "middle"])
+def test_a_text_of_several_contexts_is_shortened_on_request_and_refused_without(client, mode):
+    ask = {"model": "brise", "prompt": "a long word and " * 2000, "max_tokens": 10}
+    with pytest.raises(openai.BadRequestError, match="exceeds the context of 1024 tokens"):
+        client.completions.create(**ask)
+    usage = client.completions.create(**ask, extra_body={"truncate": mode}).usage
+    assert usage.prompt_tokens == 1024 - 10
+    whole = client.post("/tokenize", body={"model": "brise", "prompt": ask["prompt"]}, cast_to=object)
+    assert usage.prompt_tokens + usage.model_extra["dropped_tokens"] == whole["count"]
 
 
 def test_mistrals_client_fills_a_gap_and_continues_a_prefix(process):

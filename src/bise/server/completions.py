@@ -57,7 +57,7 @@ def _plan(job: Job, body: CompletionRequest) -> tuple[list[Prompt], list[EngineR
         assert isinstance(body.prompt, str)
         prompts = [fim_prompt(job, body.prompt, body.suffix)]
     else:
-        prompts = prompts_of(job, body.prompt, "prompt")
+        prompts = prompts_of(job, body.prompt, "prompt", may_shorten=body.truncate is not None)
     candidates = body.best_of or body.n or 1
     if len(prompts) * candidates > MAX_SEQUENCES:
         raise RequestError(

@@ -22,20 +22,25 @@ class Prompt:
     text: str
 
 
-def prompts_of(job: Job, value: str | Sequence[object], field: str) -> list[Prompt]:
-    """Return the prompts of one text, several, one list of tokens or several. Raises RequestError."""
+def prompts_of(
+    job: Job, value: str | Sequence[object], field: str, *, may_shorten: bool = False
+) -> list[Prompt]:
+    """Return the prompts of one text, several, one list of tokens or several; with `may_shorten` they may be
+    longer than the context. Raises RequestError.
+    """
     if isinstance(value, str):
-        return [text_prompt(job, value, field)]
+        return [text_prompt(job, value, field, may_shorten=may_shorten)]
     if isinstance(value[0], int):
         return [_token_prompt(job, cast(Sequence[int], value), field)]
     if isinstance(value[0], str):
-        return [text_prompt(job, text, field) for text in cast(Sequence[str], value)]
+        return [text_prompt(job, text, field, may_shorten=may_shorten) for text in cast(Sequence[str], value)]
     return [_token_prompt(job, ids, field) for ids in cast(Sequence[Sequence[int]], value)]
 
 
-def text_prompt(job: Job, text: str, field: str) -> Prompt:
+def text_prompt(job: Job, text: str, field: str, *, may_shorten: bool = False) -> Prompt:
     """Return a text with BOS where the model wants one. Raises RequestError when nothing remains."""
-    job.check_size(len(text.encode()))
+    if not may_shorten:
+        job.check_size(len(text.encode()))
     tokenizer = job.loaded.tokenizer
     start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     ids = (*start, *tokenizer.encode(text))
