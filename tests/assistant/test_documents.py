@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from bise.assistant.documents import WholeDocument, excerpt
-from bise.assistant.passages import by_meaning, by_words, cut_passages, fuse, take
+from bise.assistant.passages import by_meaning, by_words, cut_passages, fuse, passage_size, take
 from bise.assistant.reader import DocumentReader
 from bise.assistant.scripted import ScriptedModels
 from bise.assistant.service import Assistant
@@ -220,6 +220,12 @@ def test_what_all_vectors_share_does_not_decide_which_is_nearest():
     common = np.full(8, 5.0, np.float32)
     vectors = np.eye(8, dtype=np.float32)[:4] + common
     assert by_meaning(vectors, common + np.eye(8, dtype=np.float32)[2])[0] == 2
+
+
+def test_passages_are_so_small_that_several_fit_a_small_window():
+    assert [passage_size(room, 0.25) for room in (16_000, 1200, 512, 100)] == [1200, 800, 300, 200]
+    text = "word " * 2000
+    assert max(len(passage.text) for passage in cut_passages(text, (), 200)) <= 200
 
 
 def test_ranks_are_fused_so_that_good_in_both_beats_best_in_one():

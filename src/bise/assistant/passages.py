@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     Matrix = npt.NDArray[np.float32]
 
-PASSAGE_CHARS = 1200
+SIZES = (1200, 800, 500, 300, 200)
+"""Characters of a passage: the first size of which MIN_PASSAGES fit the room that there is."""
+MIN_PASSAGES = 4
 FUSION = 60
 """The constant of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)."""
 PASSAGE_OVERHEAD = 16
@@ -39,8 +41,14 @@ class Passage:
     text: str
 
 
-def cut_passages(text: str, pages: Sequence[Sequence[int]] = ()) -> list[Passage]:
-    """Return a text in pieces of at most PASSAGE_CHARS characters, cut at paragraphs, lines or words.
+def passage_size(room: float, tokens_per_char: float) -> int:
+    """Return how many characters passages should have where `room` tokens are left for all of them."""
+    share = room / MIN_PASSAGES - PASSAGE_OVERHEAD
+    return next((size for size in SIZES if size * tokens_per_char <= share), SIZES[-1])
+
+
+def cut_passages(text: str, pages: Sequence[Sequence[int]] = (), size: int = SIZES[0]) -> list[Passage]:
+    """Return a text in pieces of at most `size` characters, cut at paragraphs, lines, sentences or words.
 
     `pages` holds (page, character where it begins), in order. White space at the ends belongs to no passage.
     """
@@ -48,10 +56,10 @@ def cut_passages(text: str, pages: Sequence[Sequence[int]] = ()) -> list[Passage
     found: list[Passage] = []
     start = 0
     while start < len(text):
-        end = min(len(text), start + PASSAGE_CHARS)
+        end = min(len(text), start + size)
         if end < len(text):
             for mark in ("\n\n", "\n", ". ", " "):
-                cut = text.rfind(mark, start + PASSAGE_CHARS // 2, end)
+                cut = text.rfind(mark, start + size // 2, end)
                 if cut > 0:
                     end = cut + len(mark)
                     break

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bise.assistant.documents import Documents, WholeDocument
 from bise.assistant.messages import Message
 from bise.assistant.models import ChatModels, ModelFacts
-from bise.assistant.passages import Passage, by_meaning, by_words, cut_passages, fuse, take
+from bise.assistant.passages import Passage, by_meaning, by_words, cut_passages, fuse, passage_size, take
 from bise.errors import BiseError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Retrieval:
         """`is_busy` says that an answer is being written, so that embeddings should wait."""
         self._models = models
         self._is_busy = is_busy
-        self._making: dict[tuple[str, str], _Making] = {}
+        self._making: dict[tuple[str, str, int], _Making] = {}
 
     async def close(self) -> None:
         """Stop making embeddings; those that were made are kept."""
@@ -93,13 +93,15 @@ class Retrieval:
         owner: str,
         progress: Progress | None,
     ) -> list[dict[str, Any]]:
+        rate = max(document.tokens / max(1, document.chars) for document in everything)
+        size = passage_size(room, rate)
         cut = await asyncio.to_thread(
-            lambda: [(document, found) for document in everything for found in _passages(document)]
+            lambda: [(document, found) for document in everything for found in _passages(document, size)]
         )
         rankings = [await asyncio.to_thread(by_words, [found.text for _, found in cut], question)]
         method = "words"
         if progress is not None:
-            vectors = await self._vectors(documents, facts.id, everything, owner, progress)
+            vectors = await self._vectors(documents, facts.id, size, everything, owner, progress)
             if vectors is not None and len(vectors) == len(cut):
                 asked = await self._embedded(facts.id, question, owner)
                 if asked is not None:
@@ -135,6 +137,7 @@ class Retrieval:
         self,
         documents: Documents,
         model: str,
+        size: int,
         everything: Sequence[WholeDocument],
         owner: str,
         progress: Progress,
@@ -143,7 +146,7 @@ class Retrieval:
         deadline = asyncio.get_running_loop().time() + WAIT_S
         rows: list[bytes] = []
         for document in everything:
-            making = self._make(documents, model, document, owner)
+            making = self._make(documents, model, size, document, owner)
             with making.waiting(progress):
                 left = deadline - asyncio.get_running_loop().time()
                 done, _ = await asyncio.wait([making.task], timeout=max(0.0, left))
@@ -152,22 +155,33 @@ class Retrieval:
             rows += found
         return await asyncio.to_thread(_matrix, rows)
 
-    def _make(self, documents: Documents, model: str, document: WholeDocument, owner: str) -> _Making:
+    def _make(
+        self, documents: Documents, model: str, size: int, document: WholeDocument, owner: str
+    ) -> _Making:
         """Return the work on a document's embeddings, which goes on when nobody waits for it any more."""
-        key = (document.id, model)
+        key = (document.id, model, size)
         making = self._making.get(key)
         if making is None:
             making = self._making[key] = _Making()
-            making.task = asyncio.create_task(self._embed_all(making, documents, model, document, owner))
+            making.task = asyncio.create_task(
+                self._embed_all(making, documents, model, size, document, owner)
+            )
             making.task.add_done_callback(lambda _: self._making.pop(key, None))
         return making
 
     async def _embed_all(
-        self, making: _Making, documents: Documents, model: str, document: WholeDocument, owner: str
+        self,
+        making: _Making,
+        documents: Documents,
+        model: str,
+        size: int,
+        document: WholeDocument,
+        owner: str,
     ) -> list[bytes] | None:
         """Return the embeddings of all passages, those that are missing made first; None when that failed."""
-        passages = await asyncio.to_thread(_passages, document)
-        kept = await asyncio.to_thread(documents.vectors, document.id, model)
+        passages = await asyncio.to_thread(_passages, document, size)
+        kind = f"{model}@{size}"  # passages of another size are others
+        kept = await asyncio.to_thread(documents.vectors, document.id, kind)
         left = [passage for passage in passages if passage.number not in kept]
         try:
             for start in range(0, len(left), BATCH):
@@ -177,7 +191,7 @@ class Retrieval:
                 batch = left[start : start + BATCH]
                 made = await self._models.embed(model, [passage.text for passage in batch], tenant=owner)
                 new = {passage.number: row for passage, row in zip(batch, made.rows, strict=True)}
-                await asyncio.to_thread(documents.add_vectors, document.id, model, new)
+                await asyncio.to_thread(documents.add_vectors, document.id, kind, new)
                 kept |= new
         except BiseError as error:
             logger.warning("event=embedding_failed code=%s", error.code)
@@ -215,8 +229,8 @@ class _Waiting:
         self._listeners.remove(self._listener)
 
 
-def _passages(document: WholeDocument) -> list[Passage]:
-    return cut_passages(document.text, document.pages)
+def _passages(document: WholeDocument, size: int) -> list[Passage]:
+    return cut_passages(document.text, document.pages, size)
 
 
 def _matrix(rows: Sequence[bytes]) -> Matrix:
