@@ -1,4 +1,4 @@
-"""Thoughts of a model that thinks before it answers, told from the answer by the control tokens around them."""
+"""Thoughts of a model that thinks first, told from its answer by the control tokens around them."""
 
 from __future__ import annotations
 
