@@ -287,6 +287,11 @@ def http_cases() -> Iterator[Case]:
     }  # fmt: skip
     for name, data in heads.items():
         yield Case(f"http {name}", data)
+    yield from target_cases()
+
+
+def target_cases() -> Iterator[Case]:
+    """Yield paths, queries and methods that nobody should send."""
     paths = [
         "/", "//v1/models", "/v1//models", "/v1/models/..", "/v1/models/%2e%2e%2fetc", "/v1/../v1/models", "/v1/models/%00",
         "/v1/models/%ff", "/v1/models/a%0d%0ab", "/V1/MODELS", "/v1/models;x=1", "/v1/models%2f", "/.env", "/v1/chat",

@@ -9,8 +9,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-import bise.store.chat_schema  # noqa: F401 (its records are compared with the migrations too)
-import bise.store.tuning
+# Their records are compared with the migrations, too.
+import bise.store.chat_schema
+import bise.store.tuning  # noqa: F401
 from bise.errors import ConfigError, StoreError
 from bise.store.database import Database, migrate
 from bise.store.schema import Record, SettingRecord

@@ -32,7 +32,7 @@ from bise.engine.pace import Pace
 from bise.engine.receipt import NUMERICS_VERSION
 from bise.engine.speculation import Speculation
 from bise.errors import ConfigError, MemoryPlanError, ModelFileError
-from bise.kernels import Ops
+from bise.kernels import Array, Ops, Weight
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
 from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
@@ -137,35 +137,27 @@ def load_model(
     kv_format = placement.kv_format(kv, quant)
     threads = default_threads() if threads is None else _checked_threads(threads)
     ops: CpuOps | TorchOps = CpuOps(threads) if placement.is_native else make_ops(placement)
-    free = free_bytes(placement)
-    if not isinstance(ops, CpuOps):
+    if not placement.is_native:
         _require_native(placement, prefix_cache_dir=prefix_cache_dir, swap_bytes=swap_bytes, draft=draft)
-        free = None if free is None else free - device_excess(source, quant, placement)
     guessing = None if draft is None else DraftSource.open(draft)
-    if free is not None and guessing is not None:
-        free -= guessing.weight_bytes
+    free = free_bytes(placement)
+    if free is not None:
+        free -= device_excess(source, quant, placement) + (0 if guessing is None else guessing.weight_bytes)
     require_weights(source, quant, free)
     tokens, shortened = planned_context(
-        source,
-        quant,
-        kv_format,
+        source, quant, kv_format,
         context=context,
         sequences=max_sequences,
         available=None if free is None else free - weight_bytes(source, quant),
         beside=None if guessing is None else partial(guessing.working_bytes, sequences=max_sequences),
-    )
+    )  # fmt: skip
     tokenizer, template = load_text(source)
     if guessing is not None:
         check_same_vocabulary(load_text(guessing.source)[0], tokenizer, str(draft))
-    temperature = suggested_temperature(source.path)
-    if isinstance(ops, CpuOps):
-        packed, notes = load_packed(source, quant, ops, progress)
-        weights = packed.weights(ops)
-    else:
-        weights = place_weights(source, quant, ops, threads, progress)
-        notes = () if source.kind == "packed" else plan_packing(source, quant).notes
+    weights, notes = _load_weights(source, quant, ops, threads, progress)
     transformer = Transformer(source.config, weights, ops)
     prefix_file = _prefix_file(prefix_cache_dir, source, quant, kv_format)
+    guesser = None if guessing is None else guessing.load(ops, tokens, max_sequences, progress)
     engine = Engine(
         transformer,
         ops,
@@ -179,17 +171,23 @@ def load_model(
         prefix_file=prefix_file,
         swap_bytes=swap_bytes,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
-        speculation=Speculation(
-            draft_model=None
-            if guessing is None or not isinstance(ops, CpuOps)
-            else guessing.load(ops, tokens, max_sequences, progress)
-        ),
+        speculation=Speculation(draft_model=guesser),
         pace=Pace(STEP_SECONDS),
         threaded=threaded,
     )
-    return LoadedModel(
-        source, tokenizer, template, engine, notes + shortened, quant, kv_format, temperature, ops
-    )
+    notes, temperature = notes + shortened, suggested_temperature(source.path)
+    return LoadedModel(source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops)
+
+
+def _load_weights(
+    source: ModelSource, quant: str, ops: CpuOps | TorchOps, threads: int, progress: Progress | None
+) -> tuple[dict[str, Weight | Array], tuple[str, ...]]:
+    """Return the weights in the form of `ops`, and a line for each conversion that changes values."""
+    if isinstance(ops, CpuOps):
+        packed, notes = load_packed(source, quant, ops, progress)
+        return packed.weights(ops), notes
+    weights = place_weights(source, quant, ops, threads, progress)
+    return weights, () if source.kind == "packed" else plan_packing(source, quant).notes
 
 
 def _require_native(placement: Placement, **wanted: object) -> None:
@@ -226,10 +224,13 @@ class DraftSource:
         pages = kv_bytes(config, context, kv_format, sequences)
         return pages + scratch_bytes(config, formats, rows, max(sequences, 8))
 
-    def load(self, ops: CpuOps, context: int, sequences: int, progress: Progress | None) -> DraftModel:
+    def load(
+        self, ops: CpuOps | TorchOps, context: int, sequences: int, progress: Progress | None
+    ) -> DraftModel:
         """Load the weights, and take KV memory for `sequences` texts of `context` tokens, or as many as the
         model can take.
         """
+        assert isinstance(ops, CpuOps)  # refused before, elsewhere
         config = self.source.config
         kv_format, context = checked_kv_format("auto", "auto"), min(context, config.max_context)
         blocks = plan_num_blocks(

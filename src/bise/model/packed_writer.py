@@ -1,4 +1,4 @@
-"""Writing packed models: under their final name only when complete, piece by piece where the weights are many."""
+"""Writing packed models: piece by piece, under their final name only when complete."""
 
 from __future__ import annotations
 

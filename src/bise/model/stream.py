@@ -19,8 +19,8 @@ def stream_packed(
 ) -> Iterator[tuple[Slot, Bytes]]:
     """Yield the panels of every weight of a source, each in memory of its own that the caller may keep.
 
-    Read when packed or cached, else made, and on the way written to the cache when the model is large: the same
-    bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without.
+    Read when packed or cached, else made, and on the way written to the cache when the model is large: the
+    same bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without.
     """
     if source.kind == "packed":
         if quant not in ("auto", "none"):

@@ -48,8 +48,8 @@ class StorePeople:
     async def person(self, request: Request) -> Person:
         """Return who is signed in, else whose key (or the operator's pass) was sent.
 
-        Raises AuthenticationError; NoAccountError where the first account can be made; RateLimitError where an
-        answer is asked for and could not begin now.
+        Raises AuthenticationError; NoAccountError where the first account can be made; RateLimitError where
+        an answer is asked for and could not begin now.
         """
         if request.method == "GET":
             return (await self._who(request))[0]

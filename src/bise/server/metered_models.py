@@ -1,8 +1,8 @@
 """The assistant's models behind the gate: every answer is let in, limited, checked and written down like any
 request over the API, for whoever asked.
 
-Who asked is told by `asking`, which the one who knows the person sets (`bise.server.entry`). An answer goes on
-after its request; it carries that context with it.
+Who asked is told by `asking`, which the one who knows the person sets (`bise.server.entry`). An answer goes
+on after its request; it carries that context with it.
 """
 
 from __future__ import annotations

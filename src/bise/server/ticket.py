@@ -51,8 +51,8 @@ class Ticket(Protocol):
         ...
 
     def check_output(self, text: str, *, before: str = "", after: str = "") -> None:
-        """Refuse (ContentPolicyError) an answer that breaks one of the key's guardrails, alone or together with
-        the text that stands around it.
+        """Refuse (ContentPolicyError) an answer that breaks one of the key's guardrails, alone or together
+        with the text that stands around it.
         """
         ...
 

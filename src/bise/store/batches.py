@@ -1,8 +1,7 @@
 """Batch jobs: many requests worked through in the background, each exactly once in the result.
 
-Every request is a row with a state. A process claims rows under a lease and completes them with their
-answers, one transaction each; what a killed process had claimed is claimed again. A job ends in one
-transaction that enters its output files and closes it.
+Every request is a row with a state. A process claims rows under a lease and completes them with answers, in
+one transaction each; what a killed process had claimed is claimed again. One transaction ends a job.
 """
 
 from __future__ import annotations
@@ -477,11 +476,8 @@ def _output_line(job: Batch, row: BatchLineRecord, ending: str) -> dict[str, Any
 
 
 def _count_states(session: Session, batch_id: str) -> dict[str, int]:
-    query = (
-        select(BatchLineRecord.state, func.count().label("num"))
-        .where(BatchLineRecord.batch_id == batch_id)
-        .group_by(BatchLineRecord.state)
-    )
+    counted = select(BatchLineRecord.state, func.count().label("num"))
+    query = counted.where(BatchLineRecord.batch_id == batch_id).group_by(BatchLineRecord.state)
     return {row.state: row.num for row in session.execute(query)}
 
 

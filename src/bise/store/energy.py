@@ -1,4 +1,4 @@
-"""Energy (RAPL, NVML) and machine time, shared out among the requests that run at the same time so that shares add up."""
+"""Energy (RAPL, NVML) and machine time, shared out among the requests that run at once: shares add up."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RaplMeter:
 
 
 class NvmlMeter:
-    """The energy counters of NVIDIA's graphics cards, through its own library (`pip install nvidia-ml-py`)."""
+    """The energy counters of NVIDIA's graphics cards, through its own library (nvidia-ml-py)."""
 
     def __init__(self, module: str = "pynvml") -> None:
         """Find the cards that count their energy; where the library or a driver is missing there are none."""

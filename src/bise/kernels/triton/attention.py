@@ -49,42 +49,35 @@ def _mean(mixed, weight):
 
 
 @triton.jit
+def _add_page(queries, keys, values, seen, score_scale, top, weight, mixed):
+    """Add the keys of a page to what a split has found; keys not `seen` change nothing."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * score_scale
+    scores = tl.where(seen, scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    shares = tl.exp2(scores - safe[:, None]).to(values.dtype)
+    shrink = tl.exp2(top - safe)
+    ones = tl.full((values.shape[0], 16), 1.0, values.dtype)
+    added = tl.max(tl.dot(shares, ones, input_precision="ieee"), 1)
+    mixed = mixed * shrink[:, None] + tl.dot(shares, values, input_precision="ieee")
+    return highest, weight * shrink + added, mixed
+
+
+@triton.jit
 def _attend(
-    q,
-    k_pages,
-    v_pages,
-    out,
-    part_tops,
-    part_weights,
-    q_start,
-    q_pos,
-    block_table,
-    tile_sequence,
-    tile_row,
-    table_width,
-    num_heads,
-    num_kv_heads,
-    head_dim,
-    window,
-    score_scale,
-    num_splits,
-    HEADS_PER_KV: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    PAGE: tl.constexpr,
-    APART: tl.constexpr,
-    TO: tl.constexpr,
-):
+    q, k_pages, v_pages, out, part_tops, part_weights, q_start, q_pos, block_table, tile_sequence, tile_row,
+    table_width, num_heads, num_kv_heads, head_dim, window, score_scale, num_splits,
+    HEADS_PER_KV: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, APART: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
     """Program (tile, kv head, split): rows `tile_row`... of a sequence, all query heads of one kv head."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.load(tile_sequence + tile)
-    first_row = tl.load(tile_row + tile)
     last_row = tl.load(q_start + sequence + 1)
     start_row = tl.load(q_start + sequence)
     r = tl.arange(0, ROWS)
-    row = first_row + r // HEADS_PER_KV
+    row = tl.load(tile_row + tile) + r // HEADS_PER_KV
     head = kv_head * HEADS_PER_KV + r % HEADS_PER_KV
     valid = (row < last_row) & (r < ROWS // HEADS_PER_KV * HEADS_PER_KV)
     position = tl.load(q_pos + sequence) + row - start_row
@@ -92,9 +85,7 @@ def _attend(
     q_at = q + row.to(tl.int64)[:, None] * num_heads * head_dim + head[:, None] * head_dim + column[None, :]
     queries = tl.load(q_at, mask=valid[:, None] & (column < head_dim)[None, :], other=0.0).to(TO)
     top_position = tl.max(tl.where(valid, position, 0), 0)
-    lowest = tl.min(tl.where(valid, position, 0x7FFFFFFF), 0) - window + 1
-    lowest = tl.maximum(lowest, 0)
-    ones = tl.full((PAGE, 16), 1.0, TO)
+    lowest = tl.maximum(tl.min(tl.where(valid, position, 0x7FFFFFFF), 0) - window + 1, 0)
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
@@ -112,23 +103,15 @@ def _attend(
             key_position = page * PAGE + tl.arange(0, PAGE)
             present = key_position <= tl.where(block >= 0, top_position, -1)
             slot = tl.where(present, block * PAGE + tl.arange(0, PAGE), 0).to(tl.int64)
-            at = (slot * num_kv_heads + kv_head) * head_dim
+            at = (slot * num_kv_heads + kv_head)[:, None] * head_dim + column[None, :]
             inside = present[:, None] & (column < head_dim)[None, :]
-            keys = tl.load(k_pages + at[:, None] + column[None, :], mask=inside, other=0.0).to(TO)
-            values = tl.load(v_pages + at[:, None] + column[None, :], mask=inside, other=0.0).to(TO)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * score_scale
-            seen = (key_position[None, :] <= position[:, None]) & (
-                key_position[None, :] > position[:, None] - window
+            keys = tl.load(k_pages + at, mask=inside, other=0.0).to(TO)
+            values = tl.load(v_pages + at, mask=inside, other=0.0).to(TO)
+            seen = present[None, :] & (key_position[None, :] <= position[:, None])
+            seen = seen & (key_position[None, :] > position[:, None] - window)
+            split_top, split_weight, split_mixed = _add_page(
+                queries, keys, values, seen, score_scale, split_top, split_weight, split_mixed
             )
-            scores = tl.where(seen & present[None, :], scores, float("-inf"))
-            highest = tl.maximum(split_top, tl.max(scores, 1))
-            safe = tl.where(highest == float("-inf"), 0.0, highest)
-            shares = tl.exp2(scores - safe[:, None]).to(TO)
-            shrink = tl.exp2(split_top - safe)
-            added = tl.max(tl.dot(shares, ones, input_precision="ieee"), 1)
-            split_weight = split_weight * shrink + added
-            split_mixed = split_mixed * shrink[:, None] + tl.dot(shares, values, input_precision="ieee")
-            split_top = highest
         top, weight, mixed = _join(top, weight, mixed, split_top, split_weight, split_mixed)
 
     line = row * num_heads + head

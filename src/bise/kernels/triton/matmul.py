@@ -55,32 +55,42 @@ def _pieces(
 
 
 @triton.jit
-def _matmul(
-    x,
-    codes,
-    scale,
-    minimum,
-    level_table,
-    out,
-    slots,
-    experts,
-    num_slots,
-    num_rows,
-    num_columns,
-    x_stride,
-    slots_per_row,
-    tiles_per_split,
-    NUM_SPLITS: tl.constexpr,
-    SPLIT_APART: tl.constexpr,
-    SORTED: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
-    HAS_MIN: tl.constexpr,
-    CODEBOOK: tl.constexpr,
-    ROWS: tl.constexpr,
-    TO: tl.constexpr,
+def _add_tile(
+    acc, w0, w1, x0, x1, scale, minimum, tile, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr
 ):
+    """Add the products of a tile's levels, columns 0..15 and 16..31, to acc [64, rows]."""
+    row = tl.arange(0, 64)
+    if BITS == 0:
+        acc = tl.dot(w0, x0, acc, input_precision="ieee")
+        return tl.dot(w1, x1, acc, input_precision="ieee")
+    ones = tl.full((64, 16), 1.0, w0.dtype)
+    if GROUP == 32:
+        inner = tl.dot(w0, x0, input_precision="ieee")
+        inner = tl.dot(w1, x1, inner, input_precision="ieee")
+        acc += inner * tl.load(scale + tile * 64 + row).to(tl.float32)[:, None]
+        if HAS_MIN:
+            sums = tl.dot(ones, x0, input_precision="ieee")
+            sums = tl.dot(ones, x1, sums, input_precision="ieee")
+            acc -= sums * tl.load(minimum + tile * 64 + row).to(tl.float32)[:, None]
+        return acc
+    at = scale + tile * 128 + row
+    acc += tl.dot(w0, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
+    acc += tl.dot(w1, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
+    if HAS_MIN:
+        at = minimum + tile * 128 + row
+        acc -= tl.dot(ones, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
+        acc -= tl.dot(ones, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def _matmul(
+    x, codes, scale, minimum, level_table, out, slots, experts, num_slots, num_rows, num_columns, x_stride,
+    slots_per_row, tiles_per_split,
+    NUM_SPLITS: tl.constexpr, SPLIT_APART: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr,
+    ROWS: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
     """out[split, slot, n] = sum over columns of x[slot / slots_per_row, k] x weight[expert, n, k]."""
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -99,8 +109,6 @@ def _matmul(
     first_tile = (expert.to(tl.int64) if SORTED else tl.zeros((), tl.int64)) * blocks + block
     first_tile = first_tile * num_tiles
     column = tl.arange(0, 16)[:, None]
-    row = tl.arange(0, 64)
-    ones = tl.full((64, 16), 1.0, TO)
     total = tl.zeros((64, ROWS), tl.float32)
     split_low = tl.program_id(2) if SPLIT_APART else 0
     split_high = split_low + 1 if SPLIT_APART else NUM_SPLITS
@@ -110,33 +118,12 @@ def _matmul(
             tile = first_tile + index
             k = index * 32 + column
             x0 = tl.load(x_row[None, :] + k, mask=valid[None, :] & (k < num_columns), other=0.0).to(TO)
-            x1 = tl.load(x_row[None, :] + k + 16, mask=valid[None, :] & (k + 16 < num_columns), other=0.0).to(
-                TO
-            )
+            more = valid[None, :] & (k + 16 < num_columns)
+            x1 = tl.load(x_row[None, :] + k + 16, mask=more, other=0.0).to(TO)
             w0, w1 = _pieces(codes, tile, level_table, BITS, ZERO, CODEBOOK, TO)
-            if BITS == 0:
-                acc = tl.dot(w0, x0, acc, input_precision="ieee")
-                acc = tl.dot(w1, x1, acc, input_precision="ieee")
-            elif GROUP == 32:
-                scales = tl.load(scale + tile * 64 + row).to(tl.float32)[:, None]
-                inner = tl.dot(w0, x0, input_precision="ieee")
-                inner = tl.dot(w1, x1, inner, input_precision="ieee")
-                acc += inner * scales
-                if HAS_MIN:
-                    mins = tl.load(minimum + tile * 64 + row).to(tl.float32)[:, None]
-                    sums = tl.dot(ones, x0, input_precision="ieee")
-                    sums = tl.dot(ones, x1, sums, input_precision="ieee")
-                    acc -= sums * mins
-            else:
-                at = scale + tile * 128 + row
-                acc += tl.dot(w0, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
-                acc += tl.dot(w1, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
-                if HAS_MIN:
-                    at = minimum + tile * 128 + row
-                    acc -= tl.dot(ones, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
-                    acc -= tl.dot(ones, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
+            acc = _add_tile(acc, w0, w1, x0, x1, scale, minimum, tile, BITS, GROUP, HAS_MIN)
         total += acc
-    n = block * 64 + row[:, None]
+    n = block * 64 + tl.arange(0, 64)[:, None]
     to = out + tl.where(valid, slot, 0).to(tl.int64)[None, :] * num_rows + n
     if SPLIT_APART:
         to += split_low.to(tl.int64) * num_slots * num_rows
