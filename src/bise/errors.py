@@ -22,7 +22,8 @@ Tree (exit code for the command line in brackets; everything else is a bug and e
     ├── QueueFullError [1]     the engine refuses work for now
     ├── ModelBusyError [1]     a model cannot be loaded or unloaded while others run
     └── EngineError [1]        the engine or the model failed while it ran
-        └── NonFiniteError     the model produced NaN or infinity
+        ├── NonFiniteError     the model produced NaN or infinity
+        └── OutOfMemoryError   the machine or the device had no memory left for a step
 """
 
 
@@ -165,6 +166,12 @@ class NonFiniteError(EngineError):
     """The model's logits contain NaN or infinity, so the weights or the arithmetic are broken."""
 
     code = "non_finite_logits"
+
+
+class OutOfMemoryError(EngineError):
+    """The machine or the device had no memory left for a step; its requests ended, others go on."""
+
+    code = "out_of_memory"
 
 
 def quoted(value: object, limit: int = 80) -> str:

@@ -109,7 +109,8 @@ def test_an_answer_streams_in_numbered_events_and_is_kept():
         page = await site.page(conversation)
         assert [message["text"] for message in page["messages"]] == ["How does the bise form?", ANSWER]
         assert page["messages"][1]["status"] == "complete"
-        assert page["conversation"]["title"] == "How does the bise form?"
+        # The question, until the model has found a title.
+        assert page["conversation"]["title"] in ("How does the bise form?", "The bise is a cold wind.")
 
     run(scenario)
 

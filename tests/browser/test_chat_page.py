@@ -126,7 +126,7 @@ def test_regenerate_and_edit_make_versions_to_step_through(site, visit, ask):
     page.get_by_role("button", name="Edit", exact=True).click()
     page.get_by_role("textbox", name="Edit text").fill("count 5")
     page.get_by_role("button", name="Ask again").click()
-    page.get_by_text("004").wait_for()
+    page.get_by_text("003 004").wait_for()
     assert page.get_by_role("article").count() == 2
     page.get_by_role("article", name="You").hover()
     page.get_by_role("button", name="Previous version").first.click()

@@ -49,6 +49,7 @@ def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path):
 
     values = dict.fromkeys(param.name for param in command.params)
     values |= {"aliases": (), "adapters": (), "quant": "auto", "kv": "auto", "sequences": 2}
+    values |= {"device": "cpu", "dtype": "auto"}
     (spec,) = _specs((None,), values | {"prefix_cache": str(tmp_path), "swap": 0.5})
     assert (spec.prefix_cache_dir, spec.swap_bytes) == (tmp_path, 2**29)
     (plain,) = _specs((None,), values)

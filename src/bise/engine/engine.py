@@ -36,6 +36,7 @@ from bise.engine.speculation import Speculation
 from bise.errors import (
     BiseError,
     EngineError,
+    OutOfMemoryError,
 )
 from bise.kernels import Array, Ops
 from bise.text.tokenizer import Tokenizer
@@ -448,4 +449,11 @@ def _last_delta(sequence: Sequence, delta: Delta) -> Delta:
 def _as_engine_error(error: Exception) -> BiseError:
     if isinstance(error, BiseError):
         return error
+    # By name and message: torch need not be there, and its allocator on the host raises a plain RuntimeError.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return OutOfMemoryError("no memory was left for a step of the model; ask again, or for less")
     return EngineError(f"the engine failed: {type(error).__name__}: {error}")

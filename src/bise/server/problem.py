@@ -76,6 +76,7 @@ _TABLE = (
     _Row(ModelBusyError, 503),
     _Row(StoreError, 503),
     _Row(UserError, 400),
+    _Row(OutOfMemoryError, 503),
     _Row(EngineError, 500),
 )
 """The first row that fits counts."""
@@ -128,7 +129,7 @@ def _retry_headers(error: BiseError, status: int) -> dict[str, str]:
         if error.retry_after_s is None:
             return {"x-should-retry": "false"}
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    if isinstance(error, ModelBusyError | StoreError):
+    if isinstance(error, ModelBusyError | StoreError | OutOfMemoryError):
         return {"retry-after": "1"}
     if isinstance(error, AuthenticationError):
         return {"www-authenticate": "Bearer"}
