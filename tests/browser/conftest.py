@@ -54,8 +54,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser for the tests of a file: while it is open, this thread has a running event loop, which tests of
-    other files must not find.
+    """A browser for the tests of a file: while it is open, this thread has a running event loop, which tests
+    of other files must not find.
     """
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
