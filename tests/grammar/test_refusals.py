@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,16 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_schemas_are_refused(vocabulary, name):
+def test_hostile_schemas_are_refused_within_a_second_and_64_mib(vocabulary, name):
+    def memory(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) << 10
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = memory("VmRSS"), time.process_time()
     refusal(vocabulary, HOSTILE[name])
+    assert time.process_time() - start < 1.0
+    assert memory("VmHWM") - before < 64 << 20
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ _ELSEWHERE = """
     seed random_seed min_tokens max_tokens max_completion_tokens max_output_tokens ignore_eos logprobs
     top_logprobs prompt_logprobs response_format tools tool_choice functions function_call safe_prompt
     guardrails adapter
-    truncate truncate_prompt_tokens truncation chat_template chat_template_kwargs documents
+    truncate truncate_prompt_tokens truncation chat_template chat_template_kwargs documents prompt_embeds
     continue_final_message guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
     structured_outputs grammar json_schema regex ebnf bad_words allowed_token_ids use_beam_search
     length_penalty mirostat mirostat_tau mirostat_eta dry_multiplier thinking_token_budget

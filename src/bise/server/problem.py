@@ -22,6 +22,7 @@ from bise.errors import (
     ModelFileError,
     ModelNotFoundError,
     NotFoundError,
+    OutOfMemoryError,
     PermissionDeniedError,
     QueueFullError,
     RateLimitError,
