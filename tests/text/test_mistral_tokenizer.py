@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +167,18 @@ def test_tekken_takes_a_million_spaces(tmp_path, tekken_document):
     tokenizer = load_tokenizer(tmp_path, 10000)
     text = "a" + " " * (1 << 20) + "b"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("unit", ["a", "ab", "é", "e\u0301", "\u0301", "1", " ", "\n", "{", "漢"])
+def test_a_mebibyte_without_words_is_encoded_within_a_second(tmp_path, tekken_document, unit):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tekken.json").write_text(json.dumps(tekken_document))
+    shutil.copy(data_path() / SPM[0], tmp_path / f"tokenizer.model.{SPM[0].rsplit('.', 1)[1]}")
+    text = unit * ((1 << 20) // len(unit.encode()))
+    for tokenizer in (load_tokenizer(tmp_path / "t", 10000), load_tokenizer(tmp_path, 40000)):
+        start = time.process_time()
+        tokenizer.encode(text)
+        assert time.process_time() - start < 1.0
 
 
 def test_tekken_pattern_that_loses_text_is_an_error(tmp_path, tekken_document):
