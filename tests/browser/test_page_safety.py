@@ -52,7 +52,8 @@ def test_no_attack_runs_fetches_or_becomes_an_element(own_site, visit):
     problems = []
     for number, payload in enumerate(PAYLOADS):
         # Once as the answer, once as the question itself, which also becomes the title.
-        for question in (f"payload {number}", payload):
+        # (A question with a NUL is refused: no database keeps one.)
+        for question in (f"payload {number}", *([payload] if "\0" not in payload else [])):
             page.keyboard.press("Control+Shift+O")
             page.get_by_role("textbox", name="Message").fill(question)
             page.get_by_role("button", name="Send").click()
