@@ -28,14 +28,15 @@ def main() -> int:
 def groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return (title, results) of every case that has a peer to stand beside."""
     found: list[tuple[str, list[dict[str, Any]]]] = []
-    for run in document["runs"].values():
+    for name, run in document["runs"].items():
+        where = ", both for AVX2 alone" if name.startswith("avx2") else ""
         cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for entry in run["results"]:
             cases.setdefault(tuple(entry[k] for k in ("op", "prompt", "batch", "context")), []).append(entry)
         for (op, prompt, batch, context), entries in cases.items():
             if len(entries) > 1:
                 what = f"prefill of {prompt}" if op == "prefill" else f"decode x{batch} at {context}"
-                found.append((f"{run['model']} {run['quant']}, {what} tokens", entries))
+                found.append((f"{run['model']} {run['quant']}, {what} tokens{where}", entries))
     return found
 
 
