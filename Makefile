@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow test-gpu identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
+.PHONY: help web chat test test-slow test-gpu postgres identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -22,6 +22,9 @@ test-slow: .venv/.dev ## Run the tests that take long, too
 
 test-gpu: .venv/.dev ## Run the tests of the Triton backend on this machine's CUDA device
 	@$(BIN)/python -m pytest -q -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
+
+postgres: .venv/.dev ## Run the tests of store, server and assistant on PostgreSQL, too (apt-get install postgresql)
+	@$(BIN)/python -m pytest -q -m "slow or not slow" -k postgres --timeout 600 tests/store tests/server tests/assistant
 
 identities: .venv/.dev ## Assert that requests return the same bits however they are computed (all ways; 20 minutes)
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 3600 tests/equivalence/test_matrix.py tests/equivalence/test_identities.py

@@ -123,12 +123,24 @@ class Site:
         self.loop.close()
 
 
+@pytest.fixture(scope="session")
+def postgres():
+    yield from load_test_module("store", "conftest").running_postgres()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def new_url(request):
+    """Return a function that gives a site its database; `make postgres` runs all on PostgreSQL, too."""
+    return (lambda: None) if request.param == "sqlite" else request.getfixturevalue("postgres").new_url
+
+
 @pytest.fixture
-def make_site(tmp_path):
+def make_site(tmp_path, new_url):
     """Return a function that makes a site; see `Site`."""
     sites = []
 
     def make(**options):
+        options.setdefault("url", new_url())
         sites.append(Site(tmp_path / f"site{len(sites)}", **options))
         return sites[-1]
 

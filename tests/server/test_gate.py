@@ -5,7 +5,7 @@ from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 
 from bise.errors import ConfigError
 from bise.server.access import Access, check_bind
@@ -468,7 +468,7 @@ def test_nothing_in_the_database_is_the_users_text(site):
     site.engine.text = "the-answer-text"
     site.chat(key, messages=[{"role": "user", "content": "the-prompt-text"}], user="someone")
     with site.store.database.reading() as session:
-        tables = session.execute(text("SELECT name FROM sqlite_master WHERE type = 'table'")).scalars().all()
+        tables = inspect(session.connection()).get_table_names()
         dump = "".join(repr(session.execute(text(f"SELECT * FROM {name}")).all()) for name in tables)
     assert "stub" in dump
     assert "the-prompt-text" not in dump

@@ -83,6 +83,11 @@ class PostgresServer:
 @pytest.fixture(scope="session")
 def postgres():
     """A running PostgreSQL; skips where there is none."""
+    yield from running_postgres()
+
+
+def running_postgres():
+    """Yield a PostgreSQL that runs until the generator is closed; skips where there is none."""
     binaries = _postgres_bin()
     if binaries is None:
         pytest.skip("no PostgreSQL on this machine (apt-get install postgresql)")
