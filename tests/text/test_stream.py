@@ -138,4 +138,6 @@ def test_time_is_linear_in_text_and_stop_length():
             stream.push([0])
         return time.process_time() - begin
 
-    assert seconds(120_000) < 8 * max(seconds(30_000), 0.01)
+    # A neighbour's work can fall into one measurement, hardly into three.
+    few, many = (min(seconds(count) for _ in range(3)) for count in (30_000, 120_000))
+    assert many < 8 * max(few, 0.01)
