@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
 
 
-_WEB_OPTIONS = ("quant", "kv", "threads", "context")
+_WEB_OPTIONS = ("quant", "kv", "threads", "context", "device", "dtype")
 """What `--web` hands on to `bise serve`."""
 
 

@@ -77,11 +77,10 @@ def make_ops(placement: Placement) -> TorchOps:
     Raises ConfigError when torch or the device is absent.
     """
     require_device(placement)
-    import torch
-
+    from bise.kernels.grouped import FLOATS
     from bise.kernels.torch import TorchOps
 
-    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[placement.compute_format]
+    dtype = FLOATS[placement.compute_format]
     if not placement.device.startswith("cuda") or find_spec("triton") is None:
         return TorchOps(dtype, placement.device)
     from bise.kernels.triton.ops import TritonOps

@@ -20,7 +20,7 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _LOW = np.uint8(0x0F)
 _FOUR = np.uint8(4)
 
@@ -138,7 +138,7 @@ def _flat(
     return Blocks(
         codes=codes.reshape(rows, -1),
         zero=zero,
-        codebook=np.array(_IQ4_VALUES, np.int8) if iq4 else None,
+        codebook=np.array(IQ4_VALUES, np.int8) if iq4 else None,
         sub=32,
         scale=scale,
         min=None if m is None else -m.astype(np.float32),
@@ -165,7 +165,7 @@ def _nested(
     return Blocks(
         codes=codes,
         zero=zero,
-        codebook=np.array(_IQ4_VALUES, np.int8) if iq4 else None,
+        codebook=np.array(IQ4_VALUES, np.int8) if iq4 else None,
         sub=codes.shape[1] // sub_scale.shape[1],
         scale=_product(d, sub_scale),
         min=None if m is None or sub_min is None else _product(m, sub_min),

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bise.kernels.dequant import IQ4_VALUES
+
 PANEL_ROWS = 16
 BLOCK_COLUMNS = 32
 SUPER_COLUMNS = 256
-
-CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""Values of the codes of n4 and n4k: the published table of IQ4_NL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ PANEL_FORMATS: dict[str, PanelFormat] = {
     "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
 }
 
-_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Grouped:
     """A quantised matrix [N, K] on a device; K counts whole groups of 32 columns, padding has value 0.
 
     value[n, k] = scale[n, k / group] x level(code[n, k]) - minimum[n, k / group], where level(c) is
-    c - `zero`, or the c-th value of `CODEBOOK`.
+    c - `zero`, or the c-th value of `IQ4_VALUES`.
     """
 
     codes: Tensor
@@ -123,7 +122,7 @@ class Grouped:
             blocks = codes.view(codes.shape[0], -1, 1, BLOCK_COLUMNS // 2)
             codes = torch.cat((blocks & 15, blocks >> 4), 2).flatten(1)
         if self.codebook:
-            levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=codes.device)[codes.int()]
+            levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
         else:
             levels = codes.float() - self.zero
         grouped = levels.view(codes.shape[0], -1, self.group) * self.scale.float()[..., None]
@@ -134,7 +133,7 @@ class Grouped:
 
 def unpack_floats(packed_format: str, num_rows: int, num_columns: int, memory: Tensor) -> Tensor:
     """Return the matrix [N, K] in float panels, bytes uint8 [...], as f32, f16 or bf16."""
-    panels = memory.view(_FLOATS[packed_format]).view(-1, num_columns, PANEL_ROWS)
+    panels = memory.view(FLOATS[packed_format]).view(-1, num_columns, PANEL_ROWS)
     return panels.transpose(1, 2).reshape(-1, num_columns)[:num_rows].contiguous()
 
 
@@ -225,7 +224,7 @@ def _by_row(scales: Tensor, num_rows: int) -> Tensor:
 
 def device_bytes(packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int) -> int:
     """Return the bytes that a packed matrix takes on a device; floats but f32 take `float_bytes` each."""
-    if packed_format in _FLOATS:
+    if packed_format in FLOATS:
         return num_rows * num_columns * (4 if packed_format == "f32" else float_bytes)
     layout = PANEL_FORMATS[packed_format]
     columns = -(-num_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS

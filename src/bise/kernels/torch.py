@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.kernels import BLOCK_SIZE, AttentionMeta
-from bise.kernels.grouped import PANEL_FORMATS, Grouped, unpack_floats, unpack_panels
+from bise.kernels.grouped import FLOATS, PANEL_FORMATS, Grouped, unpack_floats, unpack_panels
 
 TorchWeight = Tensor | Grouped
 Bank = Sequence[tuple[TorchWeight, TorchWeight, TorchWeight]]
 TorchLora = tuple[Tensor, Tensor, float]
-
-_KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchPages:
@@ -65,7 +63,7 @@ class TorchOps:
 
     def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> TorchPages:
         """See `Ops.pages`; float64 keeps K and V in float64 whatever the format."""
-        dtype = self.dtype if self.dtype == torch.float64 else _KV_DTYPES[kv_format]
+        dtype = self.dtype if self.dtype == torch.float64 else FLOATS[kv_format]
         return TorchPages(num_blocks * BLOCK_SIZE, num_kv_heads, head_dim, dtype, self.device)
 
     def block_views(self, pages: TorchPages, block: int) -> list[npt.NDArray[np.uint8]]:

@@ -177,6 +177,18 @@ def _not_packed(file: SafetensorsFile, reason: str) -> ModelFileError:
     return ModelFileError(f"{file.path} is not a packed model of bise: {reason}", field=str(file.path))
 
 
+def require_finite(source: ModelSource, slot: Slot, panels: npt.NDArray[np.uint8]) -> None:
+    """Raise ModelFileError when a packed vector has a value that is NaN or infinite."""
+    if len(slot.shape) == 1 and not np.isfinite(panels.view(np.float32)).all():
+        raise ModelFileError(f"{source.path}: weight {slot.name} is not finite; pack the original again")
+
+
+def require_unpacked(source: ModelSource, quant: str) -> None:
+    """Raise ConfigError when `quant` asks a packed source for another width than it has."""
+    if source.kind == "packed" and quant not in ("auto", "none"):
+        raise ConfigError(f"{source.path} is packed already; leave --quant away", field="quant")
+
+
 def read_packed(source: ModelSource, progress: Progress | None = None) -> PackedWeights:
     """Read the panels of a packed source into memory."""
     tensors = [cast(PackedTensor, tensor) for tensor in source.tensors.values()]
@@ -185,11 +197,7 @@ def read_packed(source: ModelSource, progress: Progress | None = None) -> Packed
     for tensor, slot in zip(tensors, slots, strict=True):
         entry = tensor.file.entries[slot.name]
         tensor.file.read_into(entry, 0, memory[slot.offset : slot.offset + slot.size_bytes])
-        if (
-            len(slot.shape) == 1
-            and not np.isfinite(memory[slot.offset :][: slot.size_bytes].view(np.float32)).all()
-        ):
-            raise ModelFileError(f"{source.path}: weight {slot.name} is not finite; pack the original again")
+        require_finite(source, slot, memory[slot.offset :][: slot.size_bytes])
         if progress is not None:
             progress("reading weights", (slot.offset + slot.size_bytes) / size)
     return PackedWeights(PackPlan(slots, size, ()), memory)
@@ -249,9 +257,8 @@ def load_packed(
 
     Also returns the notes for people: conversions that change values, and a cache that could not be written.
     """
+    require_unpacked(source, quant)
     if source.kind == "packed":
-        if quant not in ("auto", "none"):
-            raise ConfigError(f"{source.path} is packed already; leave --quant away", field="quant")
         return read_packed(source, progress), ()
     stored = sum(tensor.size_bytes for tensor in source.tensors.values())
     if stored < CACHE_MINIMUM_BYTES:

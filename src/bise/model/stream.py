@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import cast
 
-from bise.errors import ConfigError
 from bise.kernels.cpu import Bytes, CpuOps, arena
 from bise.model.pack import PackPlan, Progress, Slot, pack_tensor, plan_packing
-from bise.model.packed import CACHE_MINIMUM_BYTES, PackedTensor, cache_path, open_cached
+from bise.model.packed import (
+    CACHE_MINIMUM_BYTES,
+    PackedTensor,
+    cache_path,
+    open_cached,
+    require_finite,
+    require_unpacked,
+)
 from bise.model.packed_writer import PackedWriter
 from bise.model.source import ModelSource
 
@@ -22,9 +28,8 @@ def stream_packed(
     Read when packed or cached, else made, and on the way written to the cache when the model is large: the
     same bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without.
     """
+    require_unpacked(source, quant)
     if source.kind == "packed":
-        if quant not in ("auto", "none"):
-            raise ConfigError(f"{source.path} is packed already; leave --quant away", field="quant")
         yield from _read(source, progress)
         return
     plan = plan_packing(source, quant)
@@ -47,7 +52,9 @@ def _read(source: ModelSource, progress: Progress | None) -> Iterator[tuple[Slot
     total, done = sum(tensor.size_bytes for tensor in source.tensors.values()), 0
     for each in source.tensors.values():
         tensor = cast(PackedTensor, each)
-        yield tensor.slot, tensor.panels()
+        panels = tensor.panels()
+        require_finite(source, tensor.slot, panels)
+        yield tensor.slot, panels
         done += tensor.size_bytes
         if progress is not None:
             progress("reading weights", done / max(total, 1))

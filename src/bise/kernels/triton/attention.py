@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bise.kernels import BLOCK_SIZE, SPLIT_SIZE, AttentionMeta
 from bise.kernels.triton import EXACT
+from bise.kernels.triton.matmul import TYPES
 
 _LOG2_E = 1.4426950408889634
 _TILE_ROWS = 64
@@ -270,7 +271,6 @@ def attend(
     tops = torch.empty(lines * splits if apart else 1, dtype=torch.float32, device=q.device)
     weights = torch.empty_like(tops)
     width = triton.next_power_of_2(head_dim)
-    to = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[q.dtype]
     _attend[(len(sequences), num_kv_heads, splits)](
         q,
         pages[0],
@@ -294,7 +294,7 @@ def attend(
         SPLIT=SPLIT_SIZE,
         PAGE=BLOCK_SIZE,
         APART=apart,
-        TO=to,
+        TO=TYPES[q.dtype],
         **EXACT,
     )
     if not apart:

@@ -19,9 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bise.kernels.grouped import CODEBOOK
+from bise.kernels.dequant import IQ4_VALUES
 from bise.kernels.triton import EXACT
 from bise.kernels.triton.tiles import Tiles
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Triton's name of each compute type."""
 
 FEW_ROWS = 16
 """Up to this many rows, splits run side by side: the weights are read once and there is little else to do."""
@@ -144,8 +147,8 @@ class Matmul:
     """Launches the kernel for one compute type on one device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._to = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-        self._levels = torch.tensor(CODEBOOK, dtype=torch.float32, device=device)
+        self._to = TYPES[dtype]
+        self._levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bise.errors import ConfigError
 from bise.kernels import AttentionMeta
-from bise.kernels.grouped import unpack_floats, unpack_panels
+from bise.kernels.grouped import FLOATS, unpack_floats, unpack_panels
 from bise.kernels.torch import TorchOps, TorchPages
 from bise.kernels.triton import attention, fused
 from bise.kernels.triton.matmul import FEW_ROWS, Matmul
@@ -26,7 +26,6 @@ from bise.kernels.triton.tiles import Tiles, stacked, tile
 KV_FORMATS = ("f32", "f16", "bf16")
 """What pages on a GPU hold so far."""
 
-_FLOATS = ("f32", "f16", "bf16")
 _SORTED_ROWS = 64
 """Slots of one program when rows are sorted by expert."""
 
@@ -69,7 +68,7 @@ class TritonOps(TorchOps):
         A float32 matrix stays float32: the router, and models loaded with `--quant none`.
         """
         panels = torch.as_tensor(memory).to(self.device)
-        if packed_format in _FLOATS:
+        if packed_format in FLOATS:
             matrix = unpack_floats(packed_format, num_rows, num_columns, panels)
             return tile(matrix if packed_format == "f32" else matrix.to(self.dtype))
         return tile(unpack_panels(packed_format, num_rows, num_columns, panels))
