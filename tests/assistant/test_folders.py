@@ -2,42 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
-import httpx
-from fastapi import FastAPI
-
-from bise.assistant.scripted import ScriptedModels
-from bise.assistant.service import Assistant
-from bise.assistant.storage import Memory
-from bise.errors import BiseError
-from bise.server.assistant_people import Person
-from bise.server.assistant_routes import assistant_router
-from bise.server.problem import error_response
-
 API = "/api/v1"
-
-
-class ByHeader:
-    async def person(self, request):
-        return Person(request.headers.get("x-person", "ann"), "", "user")
-
-
-def run(scenario):
-    """Run an async test with a client of a fresh site."""
-
-    async def inside():
-        assistant = Assistant(Memory(), ScriptedModels(lambda _: "Yes."))
-        app = FastAPI()
-        app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
-        app.include_router(assistant_router(lambda: assistant, ByHeader()))
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
-            await scenario(client)
-        await assistant.close()
-
-    asyncio.run(inside())
 
 
 async def made(client, title, **headers):
@@ -50,7 +17,7 @@ async def folders(client, **headers):
     return {folder["name"]: folder["conversations"] for folder in found}
 
 
-def test_conversations_are_filed_together_and_a_folder_is_renamed_and_dissolved():
+def test_conversations_are_filed_together_and_a_folder_is_renamed_and_dissolved(run):
     async def scenario(client):
         ids = [await made(client, f"c{number}") for number in range(3)]
         moved = await client.post(
@@ -70,7 +37,7 @@ def test_conversations_are_filed_together_and_a_folder_is_renamed_and_dissolved(
     run(scenario)
 
 
-def test_a_change_of_many_is_all_or_nothing_and_of_a_few_fields_only():
+def test_a_change_of_many_is_all_or_nothing_and_of_a_few_fields_only(run):
     async def scenario(client):
         ids = [await made(client, "one"), "nobody's"]
         answer = await client.post(
@@ -87,7 +54,7 @@ def test_a_change_of_many_is_all_or_nothing_and_of_a_few_fields_only():
     run(scenario)
 
 
-def test_someone_elses_folders_do_not_exist():
+def test_someone_elses_folders_do_not_exist(run):
     async def scenario(client):
         one = await made(client, "mine")
         change = {"ids": [one], "changes": {"folder": "Secret"}}
@@ -104,7 +71,7 @@ def test_someone_elses_folders_do_not_exist():
     run(scenario)
 
 
-def test_archived_conversations_are_listed_apart_and_still_found():
+def test_archived_conversations_are_listed_apart_and_still_found(run):
     async def scenario(client):
         ids = [await made(client, f"c{number}") for number in range(3)]
         change = {"ids": ids[:2], "changes": {"archived": True}}
@@ -123,7 +90,7 @@ def test_archived_conversations_are_listed_apart_and_still_found():
     run(scenario)
 
 
-def test_pages_of_the_list_miss_nothing_though_many_have_the_same_time():
+def test_pages_of_the_list_miss_nothing_though_many_have_the_same_time(run):
     async def scenario(client):
         lines = "\n".join(
             json.dumps(
@@ -149,7 +116,7 @@ def test_pages_of_the_list_miss_nothing_though_many_have_the_same_time():
     run(scenario)
 
 
-def test_several_conversations_are_deleted_and_brought_back_at_once():
+def test_several_conversations_are_deleted_and_brought_back_at_once(run):
     async def scenario(client):
         ids = [await made(client, f"c{number}") for number in range(3)]
         await client.post(f"{API}/conversations/delete", json={"ids": ids[:2]})

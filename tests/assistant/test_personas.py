@@ -2,43 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import httpx
-from fastapi import FastAPI
-
-from bise.assistant.scripted import ScriptedModels
-from bise.assistant.service import Assistant
-from bise.assistant.storage import Memory
-from bise.errors import BiseError
-from bise.server.assistant_people import Person
-from bise.server.assistant_routes import assistant_router
-from bise.server.problem import error_response
-
 API = "/api/v1"
 POET = {"name": "  A   poet ", "system": "Answer in verse.", "params": {"temperature": 1.2}}
 
 
-class ByHeader:
-    async def person(self, request):
-        return Person(request.headers.get("x-person", "ann"), "", "user")
-
-
-def run(scenario):
-    async def inside():
-        assistant = Assistant(Memory(), ScriptedModels(lambda _: "Yes."))
-        app = FastAPI()
-        app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
-        app.include_router(assistant_router(lambda: assistant, ByHeader()))
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
-            await scenario(client)
-        await assistant.close()
-
-    asyncio.run(inside())
-
-
-def test_a_conversation_takes_a_copy_of_its_persona():
+def test_a_conversation_takes_a_copy_of_its_persona(run):
     async def scenario(client):
         made = await client.post(f"{API}/personas", json=POET)
         assert made.status_code == 201
@@ -60,7 +28,7 @@ def test_a_conversation_takes_a_copy_of_its_persona():
     run(scenario)
 
 
-def test_a_persona_is_refused_with_the_field_that_is_wrong():
+def test_a_persona_is_refused_with_the_field_that_is_wrong(run):
     async def scenario(client):
         await client.post(f"{API}/personas", json=POET)
         for body, status, param in (
@@ -77,7 +45,7 @@ def test_a_persona_is_refused_with_the_field_that_is_wrong():
     run(scenario)
 
 
-def test_someone_elses_persona_does_not_exist():
+def test_someone_elses_persona_does_not_exist(run):
     async def scenario(client):
         poet = (await client.post(f"{API}/personas", json=POET)).json()
         bob = {"x-person": "bob"}
