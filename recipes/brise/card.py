@@ -8,13 +8,14 @@ import json
 from pathlib import Path
 from typing import TypedDict, cast
 
-from mixture import Mixture
+from mixture import STAGES, Mixture
 from safetensors import safe_open
 
 STAGE_WORDS = {
     "pretrain": "text and chats, every token learned",
     "tune": "chats, assistant turns learned",
     "polish": "the same with drills (copying, small sums, common words)",
+    "grow": "more layers and hidden units, then text and polish at once",
 }
 
 
@@ -108,7 +109,7 @@ Whether weights are an adaptation of their training text is not settled; they ar
 
 def model_card(run: Path, mixture: Mixture) -> str:
     """Return README.md of the export; parts that were not measured yet say so."""
-    config = mixture.model
+    config = mixture.shape(STAGES[-1])
     parts = [
         _HEAD.format(
             params=config.num_params / 1e6,

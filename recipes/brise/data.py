@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from chat import PAD, ChatEncoder, Encoded
 from drills import definitions, echoes, meanings, sums, vocabulary
-from mixture import SMALLTALK, STAGES, Mixture, Row, read_rows, renamed, row_texts
+from mixture import ARRAYS, SMALLTALK, Mixture, Row, read_rows, renamed, row_texts
 
 COMMON_WORDS = ("text/storybooks.jsonl.zst", "cdla/tinystories_text.jsonl.zst", "text/fairytales.jsonl.zst")
 """Texts for children: how often a word stands there decides which meanings are drilled."""
@@ -172,11 +172,11 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder with tokenizer.json; arrays go here")
     parser.add_argument("--mixture", type=Path, default=Path(__file__).with_name("mixture.toml"))
-    parser.add_argument("--only", choices=("valid", *STAGES), help="write one part (default: all)")
+    parser.add_argument("--only", choices=("valid", *ARRAYS), help="write one part (default: all)")
     args = parser.parse_args()
     mixture = Mixture.load(args.mixture)
     encoder = ChatEncoder.load(args.run / "tokenizer.json")
-    parts = (args.only,) if args.only else ("valid", *STAGES)
+    parts = (args.only,) if args.only else ("valid", *ARRAYS)
     if "valid" in parts:
         without_system = Mixture.load(args.mixture).without_system()
         sizes: dict[str, int] = {}
@@ -191,7 +191,7 @@ def main() -> None:
         found = documents(mixture, "pretrain", args.data, encoder)
         write(args.run, "pretrain", concatenate(found, mixture.stages["pretrain"].row_tokens))
     for stage in parts:
-        if stage in STAGES[1:]:
+        if stage in ARRAYS[1:]:
             found = documents(mixture, stage, args.data, encoder)
             write(args.run, stage, pack(found, mixture.stages[stage].row_tokens))
 

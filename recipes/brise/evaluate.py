@@ -21,7 +21,7 @@ from chat import BOS, EOS, PAD, ChatEncoder
 from data import WORDNET, word_counts
 from drills import definition, meanings
 from export import read_export
-from mixture import SMALLTALK, Message, Mixture, read_rows, renamed
+from mixture import SMALLTALK, STAGES, Message, Mixture, read_rows, renamed
 from network import Weights
 from torch.nn import functional
 from train import Rows
@@ -204,10 +204,11 @@ def main() -> None:
     args = parser.parse_args()
     mixture = Mixture.load(args.mixture)
     encoder = ChatEncoder.load(args.model / "tokenizer.json")
-    scorer = Scorer(mixture.model, read_export(args.model, mixture.model))
+    config = mixture.shape(STAGES[-1])
+    scorer = Scorer(config, read_export(args.model, config))
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return answers(scorer, prompts, ANSWER_TOKENS, mixture.model.max_context)
+        return answers(scorer, prompts, ANSWER_TOKENS, config.max_context)
 
     if args.ask:
         prompts = [encoder.chat([{"role": "user", "content": text}]).ids for text in args.ask]

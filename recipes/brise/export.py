@@ -160,13 +160,15 @@ def main() -> None:
     mixture = Mixture.load(args.mixture)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.card_only:
-        write_weights(args.out, mixture.model, read_weights(args.run / f"{args.stage}.safetensors"))
-        write_configs(args.out, mixture.model)
+        write_weights(
+            args.out, mixture.shape(args.stage), read_weights(args.run / f"{args.stage}.safetensors")
+        )
+        write_configs(args.out, mixture.shape(args.stage))
         write_tokenizer(args.run, args.out)
     (args.out / "README.md").write_text(model_card(args.run, mixture), "utf-8")
     write_checksums(args.out)
     size_bytes = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"wrote {args.out}: {size_bytes / 1e6:.1f} MB, {mixture.model.num_params} parameters")
+    print(f"wrote {args.out}: {size_bytes / 1e6:.1f} MB, {mixture.shape(args.stage).num_params} parameters")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import zstandard
 
@@ -43,7 +43,10 @@ CONTROL_TOKENS = (
 )
 """Mistral's control tokens in the order of its own vocabularies: the index is the id."""
 
-STAGES = ("pretrain", "tune", "polish")
+ARRAYS = ("pretrain", "tune", "polish")
+"""Stages with token arrays of their own; `grow` takes rows of these (`Mixture.blend`)."""
+
+STAGES = (*ARRAYS, "grow")
 
 SMALLTALK = "chat/smalltalk"
 """The only source in which the assistant says its own name."""
@@ -120,8 +123,13 @@ class Mixture:
     """Share of chat rows that get a system prompt."""
     system_prompts: tuple[str, ...]
     model: ModelConfig
+    """The network of every stage but `grow`."""
+    grown: ModelConfig
+    """The network of `grow`."""
     stages: dict[str, Stage]
     """In their order: each begins with the weights of the one before."""
+    blend: dict[str, int]
+    """Rows that a step of `grow` takes of each array."""
     drills: dict[str, int]
     """Exercises of the last stage: how many `echoes`, `sums`, `definitions`; of how many `words`."""
     sources: tuple[Source, ...]
@@ -129,6 +137,14 @@ class Mixture:
     def without_system(self) -> "Mixture":
         """Return the mixture that gives no row a system prompt (for the held-back rows)."""
         return replace(self, system_share=0.0)
+
+    def shape(self, stage: str) -> ModelConfig:
+        """Return the shape of the network in a stage."""
+        return self.grown if stage == "grow" else self.model
+
+    def blended(self, stage: str) -> dict[str, int]:
+        """Return the rows that a step of a stage takes of each array."""
+        return self.blend if stage == "grow" else {stage: self.stages[stage].rows_per_step}
 
     @classmethod
     def load(cls, path: Path) -> "Mixture":
@@ -139,17 +155,11 @@ class Mixture:
             raise RecipeError(
                 f"cannot read the mixture {path}: {error.strerror}; pass one with --mixture"
             ) from error
-        shape = dict(fields.pop("model"))
-        window = shape.pop("window")
         try:
+            shape = fields.pop("model")
             return cls(
-                model=ModelConfig(
-                    family="mistral",
-                    vocab_size=fields["vocab_size"],
-                    windows=(window,) * shape["num_layers"],
-                    tied_embeddings=True,
-                    **shape,
-                ),
+                model=_network(fields["vocab_size"], shape),
+                grown=_network(fields["vocab_size"], shape | fields.pop("grown")),
                 stages={name: Stage(**fields.pop(name)) for name in STAGES},
                 sources=tuple(Source(**source) for source in fields.pop("sources")),
                 system_prompts=tuple(fields.pop("system_prompts")),
@@ -159,6 +169,17 @@ class Mixture:
             raise RecipeError(
                 f"{path} has a missing or unknown field: {error}; compare with mixture.toml"
             ) from error
+
+
+def _network(vocab_size: int, shape: dict[str, Any]) -> ModelConfig:
+    window = shape["window"]
+    return ModelConfig(
+        family="mistral",
+        vocab_size=vocab_size,
+        windows=(window,) * shape["num_layers"],
+        tied_embeddings=True,
+        **{name: value for name, value in shape.items() if name != "window"},
+    )
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Train brise in stages: pretrain (every token), then tune and polish (assistant turns); always resumable.
+"""Train brise in stages: pretrain (every token), tune, polish (assistant turns), grow (both); resumable.
 
     python recipes/brise/train.py --run RUN --stage pretrain
     python recipes/brise/train.py --run RUN --stage pretrain --decay-steps 400
@@ -14,13 +14,14 @@ import argparse
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from grow import grown
 from mixture import STAGES, Mixture, RecipeError, Stage
 from network import Network, Weights, initial_weights
 from safetensors import safe_open
@@ -35,6 +36,10 @@ CHECKPOINT_S = 120.0
 REPORT_STEPS = 20
 VALID_STEPS = 200
 VALID_ROWS = 64
+
+
+Targets = tuple[Tensor, Tensor, Tensor]
+"""Ids and targets [T] int64; float32 [T], which targets are learned, or their shares of the loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ class Progress:
 
 
 class Rows:
-    """Training rows in a seeded order that depends on the step alone."""
+    """Rows of one array in a seeded order that depends on the step alone."""
 
     def __init__(self, run: Path, name: str, rows_per_step: int, seed: int) -> None:
         """Map the arrays that data.py wrote; raises RecipeError when they are missing."""
@@ -89,17 +94,23 @@ class Rows:
             raise RecipeError(f"{name} has {len(self._ids)} rows, fewer than the {rows_per_step} of one step")
         self._seed = seed
 
-    def step(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, targets and the share of each target in the loss (they sum to 1) of a step."""
+    def step(self, step: int) -> Targets:
+        """Return what a step trains on."""
         order = np.random.default_rng([self._seed, step // self.steps_per_pass]).permutation(len(self._ids))
         first = step % self.steps_per_pass * self.rows_per_step
         return self.rows(np.sort(order[first : first + self.rows_per_step]))
 
-    def rows(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ids, targets and shares of the rows of `index`."""
+    def rows(self, index: npt.NDArray[np.int64]) -> Targets:
+        """Return the rows of `index`."""
         ids = torch.from_numpy(self._ids[index].astype(np.int64))
         learned = torch.from_numpy(self._learned[index][:, 1:].reshape(-1)).float()
-        return ids[:, :-1].reshape(-1), ids[:, 1:].reshape(-1), learned / learned.sum().clamp(min=1.0)
+        return ids[:, :-1].reshape(-1), ids[:, 1:].reshape(-1), learned
+
+
+def joined(parts: Sequence[Targets]) -> Targets:
+    """Return the rows of several arrays as one; their learned targets share the loss evenly."""
+    ids, targets, learned = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return ids, targets, learned / learned.sum().clamp(min=1.0)
 
 
 def make_optimizers(weights: Weights) -> list[torch.optim.Optimizer]:
@@ -131,13 +142,15 @@ class Trainer:
         self.progress = progress
         self.optimizers = make_optimizers(self.weights)
 
-    def step(self, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Rows, stage: Stage) -> float:
+    def step(
+        self, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Sequence[Rows], stage: Stage
+    ) -> float:
         """Do one step and return its loss in nats a token."""
         rate = self.progress.rate(stage)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        loss = loss_of(*rows.step(self.progress.step))
+        loss = loss_of(*joined([part.step(self.progress.step) for part in rows]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
         for optimizer in self.optimizers:
@@ -192,16 +205,20 @@ def read_weights(path: Path) -> Weights:
     return {name[7:]: tensor for name, tensor in load_file(path).items() if name.startswith("weight.")}
 
 
-def start(run: Path, stage: str, mixture: Mixture, decay_steps: int) -> Trainer:
-    """Return the trainer of a stage: resumed, begun from scratch or from the stage before."""
+def start(
+    run: Path, stage: str, mixture: Mixture, decay_steps: int, begin_from: Path | None = None
+) -> Trainer:
+    """Return the trainer of a stage: resumed, begun from scratch or from a checkpoint (the stage before)."""
     path = run / f"{stage}.safetensors"
     if path.is_file():
-        trainer = Trainer.load(path, mixture.model)
+        trainer = Trainer.load(path, mixture.shape(stage))
     elif stage == STAGES[0]:
         trainer = Trainer(mixture.model, initial_weights(mixture.model, mixture.seed), Progress(stage=stage))
     else:
-        before = STAGES[STAGES.index(stage) - 1]
-        trainer = Trainer(mixture.model, read_weights(run / f"{before}.safetensors"), Progress(stage=stage))
+        weights = read_weights(begin_from or run / f"{STAGES[STAGES.index(stage) - 1]}.safetensors")
+        if stage == "grow":
+            weights = grown(weights, mixture.model, mixture.grown, mixture.seed)
+        trainer = Trainer(mixture.shape(stage), weights, Progress(stage=stage))
     if decay_steps:
         trainer.progress = trainer.progress.ending_in(decay_steps)
     return trainer
@@ -213,7 +230,7 @@ def valid_loss(network: Network, rows: Rows) -> float:
     share = 0
     with torch.no_grad():
         for first in range(0, min(VALID_ROWS, rows.steps_per_pass * rows.rows_per_step), rows.rows_per_step):
-            total += float(network.loss(*rows.rows(np.arange(first, first + rows.rows_per_step))))
+            total += float(network.loss(*joined([rows.rows(np.arange(first, first + rows.rows_per_step))])))
             share += 1
     return total / share
 
@@ -224,11 +241,11 @@ def train(
     """Train until the rate has fallen to zero, `max_steps` are done or a signal asks to stop."""
     name = trainer.progress.stage
     stage = mixture.stages[name]
-    rows = Rows(run, name, stage.rows_per_step, mixture.seed)
-    network = Network(trainer.config, trainer.weights, rows.rows_per_step, rows.row_tokens)
+    rows = [Rows(run, array, count, mixture.seed) for array, count in mixture.blended(name).items()]
+    network = Network(trainer.config, trainer.weights, stage.rows_per_step, stage.row_tokens)
     loss_of = torch.compile(network.loss, dynamic=False) if compiled else network.loss
-    valid = Rows(run, "valid_text" if name == "pretrain" else "valid_chat", rows.rows_per_step, 0)
-    valid_network = Network(trainer.config, trainer.weights, rows.rows_per_step, valid.row_tokens)
+    held_back = Rows(run, "valid_text" if name == "pretrain" else "valid_chat", stage.rows_per_step, 0)
+    valid_network = Network(trainer.config, trainer.weights, stage.rows_per_step, held_back.row_tokens)
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stops.append(received))
@@ -236,7 +253,7 @@ def train(
     saved_s = reported_s = time.monotonic()
     before_s = trainer.progress.elapsed_s
     losses: list[float] = []
-    tokens_per_step = rows.rows_per_step * rows.row_tokens
+    tokens_per_step = stage.rows_per_step * stage.row_tokens
     while not (trainer.progress.is_finished or stops or trainer.progress.step == max_steps):
         rate = trainer.progress.rate(stage)
         losses.append(trainer.step(loss_of, rows, stage))
@@ -252,7 +269,7 @@ def train(
             before_s += now_s - reported_s
             entry |= {"lr": rate, "tok_s": round(speed), "elapsed_s": round(before_s, 1)}
             if step % VALID_STEPS == 0:
-                entry["valid_loss"] = round(valid_loss(valid_network, valid), 4)
+                entry["valid_loss"] = round(valid_loss(valid_network, held_back), 4)
             print(json.dumps(entry), file=log, flush=True)
             trainer.progress = replace(trainer.progress, elapsed_s=before_s)
             losses, reported_s = [], time.monotonic()
@@ -271,6 +288,9 @@ def main() -> None:
     parser.add_argument(
         "--decay-steps", type=int, default=0, help="begin now to let the rate fall, over so many steps"
     )
+    parser.add_argument(
+        "--begin-from", type=Path, help="checkpoint to begin from (default: the stage before)"
+    )
     parser.add_argument("--max-steps", type=int, help="stop at this step without decay (for trials)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -280,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     mixture = Mixture.load(args.mixture)
-    trainer = start(args.run, args.stage, mixture, args.decay_steps)
+    trainer = start(args.run, args.stage, mixture, args.decay_steps, args.begin_from)
     train(args.run, trainer, mixture, compiled=not args.eager, max_steps=args.max_steps)
 
 

@@ -24,7 +24,8 @@ from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
 from data import concatenate, encode_row, pack  # noqa: E402
 from drills import definitions, echoes, meanings, sums, vocabulary  # noqa: E402
 from evaluate import Scorer, answers, last_number, normal  # noqa: E402
-from mixture import CONTROL_TOKENS, Mixture, Row, Source, Stage, renamed  # noqa: E402
+from grow import grown, layer_origins  # noqa: E402
+from mixture import CONTROL_TOKENS, STAGES, Mixture, Row, Source, Stage, renamed  # noqa: E402
 from network import Network, TrainingOps, initial_weights  # noqa: E402
 from tokenizer import train as train_tokenizer  # noqa: E402
 from train import Progress, Rows, Trainer, start  # noqa: E402
@@ -59,14 +60,19 @@ def mixture() -> Mixture:
     )
     stage = Stage(row_tokens=16, rows_per_step=4, peak_lr=1e-2, warmup_steps=2)
     return replace(
-        loaded, model=tiny, vocab_size=320, stages={"pretrain": stage, "tune": stage, "polish": stage}
+        loaded,
+        model=tiny,
+        grown=replace(tiny, num_layers=3, hidden_dim=128, windows=(8, 8, 8)),
+        vocab_size=320,
+        stages=dict.fromkeys(STAGES, stage),
+        blend={"pretrain": 1, "polish": 3},
     )
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     values = np.random.default_rng(5)
-    for name in ("pretrain", "tune", "valid_text", "valid_chat"):
+    for name in ("pretrain", "tune", "polish", "valid_text", "valid_chat"):
         np.save(tmp_path / f"{name}.ids.npy", values.integers(20, 320, (12, 17)).astype(np.uint16))
         np.save(tmp_path / f"{name}.learned.npy", np.ones((12, 17), np.bool_))
     return tmp_path
@@ -168,7 +174,7 @@ def test_a_fall_planned_anew_goes_on_from_the_rate_it_had() -> None:
 
 def test_some_steps_overfit_one_batch(mixture: Mixture, run_folder: Path) -> None:
     trainer = Trainer(mixture.model, initial_weights(mixture.model, 1), Progress(stage="pretrain"))
-    rows = Rows(run_folder, "pretrain", 12, 0)
+    rows = [Rows(run_folder, "pretrain", 12, 0)]
     network = Network(mixture.model, trainer.weights, 12, 16)
     losses = [trainer.step(network.loss, rows, mixture.stages["pretrain"]) for _ in range(40)]
     assert losses[0] > 5.5
@@ -195,8 +201,35 @@ def test_tuning_starts_from_the_pretrained_weights(mixture: Mixture, run_folder:
     assert all(torch.equal(weight, tuned.weights[name]) for name, weight in before.weights.items())
 
 
-def test_the_shipped_mixture_names_every_input_width_in_whole_blocks() -> None:
-    config = Mixture.load(RECIPE / "mixture.toml").model
+def test_a_grown_network_says_what_the_old_one_said(mixture: Mixture) -> None:
+    weights = initial_weights(mixture.model, 1)
+    larger = grown(weights, mixture.model, mixture.grown, 2)
+    assert sum(weight.numel() for weight in larger.values()) > sum(w.numel() for w in weights.values())
+    ids = torch.randint(0, 320, (4 * 16,), generator=torch.Generator().manual_seed(3))
+    batch = (ids, ids.roll(-1), torch.full((4 * 16,), 1 / 64))
+    old = Network(mixture.model, weights, 4, 16).loss(*batch)
+    assert torch.allclose(Network(mixture.grown, larger, 4, 16).loss(*batch), old, rtol=1e-3)  # bf16
+
+
+def test_new_layers_stand_evenly_between_the_old_ones() -> None:
+    assert layer_origins(6, 8) == [0, 1, None, 2, 3, None, 4, 5]
+    assert layer_origins(2, 2) == [0, 1]
+    assert layer_origins(1, 3) == [None, None, 0]
+
+
+def test_growing_trains_every_new_part_on_rows_of_both_arrays(mixture: Mixture, run_folder: Path) -> None:
+    run_training(run_folder, start(run_folder, "polish", mixture, decay_steps=1), mixture, compiled=False)
+    larger = start(run_folder, "grow", mixture, decay_steps=3)
+    before = {name: weight.detach().clone() for name, weight in larger.weights.items()}
+    assert before["layers.0.w2"].shape[1] == mixture.grown.hidden_dim
+    run_training(run_folder, larger, mixture, compiled=False)
+    assert larger.progress.is_finished
+    assert all(not torch.equal(weight, larger.weights[name]) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grow"])
+def test_the_shipped_mixture_names_every_input_width_in_whole_blocks(stage: str) -> None:
+    config = Mixture.load(RECIPE / "mixture.toml").shape(stage)
     assert all(width % 64 == 0 for width in (config.dim, config.hidden_dim, config.q_dim))
     assert json.dumps(config.num_params)
 
