@@ -218,8 +218,8 @@ def test_new_layers_stand_evenly_between_the_old_ones() -> None:
 
 
 def test_growing_trains_every_new_part_on_rows_of_both_arrays(mixture: Mixture, run_folder: Path) -> None:
-    run_training(run_folder, start(run_folder, "polish", mixture, decay_steps=1), mixture, compiled=False)
-    larger = start(run_folder, "grow", mixture, decay_steps=3)
+    run_training(run_folder, start(run_folder, "pretrain", mixture, decay_steps=1), mixture, compiled=False)
+    larger = start(run_folder, "grow", mixture, 3, begin_from=run_folder / "pretrain.safetensors")
     before = {name: weight.detach().clone() for name, weight in larger.weights.items()}
     assert before["layers.0.w2"].shape[1] == mixture.grown.hidden_dim
     run_training(run_folder, larger, mixture, compiled=False)
