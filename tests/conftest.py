@@ -59,11 +59,17 @@ class HashOps:
 
     name = "hash"
 
+    def layer(self, index):
+        return self
+
     def pages(self, num_blocks, num_kv_heads, head_dim, kv_format):
         return np.full(num_blocks * BLOCK_SIZE, -1, np.int64)
 
-    def block_views(self, pages, block):
+    def read_block(self, pages, block):
         return [pages[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE].view(np.uint8)]
+
+    def write_block(self, pages, block, content):
+        self.read_block(pages, block)[0][:] = content
 
 
 class HashModel:

@@ -294,6 +294,9 @@ def test_the_gate_learns_from_the_engine_s_own_steps(hash_engine):
 class TokenPages:
     """All that a hash model asks of a backend."""
 
+    def layer(self, index):
+        return self
+
     def pages(self, num_blocks, num_kv_heads, head_dim, kv_format):
         return np.full(num_blocks * BLOCK_SIZE, -1, np.int64)
 

@@ -7,7 +7,8 @@ torch = pytest.importorskip("torch")
 
 from bise.formats import FORMATS  # noqa: E402
 from bise.kernels.cpu import PACKED_FORMATS, CpuOps, arena, packed_format_of, packed_size  # noqa: E402
-from bise.kernels.grouped import PANEL_FORMATS, device_bytes, unpack_floats, unpack_panels  # noqa: E402
+from bise.kernels.grouped import unpack_floats, unpack_panels  # noqa: E402
+from bise.kernels.panels import PANEL_FORMATS, device_bytes  # noqa: E402
 
 BLOCKS = {packed_format_of(stored.ggml_id): stored for stored in FORMATS.values() if stored.is_quantised}
 HALVES = {
@@ -48,7 +49,7 @@ def test_the_values_on_the_device_are_those_of_the_panels_bit_for_bit(packed_for
     grouped = unpack_panels(packed_format, num_rows, 768, torch.from_numpy(memory))
     assert grouped.shape == (num_rows, 768)
     assert np.array_equal(grouped.values(torch.float32).numpy(), ops.unpack(matrix))
-    assert grouped.size_bytes == device_bytes(packed_format, num_rows, 768, float_bytes=2)
+    assert grouped.size_bytes == device_bytes(packed_format, num_rows, 768, float_bytes=2, is_tiled=False)
     picked = torch.tensor([num_rows - 1, 0])
     assert torch.equal(grouped.rows(picked).values(torch.float32), grouped.values(torch.float32)[picked])
 

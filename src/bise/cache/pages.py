@@ -5,10 +5,9 @@ It knows sizes and layers; which block belongs to whom is the pool's and the tab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from bise.cache.table import blocks_needed
 from bise.config import ModelConfig
@@ -99,16 +98,22 @@ class KVCache:
             count * kv_block_bytes(config, group, kv_format) for group, count in enumerate(num_blocks)
         )
         """Bytes of all pages."""
-        self._ops = ops
         self._pages = [
-            ops.pages(num_blocks[groups.index(window)], config.num_kv_heads, config.head_dim, kv_format)
-            for window in config.windows
+            ops.layer(index).pages(
+                num_blocks[groups.index(window)], config.num_kv_heads, config.head_dim, kv_format
+            )
+            for index, window in enumerate(config.windows)
         ]
         self._layers = [
-            [self._pages[index] for index, window in enumerate(config.windows) if window == own]
+            [
+                (ops.layer(index), self._pages[index])
+                for index, window in enumerate(config.windows)
+                if window == own
+            ]
             for own in groups
         ]
-        """Pages of the layers of each window group."""
+        """Pages of the layers of each window group, and the backend that they lie on."""
+        self._block_bytes: dict[int, int] = {}
 
     def layer(self, index: int) -> Pages:
         """Return the pages of one layer."""
@@ -116,19 +121,19 @@ class KVCache:
 
     def block_bytes(self, group: int) -> int:
         """Return the length of what `read_block` returns for a window group."""
-        return sum(view.size for view in self._views(group, 0))
+        if group not in self._block_bytes:
+            self._block_bytes[group] = len(self.read_block(group, 0))
+        return self._block_bytes[group]
 
     def read_block(self, group: int, block: int) -> bytes:
         """Return the keys and values of one block, all layers of its window group after one another."""
-        return b"".join(view.tobytes() for view in self._views(group, block))
+        return b"".join(
+            part.tobytes() for ops, pages in self._layers[group] for part in ops.read_block(pages, block)
+        )
 
     def write_block(self, group: int, block: int, content: bytes) -> None:
         """Put what `read_block` returned into a block of the same window group."""
-        start = 0
-        for view in self._views(group, block):
-            view[:] = np.frombuffer(content, np.uint8, view.size, start)
-            start += view.size
-
-    def _views(self, group: int, block: int) -> Iterator[npt.NDArray[np.uint8]]:
-        for pages in self._layers[group]:
-            yield from self._ops.block_views(pages, block)
+        layers = self._layers[group]
+        parts = np.frombuffer(content, np.uint8).reshape(len(layers), -1)
+        for (ops, pages), part in zip(layers, parts, strict=True):
+            ops.write_block(pages, block, part)

@@ -71,7 +71,11 @@ class Ops(Protocol):
     """A backend. Methods return new arrays unless they say that they modify an argument."""
 
     name: str
-    """`cpu` or `torch`."""
+    """`cpu`, `torch`, `triton` or `split`."""
+
+    def layer(self, index: int) -> Ops:
+        """Return the backend that computes a layer: itself, unless layers lie in several places."""
+        ...
 
     def weight(self, array: Array) -> Weight:
         """Return the dense matrix [N, K] in the backend's form, values unchanged."""
@@ -87,11 +91,15 @@ class Ops(Protocol):
         """
         ...
 
-    def block_views(self, pages: Pages, block: int) -> Sequence[npt.NDArray[np.uint8]]:
-        """Return the bytes of one block, keys, values and scales, as writable views of host memory.
+    def read_block(self, pages: Pages, block: int) -> Sequence[npt.NDArray[np.uint8]]:
+        """Return the bytes of one block, keys, values and scales, in host memory: views where pages lie
+        there, else copies.
+        """
+        ...
 
-        What is read from one block may be written to another one of pages of the same shape and format, and
-        stands for the same keys and values there.
+    def write_block(self, pages: Pages, block: int, content: npt.NDArray[np.uint8]) -> None:
+        """Put the bytes of a block, end to end as `read_block` gave them, into a block of pages of the same
+        shape and format, where they stand for the same keys and values.
         """
         ...
 

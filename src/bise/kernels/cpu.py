@@ -117,6 +117,10 @@ class CpuOps:
         """Threads in use, the caller's included."""
         return self._native.threads
 
+    def layer(self, index: int) -> CpuOps:
+        """See `Ops.layer`."""
+        return self
+
     # Packing
 
     def weight(self, array: Floats) -> Packed:
@@ -181,9 +185,16 @@ class CpuOps:
             np.zeros(scales, np.float32),
         )
 
-    def block_views(self, pages: CpuPages, block: int) -> list[Bytes]:
-        """See `Ops.block_views`."""
+    def read_block(self, pages: CpuPages, block: int) -> list[Bytes]:
+        """See `Ops.read_block`."""
         return [array[block] for array in pages.blocks]
+
+    def write_block(self, pages: CpuPages, block: int, content: Bytes) -> None:
+        """See `Ops.write_block`."""
+        start = 0
+        for array in pages.blocks:
+            array[block] = content[start : start + array.shape[1]]
+            start += array.shape[1]
 
     def rope(
         self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float

@@ -13,65 +13,7 @@ import torch
 from torch import Tensor
 
 from bise.kernels.dequant import IQ4_VALUES
-
-PANEL_ROWS = 16
-BLOCK_COLUMNS = 32
-SUPER_COLUMNS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PanelFormat:
-    """Layout of one packed format of native/formats.h, in its own words."""
-
-    low_bits: int
-    high_bits: int = 0
-    zero: int = 0
-    """Subtracted from a code."""
-    has_min: bool = False
-    sub: str = ""
-    """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
-    `u8 u8` (a byte of scale, a byte of minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2`
-    (scale and minimum in the halves of a byte, one per 16 columns)."""
-    codebook: bool = False
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits per code on a device."""
-        return 4 if self.low_bits == 4 and not self.high_bits else 8
-
-    @property
-    def group(self) -> int:
-        """Columns under one scale."""
-        return 16 if self.sub.endswith("x2") else BLOCK_COLUMNS
-
-    @property
-    def header_bytes(self) -> int:
-        """Bytes of scales per panel and 256 columns."""
-        return (2 * PANEL_ROWS if self.sub else 0) * (2 if self.has_min else 1)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes per panel and 32 columns."""
-        codes = 64 * (self.low_bits + self.high_bits)
-        if not self.sub:
-            return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
-        return codes + PANEL_ROWS * (1 if self.sub == "s8" else 2)
-
-
-PANEL_FORMATS: dict[str, PanelFormat] = {
-    "q8": PanelFormat(8, zero=128),
-    "q4": PanelFormat(4, zero=8),
-    "q4_1": PanelFormat(4, has_min=True),
-    "q5": PanelFormat(4, 1, zero=16),
-    "q5_1": PanelFormat(4, 1, has_min=True),
-    "n4": PanelFormat(4, codebook=True),
-    "n4k": PanelFormat(4, sub="s8", codebook=True),
-    "q4k": PanelFormat(4, has_min=True, sub="u8 u8"),
-    "q5k": PanelFormat(4, 1, has_min=True, sub="u8 u8"),
-    "q6k": PanelFormat(4, 2, zero=32, sub="s8 x2"),
-    "q3k": PanelFormat(2, 1, zero=4, sub="s8 x2"),
-    "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
-}
+from bise.kernels.panels import BLOCK_COLUMNS, PANEL_FORMATS, PANEL_ROWS, SUPER_COLUMNS, PanelFormat
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -220,13 +162,3 @@ def _scales(
 def _by_row(scales: Tensor, num_rows: int) -> Tensor:
     """Return [P, groups, row] as [N, groups]."""
     return scales.transpose(1, 2).reshape(-1, scales.shape[1])[:num_rows].contiguous()
-
-
-def device_bytes(packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int) -> int:
-    """Return the bytes that a packed matrix takes on a device; floats but f32 take `float_bytes` each."""
-    if packed_format in FLOATS:
-        return num_rows * num_columns * (4 if packed_format == "f32" else float_bytes)
-    layout = PANEL_FORMATS[packed_format]
-    columns = -(-num_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
-    scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
-    return num_rows * (columns * layout.stored_bits // 8 + scales)

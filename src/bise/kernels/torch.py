@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.kernels import BLOCK_SIZE, AttentionMeta
-from bise.kernels.grouped import FLOATS, PANEL_FORMATS, Grouped, unpack_floats, unpack_panels
+from bise.kernels.grouped import FLOATS, Grouped, unpack_floats, unpack_panels
+from bise.kernels.panels import PANEL_FORMATS
 
 TorchWeight = Tensor | Grouped
 Bank = Sequence[tuple[TorchWeight, TorchWeight, TorchWeight]]
@@ -28,6 +29,11 @@ class TorchPages:
     def __init__(self, slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.k = torch.zeros(slots, heads, width, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
+
+    def block(self, index: int) -> list[Tensor]:
+        """Return what one block holds, each part a flat view."""
+        rows = slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
+        return [tensor[rows].view(-1) for tensor in (self.k, self.v)]
 
 
 class TorchOps:
@@ -42,6 +48,15 @@ class TorchOps:
         self.dtype = dtype
         self.device = torch.device(device)
         self._masks: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def residual(self) -> torch.dtype:
+        """Type of the rows that go from layer to layer."""
+        return self.dtype
+
+    def layer(self, index: int) -> TorchOps:
+        """See `Ops.layer`."""
+        return self
 
     def weight(self, array: npt.NDArray[np.generic] | Tensor) -> Tensor:
         """See `Ops.weight`."""
@@ -66,18 +81,27 @@ class TorchOps:
         dtype = self.dtype if self.dtype == torch.float64 else FLOATS[kv_format]
         return TorchPages(num_blocks * BLOCK_SIZE, num_kv_heads, head_dim, dtype, self.device)
 
-    def block_views(self, pages: TorchPages, block: int) -> list[npt.NDArray[np.uint8]]:
-        """See `Ops.block_views`; pages on the CPU only."""
-        rows = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-        return [array[rows].view(torch.uint8).numpy().reshape(-1) for array in (pages.k, pages.v)]
+    def read_block(self, pages: TorchPages, block: int) -> list[npt.NDArray[np.uint8]]:
+        """See `Ops.read_block`."""
+        return [part.view(torch.uint8).cpu().numpy() for part in pages.block(block)]
+
+    def write_block(self, pages: TorchPages, block: int, content: npt.NDArray[np.uint8]) -> None:
+        """See `Ops.write_block`."""
+        raw, start = torch.from_numpy(content.copy()), 0  # pyright: ignore[reportUnknownMemberType]
+        for part in pages.block(block):
+            size = part.numel() * part.element_size()
+            part.copy_(raw[start : start + size].view(part.dtype))
+            start += size
 
     def rope(
         self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
     ) -> tuple[Tensor, Tensor]:
         """See `Ops.rope`; cos and sin are [T, 1, D / 2]."""
-        angles = torch.as_tensor(positions.astype(np.float64)[:, None, None] * inv_freq, device=self.device)
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        # On the host: there are devices without float64.
+        angles = positions[:, None, None] * inv_freq
+        dtype = np.float64 if self.dtype == torch.float64 else np.float32
+        cos, sin = (np.cos(angles) * factor).astype(dtype), (np.sin(angles) * factor).astype(dtype)
+        return torch.as_tensor(cos, device=self.device), torch.as_tensor(sin, device=self.device)
 
     def embed(self, table: TorchWeight, token_ids: npt.NDArray[np.int32]) -> Tensor:
         """See `Ops.embed`."""
@@ -172,18 +196,26 @@ class TorchOps:
         left, right = self.linear(x, (gate, up))
         return self.linear(self.gated(left, right), (down,))[0]
 
-    def moe(self, x: Tensor, router: TorchWeight, bank: Bank, top_k: int) -> Tensor:
-        """See `Ops.moe`."""
+    def route(self, x: Tensor, router: TorchWeight, top_k: int) -> tuple[Tensor, Tensor]:
+        """Return the experts of each row [T, top_k], best first, and their shares, which add up to 1."""
         scores = self.linear(x, (router,))[0]
         ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
-        chosen = ranked.indices[:, :top_k]
         share = torch.softmax(ranked.values[:, :top_k].to(_wide(x.dtype)), -1).to(x.dtype)
-        parts = torch.zeros(top_k, *x.shape, dtype=x.dtype, device=x.device)
+        return ranked.indices[:, :top_k], share
+
+    def mix(self, parts: Tensor, share: Tensor) -> Tensor:
+        """Return the sum over ranks of shares [T, top_k] times outputs of experts [T, top_k, E]."""
+        return (parts * share[..., None]).sum(1)
+
+    def moe(self, x: Tensor, router: TorchWeight, bank: Bank, top_k: int) -> Tensor:
+        """See `Ops.moe`."""
+        chosen, share = self.route(x, router, top_k)
+        parts = torch.zeros(len(x), top_k, x.shape[1], dtype=x.dtype, device=x.device)
         for index, expert in enumerate(bank):
             rows, rank = torch.nonzero(chosen == index, as_tuple=True)
             if len(rows):
-                parts = parts.index_put((rank, rows), self.mlp(x[rows], [expert]) * share[rows, rank, None])
-        return parts.sum(0)
+                parts = parts.index_put((rows, rank), self.mlp(x[rows], [expert]))
+        return self.mix(parts, share)
 
     def lora(
         self, a: npt.NDArray[np.float32] | Tensor, b: npt.NDArray[np.float32] | Tensor, scale: float

@@ -150,7 +150,9 @@ def open_adapter(path: Path, config: ModelConfig) -> AdapterFile:
 def load_adapter(file: AdapterFile, ops: Ops) -> Adapter:
     """Read the values and put them on a backend. Raises ModelFileError for a value that is not finite."""
     loras = {
-        name: ops.lora(_values(file, name, part.a), _values(file, name, part.b), part.scale)
+        name: ops.layer(int(name.split(".")[1])).lora(
+            _values(file, name, part.a), _values(file, name, part.b), part.scale
+        )
         for name, part in file.parts.items()
     }
     return Adapter(

@@ -50,6 +50,11 @@ class TritonOps(TorchOps):
         self._matmul = Matmul(dtype, self.device)
         self._step: dict[int, tuple[AttentionMeta, tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
+    @property
+    def residual(self) -> torch.dtype:
+        """See `TorchOps.residual`."""
+        return torch.float32
+
     # Weights
 
     def weight(self, array: npt.NDArray[np.generic] | Tensor) -> Tiles:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -137,12 +142,19 @@ class TritonOps(TorchOps):
         left, right = self._matmul(x, bank.gate, len(x)), self._matmul(x, bank.up, len(x))
         return self._matmul(fused.gate(left, right, self.dtype), bank.down, len(x))
 
+    def route(self, x: Tensor, router: Tiles, top_k: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See `TorchOps.route`; shares are float32."""
+        ranked = torch.sort(self._matmul(x, router, len(x)), dim=-1, descending=True, stable=True)
+        return ranked.indices[:, :top_k], torch.softmax(ranked.values[:, :top_k], -1)
+
+    def mix(self, parts: Tensor, share: Tensor) -> Tensor:
+        """See `TorchOps.mix`."""
+        return fused.mix(parts.flatten(0, 1), share)
+
     def moe(self, x: Tensor, router: Tiles, bank: TiledExperts, top_k: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Ops.moe`. Few rows are not sorted: every (row, rank) is a program of its own."""
-        scores = self._matmul(x, router, len(x))
-        ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
-        shares = torch.softmax(ranked.values[:, :top_k], -1)
-        chosen = ranked.indices[:, :top_k].flatten()
+        ranked, shares = self.route(x, router, top_k)
+        chosen = ranked.flatten()
         num_slots = len(x) * top_k
         if num_slots <= FEW_ROWS:
             rows = FEW_ROWS

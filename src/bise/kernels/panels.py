@@ -1,0 +1,88 @@
+"""Packed panels in figures: how each format lies in memory, and what it takes on a device.
+
+The facts behind `grouped.py`, apart from it so that a plan for a device needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PANEL_ROWS = 16
+BLOCK_COLUMNS = 32
+SUPER_COLUMNS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PanelFormat:
+    """Layout of one packed format of native/formats.h, in its own words."""
+
+    low_bits: int
+    high_bits: int = 0
+    zero: int = 0
+    """Subtracted from a code."""
+    has_min: bool = False
+    sub: str = ""
+    """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
+    `u8 u8` (a byte of scale, a byte of minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2`
+    (scale and minimum in the halves of a byte, one per 16 columns)."""
+    codebook: bool = False
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits per code on a device."""
+        return 4 if self.low_bits == 4 and not self.high_bits else 8
+
+    @property
+    def group(self) -> int:
+        """Columns under one scale."""
+        return 16 if self.sub.endswith("x2") else BLOCK_COLUMNS
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of scales per panel and 256 columns."""
+        return (2 * PANEL_ROWS if self.sub else 0) * (2 if self.has_min else 1)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes per panel and 32 columns."""
+        codes = 64 * (self.low_bits + self.high_bits)
+        if not self.sub:
+            return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
+        return codes + PANEL_ROWS * (1 if self.sub == "s8" else 2)
+
+
+PANEL_FORMATS: dict[str, PanelFormat] = {
+    "q8": PanelFormat(8, zero=128),
+    "q4": PanelFormat(4, zero=8),
+    "q4_1": PanelFormat(4, has_min=True),
+    "q5": PanelFormat(4, 1, zero=16),
+    "q5_1": PanelFormat(4, 1, has_min=True),
+    "n4": PanelFormat(4, codebook=True),
+    "n4k": PanelFormat(4, sub="s8", codebook=True),
+    "q4k": PanelFormat(4, has_min=True, sub="u8 u8"),
+    "q5k": PanelFormat(4, 1, has_min=True, sub="u8 u8"),
+    "q6k": PanelFormat(4, 2, zero=32, sub="s8 x2"),
+    "q3k": PanelFormat(2, 1, zero=4, sub="s8 x2"),
+    "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
+}
+
+TILE_ROWS = 64
+"""Rows of the tiles of `kernels/triton/tiles.py`; the last tile of a matrix is padded."""
+FLOAT_FORMATS = ("f32", "f16", "bf16")
+
+
+def device_bytes(
+    packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int, is_tiled: bool
+) -> int:
+    """Return the bytes that a packed matrix takes on a device, in tiles of 64 rows if it `is_tiled`; floats but
+    f32 take `float_bytes` each.
+    """
+    columns = -(-num_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    if is_tiled:
+        num_rows = -(-num_rows // TILE_ROWS) * TILE_ROWS
+    if packed_format in FLOAT_FORMATS:
+        width = 4 if packed_format == "f32" else float_bytes
+        return num_rows * (columns if is_tiled else num_columns) * width
+    layout = PANEL_FORMATS[packed_format]
+    scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
+    return num_rows * (columns * layout.stored_bits // 8 + scales)
