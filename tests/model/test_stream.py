@@ -2,6 +2,7 @@
 
 import errno
 
+import numpy as np
 import pytest
 
 from bise.hub.registry import resolve
@@ -11,6 +12,7 @@ from bise.model import stream as stream_module
 from bise.model.checkpoint import open_model
 from bise.model.packed import load_packed
 from bise.model.packed_writer import PackedWriter
+from bise.model.safetensors_file import SafetensorsFile
 from bise.model.stream import stream_packed
 
 
@@ -47,6 +49,20 @@ def test_a_stream_brings_and_caches_what_a_whole_load_does(home, monkeypatch):
 
     monkeypatch.setattr(stream_module, "pack_tensor", refuse)
     assert streamed(source) == first
+
+
+def test_what_a_damaged_cache_does_not_bring_is_made_and_the_next_stream_caches_it_anew(home):
+    source = open_model(resolve(None))
+    first = streamed(source)
+    (path,) = home.iterdir()
+    sound = path.read_bytes()
+    norm = SafetensorsFile(path).entries["layers.1.attn_norm"]
+    at = 8 + int.from_bytes(sound[:8], "little") + norm.start
+    path.write_bytes(sound[:at] + np.float32(np.nan).tobytes() + sound[at + 4 :])
+    assert streamed(source) == first
+    assert not path.exists()
+    assert streamed(source) == first
+    assert path.read_bytes() == sound
 
 
 def test_a_stream_left_half_way_leaves_no_file(home):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import cast
 
+from bise.errors import ModelFileError
 from bise.kernels.cpu import Bytes, CpuOps, arena
 from bise.model.pack import PackPlan, Progress, Slot, pack_tensor, plan_packing
 from bise.model.packed import (
@@ -26,7 +28,8 @@ def stream_packed(
     """Yield the panels of every weight of a source, each in memory of its own that the caller may keep.
 
     Read when packed or cached, else made, and on the way written to the cache when the model is large: the
-    same bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without.
+    same bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without; one
+    that turns out to be damaged is removed, and what it did not give is made.
     """
     require_unpacked(source, quant)
     if source.kind == "packed":
@@ -39,7 +42,15 @@ def stream_packed(
     path = cache_path(source, quant, progress)
     cached = open_cached(path, source)
     if cached is not None:
-        yield from _read(cached, progress)
+        brought: set[str] = set()
+        try:
+            for slot, panels in _read(cached, progress):
+                brought.add(slot.name)
+                yield slot, panels
+        except ModelFileError:
+            path.unlink(missing_ok=True)
+            left = tuple(slot for slot in plan.slots if slot.name not in brought)
+            yield from _made(source, replace(plan, slots=left), ops, progress, None)
         return
     try:
         writer = PackedWriter(path, source, plan.slots)
