@@ -30,7 +30,7 @@ def household(scenario, client_address=("127.0.0.1", 1)):
         app = FastAPI()
         app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
         app.include_router(assistant_router(lambda: assistant, Household(accounts)))
-        app.include_router(accounts_router(accounts, Household(accounts)))
+        app.include_router(accounts_router(accounts, Household(accounts), lambda: assistant))
 
         def browser():
             transport = httpx.ASGITransport(app, client=client_address)

@@ -5,87 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
 from bise.assistant.models import Piece
 from bise.assistant.scripted import ScriptedModels
-from bise.assistant.service import Assistant
-from bise.assistant.storage import Memory
 from bise.engine.request import Usage
-from bise.errors import BiseError
 from bise.server.assistant_people import OnePerson
-from bise.server.assistant_routes import assistant_router
-from bise.server.problem import error_response
 
 ANSWER = (
     "The *bise* is a **cold** wind.\n\n```python\nprint('été')\n```\n\nIt blows from the north-east. " * 4
 )
 
 
-class Site:
-    """One server, its client, and the assistant behind it."""
-
-    def __init__(self, models=None, storage=None, people=None):
-        self.models = models or ScriptedModels(lambda _: ANSWER)
-        self.storage = storage or Memory()
-        self.assistant = Assistant(self.storage, self.models)
-        app = FastAPI()
-        app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
-        app.include_router(assistant_router(lambda: self.assistant, people or OnePerson()))
-        self.app = app
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:8000")
-
-    async def ask(self, text="How does the bise form?", conversation=None, **fields):
-        if conversation is None:
-            made = await self.client.post("/api/v1/conversations", json={})
-            conversation = made.json()["id"]
-        answer = await self.client.post(
-            f"/api/v1/conversations/{conversation}/messages", json={"text": text, **fields}
-        )
-        assert answer.status_code == 201, answer.text
-        return conversation, answer.json()
-
-    async def events(self, run_id, after=0, most=None):
-        found = []
-        path = f"/api/v1/runs/{run_id}/events?after={after}"
-        async with self.client.stream("GET", path) as response:
-            assert response.status_code == 200
-            event = {}
-            async for line in response.aiter_lines():
-                if line.startswith(":"):
-                    continue
-                if line:
-                    name, _, value = line.partition(": ")
-                    event[name] = value
-                elif event:
-                    found.append(event)
-                    event = {}
-                    if most is not None and len(found) >= most:
-                        break
-        return found
-
-    async def page(self, conversation, **query):
-        answer = await self.client.get(f"/api/v1/conversations/{conversation}", params=query)
-        return answer.json()
-
-    async def close(self):
-        await self.client.aclose()
-        await self.assistant.close()
-
-
-def run(scenario):
-    """Run an async test."""
-
-    async def inside():
-        site = Site()
-        try:
-            await scenario(site)
-        finally:
-            await site.close()
-
-    asyncio.run(inside())
+@pytest.fixture
+def run(run):
+    return lambda scenario: run(scenario, models=ScriptedModels(lambda _: ANSWER), people=OnePerson())
 
 
 def text_of(events):
@@ -96,7 +30,7 @@ def text_of(events):
     )
 
 
-def test_an_answer_streams_in_numbered_events_and_is_kept():
+def test_an_answer_streams_in_numbered_events_and_is_kept(run):
     async def scenario(site):
         conversation, asked = await site.ask()
         events = await site.events(asked["answer"]["run_id"])
@@ -116,7 +50,7 @@ def test_an_answer_streams_in_numbered_events_and_is_kept():
 
 
 @pytest.mark.parametrize("cut", [1, 3, 17])
-def test_a_reload_in_mid_stream_loses_and_doubles_nothing(cut):
+def test_a_reload_in_mid_stream_loses_and_doubles_nothing(cut, run):
     async def scenario(site):
         site.models.pace_s = 0.002
         conversation, asked = await site.ask()
@@ -131,7 +65,7 @@ def test_a_reload_in_mid_stream_loses_and_doubles_nothing(cut):
     run(scenario)
 
 
-def test_two_tabs_hear_the_same():
+def test_two_tabs_hear_the_same(run):
     async def scenario(site):
         site.models.pace_s = 0.001
         _, asked = await site.ask()
@@ -143,7 +77,7 @@ def test_two_tabs_hear_the_same():
     run(scenario)
 
 
-def test_leaving_the_stream_does_not_stop_the_answer():
+def test_leaving_the_stream_does_not_stop_the_answer(run):
     async def scenario(site):
         site.models.pace_s = 0.001
         conversation, asked = await site.ask()
@@ -157,7 +91,7 @@ def test_leaving_the_stream_does_not_stop_the_answer():
 
 
 @pytest.mark.parametrize("when", ["at once", "before the first token", "in the middle"])
-def test_stop_keeps_what_was_written(when):
+def test_stop_keeps_what_was_written(when, run):
     async def scenario(site):
         site.models.pace_s = 0.001
         site.models.delay_s = 10.0 if when == "before the first token" else 0.0
@@ -166,8 +100,8 @@ def test_stop_keeps_what_was_written(when):
         running = site.assistant.runs.get(run_id)
         while when != "at once" and running.status != ("running" if when == "in the middle" else "prefill"):
             await asyncio.sleep(0)
-        stopped = await site.client.delete(f"/api/v1/runs/{run_id}")
-        again = await site.client.delete(f"/api/v1/runs/{run_id}")
+        stopped = await site.delete(f"/api/v1/runs/{run_id}")
+        again = await site.delete(f"/api/v1/runs/{run_id}")
         assert (stopped.status_code, again.status_code) == (204, 204)
         answer = (await site.page(conversation))["messages"][1]
         assert answer["status"] == "stopped"
@@ -178,28 +112,28 @@ def test_stop_keeps_what_was_written(when):
     run(scenario)
 
 
-def test_continue_writes_on_where_the_answer_was_cut():
+def test_continue_writes_on_where_the_answer_was_cut(run):
     async def scenario(site):
-        conversation = (
-            await site.client.post("/api/v1/conversations", json={"params": {"max_tokens": 7}})
-        ).json()["id"]
+        conversation = (await site.post("/api/v1/conversations", json={"params": {"max_tokens": 7}})).json()[
+            "id"
+        ]
         _, asked = await site.ask(conversation=conversation)
         await site.events(asked["answer"]["run_id"])
         cut = (await site.page(conversation))["messages"][1]
         assert (cut["finish_reason"], cut["text"]) == ("length", ANSWER[:28])
-        answer = (await site.client.post(f"/api/v1/messages/{cut['id']}/continue")).json()
+        answer = (await site.post(f"/api/v1/messages/{cut['id']}/continue")).json()
         await site.events(answer["run_id"])
         assert (await site.page(conversation))["messages"][1]["text"] == ANSWER[:56]
 
     run(scenario)
 
 
-def test_regenerate_and_edit_make_branches_that_can_be_shown():
+def test_regenerate_and_edit_make_branches_that_can_be_shown(run):
     async def scenario(site):
         conversation, asked = await site.ask("one")
         await site.events(asked["answer"]["run_id"])
         again = (
-            await site.client.post(
+            await site.post(
                 f"/api/v1/messages/{asked['answer']['id']}/regenerate", json={"model": "scripted-7b"}
             )
         ).json()
@@ -212,16 +146,14 @@ def test_regenerate_and_edit_make_branches_that_can_be_shown():
         page = await site.page(conversation)
         assert [message["text"] for message in page["messages"]] == ["one, edited", ANSWER]
         assert len(page["messages"][0]["siblings"]) == 2
-        await site.client.patch(
-            f"/api/v1/conversations/{conversation}", json={"leaf": asked["message"]["id"]}
-        )
+        await site.patch(f"/api/v1/conversations/{conversation}", json={"leaf": asked["message"]["id"]})
         page = await site.page(conversation)
         assert [message["id"] for message in page["messages"]] == [asked["message"]["id"], again["id"]]
 
     run(scenario)
 
 
-def test_the_same_client_id_asks_once():
+def test_the_same_client_id_asks_once(run):
     async def scenario(site):
         conversation, first = await site.ask(client_id="c1")
         _, second = await site.ask(conversation=conversation, client_id="c1")
@@ -231,7 +163,7 @@ def test_the_same_client_id_asks_once():
     run(scenario)
 
 
-def test_a_failed_answer_keeps_its_text_and_says_why():
+def test_a_failed_answer_keeps_its_text_and_says_why(run):
     async def scenario(site):
         site.models.script = lambda _: "abcdFAIL"
         conversation, asked = await site.ask()
@@ -244,7 +176,7 @@ def test_a_failed_answer_keeps_its_text_and_says_why():
     run(scenario)
 
 
-def test_a_restart_marks_half_written_answers_as_interrupted():
+def test_a_restart_marks_half_written_answers_as_interrupted(run, open_site):
     async def scenario(site):
         site.models.pace_s = 0.001
         conversation, asked = await site.ask()
@@ -252,7 +184,7 @@ def test_a_restart_marks_half_written_answers_as_interrupted():
             await asyncio.sleep(0)
         site.assistant.runs.get(asked["answer"]["run_id"]).task.cancel()
         await asyncio.sleep(0)
-        again = Site(storage=site.storage)
+        again = open_site(storage=site.storage)
         answer = (await again.page(conversation))["messages"][1]
         assert answer["status"] == "interrupted"
         await again.close()
@@ -260,7 +192,7 @@ def test_a_restart_marks_half_written_answers_as_interrupted():
     run(scenario)
 
 
-def test_search_finds_words_without_accents_in_titles_and_texts():
+def test_search_finds_words_without_accents_in_titles_and_texts(run):
     async def scenario(site):
         conversation, asked = await site.ask("Où passer l'été ?")
         await site.events(asked["answer"]["run_id"])
@@ -268,23 +200,23 @@ def test_search_finds_words_without_accents_in_titles_and_texts():
         await site.events(asked["answer"]["run_id"])
 
         async def ids(query):
-            answer = await site.client.get("/api/v1/conversations", params={"q": query})
+            answer = await site.get("/api/v1/conversations", params={"q": query})
             return [found["id"] for found in answer.json()["conversations"]]
 
         assert await ids("ete pass") == [conversation]
         assert set(await ids("north")) == {conversation, other}
         assert await ids('"; DROP TABLE') == []
-        await site.client.delete(f"/api/v1/conversations/{conversation}")
+        await site.delete(f"/api/v1/conversations/{conversation}")
         assert await ids("ete pass") == []
-        await site.client.post(f"/api/v1/conversations/{conversation}/restore")
+        await site.post(f"/api/v1/conversations/{conversation}/restore")
         assert await ids("ete pass") == [conversation]
 
     run(scenario)
 
 
-def test_a_temporary_chat_never_reaches_the_storage():
+def test_a_temporary_chat_never_reaches_the_storage(run):
     async def scenario(site):
-        made = await site.client.post("/api/v1/conversations", json={"temporary": True})
+        made = await site.post("/api/v1/conversations", json={"temporary": True})
         conversation, asked = await site.ask("secret", made.json()["id"])
         await site.events(asked["answer"]["run_id"])
         page = await site.page(conversation)
@@ -299,7 +231,7 @@ def test_a_temporary_chat_never_reaches_the_storage():
     run(scenario)
 
 
-def test_pages_of_a_long_transcript_join_up():
+def test_pages_of_a_long_transcript_join_up(run):
     async def scenario(site):
         site.models.script = lambda question: f"re {question}"
         site.models.piece = 100
@@ -319,13 +251,11 @@ def test_pages_of_a_long_transcript_join_up():
     run(scenario)
 
 
-def test_the_context_counts_with_the_servers_tokenizer():
+def test_the_context_counts_with_the_servers_tokenizer(run):
     async def scenario(site):
         conversation, asked = await site.ask("x" * 400)
         await site.events(asked["answer"]["run_id"])
-        answer = await site.client.post(
-            f"/api/v1/conversations/{conversation}/context", json={"draft": "y" * 80}
-        )
+        answer = await site.post(f"/api/v1/conversations/{conversation}/context", json={"draft": "y" * 80})
         view = answer.json()
         assert view["window"] == 32768
         assert view["used"] == sum(segment["tokens"] for segment in view["segments"])
@@ -345,9 +275,9 @@ def test_the_context_counts_with_the_servers_tokenizer():
         ({"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, 201),
     ],
 )
-def test_what_another_site_sends_changes_nothing(headers, status):
+def test_what_another_site_sends_changes_nothing(headers, status, run):
     async def scenario(site):
-        answer = await site.client.post(
+        answer = await site.post(
             "/api/v1/conversations", content="{}", headers={"content-type": "application/json"} | headers
         )
         assert answer.status_code == status
@@ -355,9 +285,9 @@ def test_what_another_site_sends_changes_nothing(headers, status):
     run(scenario)
 
 
-def test_what_no_database_keeps_or_readers_disagree_about_is_refused():
+def test_what_no_database_keeps_or_readers_disagree_about_is_refused(run):
     async def scenario(site):
-        made = (await site.client.post("/api/v1/conversations", json={})).json()["id"]
+        made = (await site.post("/api/v1/conversations", json={})).json()["id"]
         path = f"/api/v1/conversations/{made}"
         kind = {"content-type": "application/json"}
         for content in (
@@ -367,24 +297,24 @@ def test_what_no_database_keeps_or_readers_disagree_about_is_refused():
             b"[" * 100_000,
             b'{"text":"a","parent_id":NaN}',
         ):
-            answer = await site.client.post(f"{path}/messages", content=content, headers=kind)
+            answer = await site.post(f"{path}/messages", content=content, headers=kind)
             assert answer.status_code in (400, 422), answer.text
         for body in ({"title": "a\0"}, {"folder": "\0"}, {"system": "\0"}, {"title": 7}, {"nothing": 1}):
-            assert (await site.client.patch(path, json=body)).status_code == 400, body
+            assert (await site.patch(path, json=body)).status_code == 400, body
         for place in (
             "conversations/a%00",
             "conversations?q=%00",
             "conversations?cursor=1_%00",
             "messages/%00",
         ):
-            answer = await site.client.get(f"/api/v1/{place}")
+            answer = await site.get(f"/api/v1/{place}")
             assert answer.status_code == 400, place
         assert (await site.page(made))["messages"] == []
 
     run(scenario)
 
 
-def test_a_run_tells_who_waits_before_it_and_what_the_model_thinks():
+def test_a_run_tells_who_waits_before_it_and_what_the_model_thinks(run):
     async def scenario(site):
         async def stream(job):
             yield Piece(prefill=(0, 9))

@@ -110,7 +110,7 @@ def main() -> None:
     accounts = Accounts(database)
     people = Household(accounts)
     app.include_router(assistant_router(lambda: made[0], people))
-    app.include_router(accounts_router(accounts, people))
+    app.include_router(accounts_router(accounts, people, lambda: made[0]))
     app.include_router(page_router(StaticPage()))
 
     async def serve() -> None:

@@ -67,12 +67,10 @@ class Site:
         from bise.server.entry import StorePeople
         from bise.server.hosted_answers import HostedAnswers
         from bise.server.metered_models import MeteredModels
-        from bise.server.quota_routes import quota_router
 
         self.chats = MeteredModels(chats, self.gate, HostedAnswers(hosted))
         people = StorePeople(self.gate, Accounts(self.store.database))
-        pages = assistant_routers(self.fleet, self.store.database, people, self.chats)
-        return [*pages, quota_router(self.gate, people)]
+        return assistant_routers(self.store.database, people, self.chats)
 
     def key(self, name="k", **fields):
         """Make a key; return (what is known of it, the key)."""

@@ -7,6 +7,7 @@ import json
 import time
 
 import pytest
+from sqlalchemy import text
 
 from bise.assistant.scripted import ScriptedModels
 from bise.server.assistant_people import COOKIE
@@ -200,13 +201,85 @@ def test_everyone_sees_their_own_quota_and_only_admins_change_limits(place):
     changed = call(place, "PATCH", "/limits/ann", json={"limits": {"tokens_per_day": 900}})
     assert changed.json()["limits"]["tokens_per_day"] == 900
     ask(place)
-    mine = call(place, "GET", "/quota").json()
-    assert mine["limits"]["tokens_per_day"] == 900
+    mine = call(place, "GET", "/usage").json()
+    assert mine["limits"] == {"tokens_per_day": 900}
     assert 0 < mine["used"]["tokens_per_day"] < 900
+    assert mine["models"][0]["group"] == "stub"
     sign_up(place, "bob")
-    assert call(place, "GET", "/limits").status_code == 403
+    assert call(place, "GET", "/usage/accounts").status_code == 403
     assert call(place, "PATCH", "/limits/bob", json={"limits": {"tokens_per_day": 1}}).status_code == 403
-    assert call(place, "GET", "/quota").json()["limits"] == {"priority": 0}
+    assert call(place, "GET", "/limits").status_code == 403
+    mine = call(place, "GET", "/usage").json()
+    assert (mine["limits"], mine["used"], mine["month"]["requests"]) == ({}, {}, 0)
+
+
+def test_the_admins_table_has_everybodys_limits_and_use_and_changes_them_from_the_next_request_on(place):
+    sign_up(place)
+    admin = place.cookie
+    sign_up(place, "bob")
+    assert ask(place)[0] == 201
+    bob, place.cookie = place.cookie, admin
+    ann, other = call(place, "GET", "/usage/accounts").json()["accounts"]
+    assert (ann["name"], ann["month"]["requests"], other["month"]["requests"] > 0) == ("ann", 0, True)
+    path = f"/limits/{other['id']}"
+    body = {"limits": {"requests_per_minute": 0, "money_per_month": "2.50"}}
+    assert call(place, "PATCH", path, json=body).json()["limits"]["money_per_month"] == "2.50"
+    place.cookie = bob
+    assert ask(place)[0] == 429
+    place.cookie = admin
+    body = {"limits": {"requests_per_minute": None, "money_per_month": None}}
+    lifted = call(place, "PATCH", path, json=body).json()
+    assert (lifted["limits"], lifted["limits_are_own"]) == ({"priority": 0}, False)
+    call(place, "PATCH", "/limits/*", json={"limits": {"tokens_per_day": 5}})
+    everyone, _, bobs = call(place, "GET", "/limits").json()["accounts"]
+    assert (everyone["id"], everyone["limits"], bobs["limits"]) == ("*", bobs["limits"], everyone["limits"])
+    place.cookie = bob
+    assert call(place, "GET", "/usage").json()["limits"] == {"tokens_per_day": 5}
+    assert ask(place)[0] == 429
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"tokens_per_week": 1}, "tokens_per_week"),
+        ({"tokens_per_day": -1}, "tokens_per_day"),
+        ({"tokens_per_day": "many"}, "tokens_per_day"),
+        ({"money_per_month": "NaN"}, "money_per_month"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused_by_name_and_nothing_changes(place, body, reason):
+    sign_up(place)
+    refused = call(place, "PATCH", "/limits/ann", json={"limits": body})
+    assert (refused.status_code, reason in refused.text) == (400, True)
+    assert call(place, "GET", "/limits").json()["accounts"][1]["limits"] == {"priority": 0}
+    assert call(place, "PATCH", "/limits/nobody", json={"limits": {}}).status_code == 404
+
+
+def test_a_deleted_account_is_gone_with_all_it_had_but_its_rows_in_the_books(place):
+    sign_up(place)
+    admin = place.cookie
+    sign_up(place, "bob")
+    ask(place, "marmalade")
+    account = place.store.allowances.get("bob").account_id
+    bob, place.cookie = place.cookie, admin
+    assert call(place, "DELETE", f"/accounts/{account}", json=None).status_code == 400
+    gone = call(place, "DELETE", f"/accounts/{account}?name=Bob")
+    assert (gone.status_code, gone.json()) == (200, {"id": account, "conversations": 1})
+    place.cookie = bob
+    assert call(place, "GET", "/bootstrap").status_code == 401
+    place.cookie = admin
+    with place.store.database.reading() as session:
+        for query in (
+            "SELECT id FROM messages",
+            "SELECT text FROM message_search",
+            "SELECT id FROM conversations",
+            f"SELECT account_id FROM sign_ins WHERE account_id = '{account}'",
+        ):
+            assert session.scalars(text(query)).all() == []
+    (row,) = [row for row in place.store.ledger.rows() if row.owner == account][-1:]
+    assert row.completion_tokens > 0
+    assert "bob" not in [entry.name for entry in place.store.ledger.sums("key")]
+    assert call(place, "GET", "/usage/accounts").json()["accounts"][0]["name"] == "ann"
 
 
 def test_accounts_limits_are_the_admins_over_the_api_too(place):

@@ -48,7 +48,7 @@ class Server:
         fleet = scripted().ScriptedFleet()
         models = MeteredModels(ScriptedModels(lambda _: ANSWER, pace_s=pace_s, piece=8), self.gate)
         people = StorePeople(self.gate, Accounts(self.store.database))
-        pages = assistant_routers(fleet, self.store.database, people, models)
+        pages = assistant_routers(self.store.database, people, models)
         self.app = create_app(fleet, self.gate, routers=pages)
         models.service = self.app.service
         self.listener = bind("127.0.0.1", 0)

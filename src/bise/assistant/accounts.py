@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
+from bise.assistant.conversations import remove_conversations
 from bise.assistant.storage import Storage, new_id
 from bise.errors import (
     AuthenticationError,
@@ -176,9 +178,7 @@ class Accounts:
         Raises ConflictError when no admin would be left.
         """
         with self._storage.writing() as session:
-            record = session.get(AccountRecord, account_id)
-            if record is None:
-                raise NotFoundError("there is no such account", field="account")
+            record = _found(session, account_id)
             if role is not None:
                 record.role = _checked_role(role)
             if password is not None:
@@ -188,12 +188,26 @@ class Accounts:
             if disabled or password is not None:
                 session.execute(delete(SignInRecord).where(SignInRecord.account_id == account_id))
             session.flush()
-            admins = select(func.count()).where(
-                AccountRecord.role == "admin", AccountRecord.disabled_at.is_(None)
-            )
-            if not session.scalar(admins):
-                raise ConflictError("one admin must be left")
+            _check_admins(session)
             return _account(record)
+
+    def get(self, account_id: str) -> Account:
+        """Return one account. Raises NotFoundError."""
+        with self._storage.reading() as session:
+            return _account(_found(session, account_id))
+
+    def delete(self, account_id: str) -> int:
+        """Remove an account for good, with its conversations, documents, personas and settings; returns how
+        many conversations it had. Raises NotFoundError, ConflictError when no admin would be left.
+        """
+        with self._storage.writing() as session:
+            session.delete(_found(session, account_id))
+            session.flush()
+            _check_admins(session)
+            session.execute(delete(SignInRecord).where(SignInRecord.account_id == account_id))
+            for record in (PersonaRecord, PreferenceRecord):
+                session.execute(delete(record).where(record.owner == account_id))
+            return remove_conversations(session, ConversationRecord.owner == account_id)
 
     def _create(self, name: str, password: str, role: str, *, is_first: bool) -> Account:
         key = name.strip().casefold()
@@ -240,6 +254,19 @@ class Accounts:
             self._tries[tried] = (min(count + 1, 40), time.monotonic())
             while len(self._tries) > MAX_TRIED:
                 self._tries.popitem(last=False)
+
+
+def _found(session: Session, account_id: str) -> AccountRecord:
+    record = session.get(AccountRecord, account_id)
+    if record is None:
+        raise NotFoundError("there is no such account", field="account")
+    return record
+
+
+def _check_admins(session: Session) -> None:
+    admins = select(func.count()).where(AccountRecord.role == "admin", AccountRecord.disabled_at.is_(None))
+    if not session.scalar(admins):
+        raise ConflictError("one admin must be left")
 
 
 def _checked_role(role: str) -> str:

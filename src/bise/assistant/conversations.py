@@ -30,6 +30,8 @@ KEEP_DELETED_S = 7 * 86400.0
 """How long a deleted conversation can be restored."""
 MAX_INDEXED = 200_000
 """Characters of one text that PostgreSQL's search index takes; SQLite's has no bound."""
+_REMOVED_AT_ONCE = 1000
+"""Ids in one statement: databases bound how many values that may have."""
 _CHANGEABLE = {"title", "pinned", "archived", "folder", "model", "system", "params", "persona_id"}
 _LONGEST = {"system": MAX_SYSTEM, "persona_id": 36}
 _PARAMS = {
@@ -160,13 +162,12 @@ class Conversations:
         """Remove for good what was deleted before `before` (a week ago); returns how many."""
         limit = time.time() - KEEP_DELETED_S if before is None else before
         with self._storage.writing() as session:
-            stale = select(ConversationRecord.id).where(ConversationRecord.deleted_at < limit)
-            ids = list(session.scalars(stale))
-            if ids:
-                unindex = text("DELETE FROM message_search WHERE conversation_id IN :ids")
-                session.execute(unindex.bindparams(bindparam("ids", expanding=True)), {"ids": ids})
-                session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(ids)))
-        return len(ids)
+            return remove_conversations(session, ConversationRecord.deleted_at < limit)
+
+    def forget(self, owner: str) -> int:
+        """Remove for good all that an owner has, deleted or not; returns how many conversations."""
+        with self._storage.writing() as session:
+            return remove_conversations(session, ConversationRecord.owner == owner)
 
     def listing(
         self,
@@ -320,6 +321,17 @@ def search_row(conversation_id: str, message_id: str) -> int:
     """Return where SQLite's index has a text: its rows are found by number alone, anything else is a scan."""
     digest = hashlib.blake2b(f"{conversation_id} {message_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
+
+
+def remove_conversations(session: Session, condition: ColumnElement[bool]) -> int:
+    """Remove conversations with all that hangs on them, and from the search index; returns how many."""
+    ids = list(session.scalars(select(ConversationRecord.id).where(condition)))
+    unindex = text("DELETE FROM message_search WHERE conversation_id IN :ids")
+    for start in range(0, len(ids), _REMOVED_AT_ONCE):
+        some = ids[start : start + _REMOVED_AT_ONCE]
+        session.execute(unindex.bindparams(bindparam("ids", expanding=True)), {"ids": some})
+        session.execute(delete(ConversationRecord).where(ConversationRecord.id.in_(some)))
+    return len(ids)
 
 
 def touch(session: Session, conversation_id: str, leaf_id: str | None) -> None:

@@ -42,7 +42,8 @@ class Message:
     params: JsonObject = field(default_factory=dict[str, Any])
     parts: tuple[JsonObject, ...] = ()
     """What belongs to the message and is no text of it: `type` thinking (text), tool_call (name, arguments),
-    tool_result (name, text) or dropped (messages: ids that were left out of the prompt at the person's wish).
+    tool_result (name, text), dropped (messages: ids that were left out of the prompt at the person's wish) or
+    summary (conversation_id, leaf, title, messages: what it sums up; is_small: its model is a small one).
     """
     documents: tuple[str, ...] = ()
     sources: tuple[JsonObject, ...] = ()
@@ -185,6 +186,26 @@ class Messages:
                 None if answer is None else as_message(answer, tree.siblings(answer.id)),
                 True,
             )
+
+    def begin(
+        self,
+        owner: str,
+        conversation_id: str,
+        *,
+        model: str,
+        params: Mapping[str, Any],
+        parts: Sequence[JsonObject],
+    ) -> Message:
+        """Add an empty answer that nobody asked for as a conversation's first message."""
+        with self._storage.writing() as session:
+            owned(session, owner, conversation_id)
+            answer = new_row(conversation_id, None, "assistant", "", status="queued")
+            answer.model, answer.params, answer.run_id = model, dict(params), new_id()
+            answer.parts = list(parts)
+            session.add(answer)
+            session.flush()
+            touch(session, conversation_id, answer.id)
+            return as_message(answer, (answer.id,))
 
     def ask_again(self, owner: str, message_id: str, *, model: str, params: Mapping[str, Any]) -> Message:
         """Add another empty answer beside the answer `message_id`, written or not, and show its branch."""

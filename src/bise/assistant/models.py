@@ -57,6 +57,8 @@ class Job:
     """The last message is the beginning of the answer."""
     tenant: str = ""
     priority: int = 0
+    is_aside: bool = False
+    """It belongs to another answer, such as a title: it uses tokens and money, but is no request."""
     keeps_nothing: bool = False
     """Nothing of it may reach a disk, cached prefixes included."""
 

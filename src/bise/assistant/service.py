@@ -7,43 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import select
-
-from bise.assistant.conversations import Conversation, Conversations, checked_params
-from bise.assistant.documents import Document, Documents
+from bise.assistant.conversations import Conversation, checked_params
+from bise.assistant.documents import Document
 from bise.assistant.events import Hub
 from bise.assistant.left_out import dropped_part, left_out
-from bise.assistant.messages import LIVE, Message, Messages, Page, Turn
+from bise.assistant.messages import LIVE, Message, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
 from bise.assistant.personas import Personas
+from bise.assistant.preferences import change_preferences, preferences_of
 from bise.assistant.reader import DocumentReader
 from bise.assistant.retrieval import Progress, Retrieval
 from bise.assistant.runs import Run, Runs
+from bise.assistant.shelf import Shelf
 from bise.assistant.storage import Memory, Storage
+from bise.assistant.summaries import RECALL, begin_summary, summary_part, summary_prompt
+from bise.assistant.titles import first_words, is_small, write_title
 from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
-from bise.store.chat_schema import PreferenceRecord
 
 logger = logging.getLogger(__name__)
 
-MAX_PREFERENCES = 40
-TITLE_LENGTH = 60
-TITLE_MODEL_PARAMETERS = 1_000_000_000
-"""Smaller models do not write usable titles; the question's first words are better."""
-
-
-class Shelf:
-    """Conversations, messages and documents of one storage."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.conversations = Conversations(storage)
-        self.messages = Messages(storage)
-        self.documents = Documents(storage)
+PURGE_S = 3600.0
+_LASTING = ("dropped", "summary")
+"""Types of parts that another answer to the same question has, too."""
 
 
 class Assistant:
@@ -136,6 +125,21 @@ class Assistant:
                 await self.runs.stop(run)
             await asyncio.to_thread(shelf.conversations.delete, owner, [conversation_id])
             self.hub.tell(owner, "deleted", id=conversation_id)
+
+    async def forget(self, owner: str) -> None:
+        """Stop all that runs for someone and remove their temporary chats; the disk is not touched."""
+        for run in self.runs.live(owner):
+            await self.runs.stop(run)
+        await asyncio.to_thread(self._temporary.conversations.forget, owner)
+
+    async def keep_house(self) -> None:
+        """Remove for good what was deleted a week ago, every hour until cancelled."""
+        while True:
+            await asyncio.sleep(PURGE_S)
+            try:
+                await asyncio.to_thread(self._disk.conversations.purge)
+            except BiseError as error:
+                logger.warning("event=purge_failed code=%s", error.code)
 
     async def restore(self, owner: str, conversation_id: str) -> Conversation:
         """Undo a deletion."""
@@ -238,7 +242,7 @@ class Assistant:
         answer = await asyncio.to_thread(
             lambda: shelf.messages.ask_again(owner, message_id, model=name, params=chosen)
         )
-        parts = [part for part in message.parts if part.get("type") == "dropped"]
+        parts = [part for part in message.parts if part.get("type") in _LASTING]
         answer = await self._with_parts(shelf, answer, parts)
         await self._start(shelf, owner, answer, hint=hint)
         return self.live(answer)
@@ -269,6 +273,22 @@ class Assistant:
         made = await asyncio.to_thread(copy)
         self.hub.tell(owner, "conversation", id=made.id)
         return made
+
+    async def sum_up(
+        self, owner: str, conversation_id: str, model: str | None = None
+    ) -> tuple[Conversation, Message]:
+        """Begin a conversation with a summary of the branch on screen of another, which a model writes.
+
+        It has the old one's settings and documents. Raises ConflictError while the old one is being written,
+        RequestError when nothing was said there.
+        """
+        shelf = await self.shelf_of(owner, conversation_id)
+        source = await asyncio.to_thread(shelf.conversations.get, owner, conversation_id)
+        facts = self.model_facts(model or self._known(source.model))
+        made, answer = await asyncio.to_thread(begin_summary, shelf, owner, source, facts)
+        await self._start(shelf, owner, answer)
+        self.hub.tell(owner, "conversation", id=made.id)
+        return made, self.live(answer)
 
     async def stop(self, owner: str, run_id: str) -> None:
         """Stop a run; returns when its place is free. Raises NotFoundError for someone else's."""
@@ -307,22 +327,11 @@ class Assistant:
 
     async def preferences(self, owner: str) -> dict[str, Any]:
         """Return a person's settings."""
-        return await asyncio.to_thread(self._preferences, owner)
+        return await asyncio.to_thread(preferences_of, self._disk.storage, owner)
 
     async def change_preferences(self, owner: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Set some of a person's settings; null removes one. Raises RequestError for more than a few."""
-
-        def write() -> dict[str, Any]:
-            with self._disk.storage.writing() as session:
-                record = session.get(PreferenceRecord, owner)
-                merged = {**({} if record is None else record.value), **changes}
-                value = {name: setting for name, setting in merged.items() if setting is not None}
-                if len(value) > MAX_PREFERENCES or len(repr(value)) > 100_000:
-                    raise RequestError("too many settings", field="settings")
-                session.merge(PreferenceRecord(owner=owner, value=value))
-                return value
-
-        changed = await asyncio.to_thread(write)
+        changed = await asyncio.to_thread(change_preferences, self._disk.storage, owner, changes)
         self.hub.tell(owner, "settings")
         return changed
 
@@ -339,10 +348,6 @@ class Assistant:
             return answer
         await asyncio.to_thread(lambda: shelf.messages.save(answer.id, {"parts": parts}, is_final=False))
         return replace(answer, parts=tuple(parts))
-
-    def _preferences(self, owner: str) -> dict[str, Any]:
-        with self._disk.storage.reading() as session:
-            return session.scalar(select(PreferenceRecord.value).where(PreferenceRecord.owner == owner)) or {}
 
     async def _of_persona(self, owner: str, persona_id: Any) -> dict[str, Any]:
         """Return what a conversation takes from a persona. Raises NotFoundError for someone else's."""
@@ -396,6 +401,12 @@ class Assistant:
                 self._later(self._make_title(shelf, owner, turn, run))
 
         async def prepared() -> None:
+            if (summary := summary_part(answer)) is not None:
+                whole = await self._summed_up(shelf, owner, summary)
+                facts = self.model_facts(answer.model)
+                asked = await summary_prompt(self.models, facts, run.job, whole, reading, answer.text)
+                run.job = replace(run.job, messages=asked, continues=bool(answer.text))
+                return
             messages, sources = await self.prompt(shelf, owner, turn, hint, progress=reading)
             run.job = replace(run.job, messages=messages, continues=bool(answer.text))
             if sources:
@@ -437,37 +448,37 @@ class Assistant:
             texts, sources = await self.retrieval.fill(
                 shelf.documents, owner, facts, history, texts, progress=progress
             )
-        messages += [
-            {"role": message.role, "content": text} for message, text in zip(history, texts, strict=True)
-        ]
+        for message, text in zip(history, texts, strict=True):
+            if summary_part(message) is not None:
+                messages.append({**RECALL})
+            messages.append({"role": message.role, "content": text})
         if turn.answer.text:
+            messages += [{**RECALL}] if summary_part(turn.answer) is not None else []
             messages.append({"role": "assistant", "content": turn.answer.text})
         return _joined(messages), sources
 
+    async def _summed_up(self, shelf: Shelf, owner: str, summary: Mapping[str, Any]) -> Sequence[Message]:
+        """Return the messages that a summary is of. Raises RequestError when they are gone."""
+        try:
+            return await self._leading(shelf, owner, str(summary.get("leaf")))
+        except NotFoundError:
+            raise RequestError("the conversation that this sums up is not there any more") from None
+
     async def _make_title(self, shelf: Shelf, owner: str, turn: Turn, run: Run) -> None:
         """Let the model that answered name the conversation, when it is large enough to."""
-        facts = self.model_facts(run.job.model)
-        if facts.is_embedded or (facts.parameters or 0) < TITLE_MODEL_PARAMETERS:
-            return
-        ask = (
-            "Name this conversation in at most five words, in its language, without quotes or a full stop."
-            f"\n\n{turn.history[0].text[:2000]}\n\n{run.text[:1000]}"
-        )
-        job = Job(
-            model=run.job.model,
-            messages=({"role": "user", "content": ask},),
-            params={"max_tokens": 24, "temperature": 0.0},
-            tenant=owner,
-            priority=10,
-            keeps_nothing=self.is_temporary(shelf),
-        )
+        if is_small(self.model_facts(run.job.model)):
+            return  # the question's first words are better
         try:
-            title = "".join([piece.text async for piece in self.models.stream(job)])
-            title = re.sub(r'[*_`#"“”«»]', "", title).strip()
-            if title:
-                title = first_words(title.splitlines()[0])
-                if await asyncio.to_thread(shelf.conversations.name, owner, run.conversation_id, title):
-                    self.hub.tell(owner, "conversation", id=run.conversation_id)
+            title = await write_title(
+                self.models,
+                run.job.model,
+                question=turn.history[0].text,
+                answer=run.text,
+                tenant=owner,
+                keeps_nothing=self.is_temporary(shelf),
+            )
+            if title and await asyncio.to_thread(shelf.conversations.name, owner, run.conversation_id, title):
+                self.hub.tell(owner, "conversation", id=run.conversation_id)
         except BiseError as error:
             logger.info("event=title_failed code=%s", error.code)
 
@@ -487,12 +498,3 @@ def _joined(messages: list[dict[str, str]]) -> list[dict[str, str]]:
         else:
             joined.append(message)
     return joined
-
-
-def first_words(text: str) -> str:
-    """Return the beginning of a text as a title: one line, cut at a word."""
-    line = " ".join(text.split())
-    if len(line) <= TITLE_LENGTH:
-        return line
-    cut = line[:TITLE_LENGTH].rsplit(" ", 1)[0]
-    return f"{cut}…"

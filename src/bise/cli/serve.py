@@ -76,6 +76,10 @@ DEFAULT_SEQUENCES = 8
     "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True,
     help="Seconds that running requests get when the server is told to stop.",
 )  # fmt: skip
+@click.option(
+    "--example", "examples", multiple=True, type=text,
+    help="A question that the assistant's empty screen offers, up to 4.  [default: the page's own]",
+)  # fmt: skip
 @click.option("--open", "open_page", is_flag=True, help="Open the assistant in the browser.")
 @click.option("--db", type=text, help="Database: a path or postgresql://...  [default: bise.db in BISE_HOME]")
 @click.option("--no-key", is_flag=True, help="Ask nobody for a key, not even on a public address.")
@@ -93,10 +97,12 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     Without MODEL the embedded one is served. Several models share the memory; each is loaded at its first
     request (a single one at once). On this machine no key is needed until `bise keys create` made the first.
     """
+    from bise.assistant.examples import checked_examples
     from bise.engine.fleet import Fleet
     from bise.server.access import Access
     from bise.store.opening import Store
 
+    checked_examples(values["examples"])
     if values["no_key"] and values["require_key"]:
         raise click.UsageError("--no-key and --require-key exclude each other")
     configure(values["log_level"])
@@ -175,7 +181,6 @@ def _serve(
     from bise.server.hosted_answers import HostedAnswers
     from bise.server.limits import HttpLimits
     from bise.server.metered_models import MeteredModels
-    from bise.server.quota_routes import quota_router
     from bise.server.serving import Serving, prepare_process, url_of
     from bise.server.stored import routers
 
@@ -192,7 +197,7 @@ def _serve(
     )
     people = StorePeople(gate, Accounts(store.database))
     models = MeteredModels(FleetModels(fleet), gate, HostedAnswers(hosted))
-    pages = [*assistant_routers(fleet, store.database, people, models), quota_router(gate, people)]
+    pages = assistant_routers(store.database, people, models, values["examples"])
     app = create_app(fleet, gate, limits=limits, reach=reach, routers=[*routers(), *pages], hosted=hosted)
     models.service = app.service
     page = f"{url_of(listener)}/"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends
@@ -12,8 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bise.assistant.accounts import SIGNED_IN_S, Accounts
-from bise.errors import AuthenticationError, PermissionDeniedError
+from bise.assistant.service import Assistant
+from bise.errors import AuthenticationError, PermissionDeniedError, RequestError
 from bise.server.assistant_people import COOKIE, LOCAL_OWNER, People, Person, check_body, check_origin
+
+logger = logging.getLogger(__name__)
 
 
 class _Body(BaseModel):
@@ -48,8 +53,8 @@ class AccountChange(_Body):
     password: str | None = Field(default=None, max_length=2000)
 
 
-def accounts_router(accounts: Accounts, people: People) -> APIRouter:
-    """Return the routes; only an admin sees and changes accounts."""
+def accounts_router(accounts: Accounts, people: People, assistant: Callable[[], Assistant]) -> APIRouter:
+    """Return the routes; only an admin sees, changes and deletes accounts."""
 
     async def same_site(request: Request) -> None:
         check_origin(request)
@@ -82,6 +87,21 @@ def accounts_router(accounts: Accounts, people: People) -> APIRouter:
     async def change(account_id: str, body: AccountChange, person: Person = boss) -> dict[str, Any]:
         changed = await asyncio.to_thread(lambda: accounts.change(account_id, **body.model_dump()))
         return dataclasses.asdict(changed)
+
+    @router.delete("/accounts/{account_id}")
+    async def delete(account_id: str, name: str = "", person: Person = boss) -> dict[str, Any]:
+        found = await asyncio.to_thread(accounts.get, account_id)
+        if name.strip().casefold() != found.name:
+            raise RequestError(
+                "name must repeat the account's name: deleting it cannot be undone", field="name"
+            )
+        # First nobody can begin anything there any more, then what runs ends, then all of it goes.
+        await asyncio.to_thread(lambda: accounts.change(account_id, disabled=True))
+        await assistant().forget(account_id)
+        conversations = await asyncio.to_thread(accounts.delete, account_id)
+        await people.forget(account_id)
+        logger.info("event=account_deleted account=%s conversations=%d", account_id, conversations)
+        return {"id": account_id, "conversations": conversations}
 
     return router
 

@@ -34,6 +34,10 @@ class People(Protocol):
         """Refuse whoever may not make the first account, which is an admin's."""
         ...
 
+    async def forget(self, account_id: str) -> None:
+        """Drop what else is kept of an account that was deleted."""
+        ...
+
 
 class Person:
     """Someone who uses the assistant."""
@@ -65,6 +69,9 @@ class OnePerson:
         """Refuse whoever is not the one person."""
         await self.person(request)
 
+    async def forget(self, account_id: str) -> None:
+        """Do nothing: there is nothing else."""
+
 
 class NoAccountError(AuthenticationError):
     """Nobody has an account yet: the first one to make one becomes the admin."""
@@ -93,6 +100,9 @@ class Household:
 
     async def check_first(self, request: Request) -> None:
         """Let everyone who can reach this server."""
+
+    async def forget(self, account_id: str) -> None:
+        """Do nothing: there is nothing else."""
 
 
 def _is_here(address: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -22,7 +22,8 @@ from bise.assistant.conversations import Conversation, cursor_after
 from bise.assistant.exchange import as_json, as_markdown, store_imported
 from bise.assistant.imports import read_export
 from bise.assistant.runs import Event, Run
-from bise.assistant.service import Assistant, Shelf
+from bise.assistant.service import Assistant
+from bise.assistant.shelf import Shelf
 from bise.errors import RequestError, quoted
 from bise.server.assistant_documents import add_documents, document_facts
 from bise.server.assistant_folders import add_folders, folder_facts
@@ -74,6 +75,12 @@ class Again(_Body):
     params: dict[str, Any] | None = None
 
 
+class Summary(_Body):
+    """How to sum a conversation up."""
+
+    model: str | None = None
+
+
 class Judgement(_Body):
     """What a person thinks of an answer."""
 
@@ -86,8 +93,13 @@ class Ids(_Body):
     ids: list[str] = Field(max_length=1000)
 
 
-def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIRouter:
-    """Return all routes under /api/v1; `assistant` is called per request, so it may be made at start-up."""
+def assistant_router(
+    assistant: Callable[[], Assistant], people: People, examples: Sequence[str] = ()
+) -> APIRouter:
+    """Return all routes under /api/v1; `assistant` is called per request, so it may be made at start-up.
+
+    `examples` are questions that the empty screen offers.
+    """
 
     async def person(request: Request, response: Response) -> Person:
         check_origin(request)
@@ -98,7 +110,7 @@ def assistant_router(assistant: Callable[[], Assistant], people: People) -> APIR
 
     who: Any = Depends(person)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
-    _add_conversations(router, assistant, who)
+    _add_conversations(router, assistant, who, examples)
     _add_changes(router, assistant, who)
     _add_exchange(router, assistant, who)
     _add_edits(router, assistant, who)
@@ -132,7 +144,9 @@ def page_router(page: StaticPage) -> APIRouter:
     return router
 
 
-def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
+def _add_conversations(
+    router: APIRouter, assistant: Callable[[], Assistant], who: Any, examples: Sequence[str]
+) -> None:
     @router.get("/bootstrap")
     async def bootstrap(person: Person = who) -> dict[str, Any]:
         service = assistant()
@@ -141,6 +155,7 @@ def _add_conversations(router: APIRouter, assistant: Callable[[], Assistant], wh
             "version": __version__,
             "person": {"name": person.name, "role": person.role},
             "models": [dataclasses.asdict(facts) for facts in service.models.facts()],
+            "examples": [*examples],
             "settings": await service.preferences(person.owner),
             "conversations": [dataclasses.asdict(found) for found in listing],
             "cursor": cursor_after(listing),
@@ -280,6 +295,11 @@ def _add_messages(router: APIRouter, assistant: Callable[[], Assistant], who: An
             "message": dataclasses.asdict(question),
             "answer": None if answer is None else dataclasses.asdict(answer),
         }
+
+    @router.post("/conversations/{conversation_id}/summary", status_code=201)
+    async def sum_up(conversation_id: str, body: Summary, person: Person = who) -> dict[str, Any]:
+        made, answer = await assistant().sum_up(person.owner, conversation_id, body.model)
+        return {"conversation": dataclasses.asdict(made), "answer": dataclasses.asdict(answer)}
 
     @router.get("/messages/{message_id}")
     async def message(message_id: str, person: Person = who) -> dict[str, Any]:

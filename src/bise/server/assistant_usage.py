@@ -8,81 +8,82 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 
-from bise.errors import NotFoundError, PermissionDeniedError
-from bise.server.assistant_people import People, Person, check_origin
+from bise.errors import PermissionDeniedError
+from bise.server.assistant_people import Person, check_body, check_origin
 
 if TYPE_CHECKING:
+    from bise.server.entry import StorePeople
     from bise.server.gate import StoreGate
 
 _SHOWN = ("tokens_per_day", "money_per_month", "requests_per_minute", "tokens_per_minute", "concurrency")
 
 
-class LimitsChange(BaseModel):
-    """Limits to set; null lifts one."""
+class LimitChange(BaseModel):
+    """Limits to change; one that is null is lifted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-
-    tokens_per_day: int | None = Field(default=None)
-    money_per_month: str | None = Field(default=None)
+    limits: dict[str, Any]
 
 
-def usage_router(people: People) -> APIRouter:
-    """Return the routes; everyone sees their own sums, an admin those of all accounts."""
+def usage_router(people: StorePeople) -> APIRouter:
+    """Return the routes; everyone sees their own sums and limits, an admin those of all accounts."""
 
-    async def who(request: Request) -> Person:
+    async def admin(request: Request) -> Person:
         check_origin(request)
-        return await people.person(request)
+        person = await people.person(request)
+        if person.role != "admin":
+            raise PermissionDeniedError("only an admin may do this")
+        await check_body(request)
+        return person
 
-    person_: Any = Depends(who)
+    boss: Any = Depends(admin)
     router = APIRouter(prefix="/api/v1", include_in_schema=False)
 
     @router.get("/usage")
-    async def usage(request: Request, person: Person = person_) -> dict[str, Any]:
+    async def usage(request: Request) -> dict[str, Any]:
+        check_origin(request)
         gate = _gate(request)
-        allowance = None
-        if await gate.offload(_has_account, gate, person.owner):
-            allowance = await gate.offload(gate.store.allowances.get, person.owner)
-        limits = {} if allowance is None else allowance.limits.as_json()
+        person, caller = await people.known(request)
+        key = caller.key
+        limits = {} if key is None else key.limits.as_json()
+        used = {} if key is None else await gate.offload(gate.store.limits.used, key)
+        shown = [name for name in _SHOWN if name in limits]
         return {
             "currency": (await gate.offload(gate.store.prices.rates)).currency,
-            "limits": {name: limits[name] for name in _SHOWN if name in limits},
+            "limits": {name: limits[name] for name in shown},
+            "used": {name: used[name] for name in shown},
             **await gate.offload(partial(_sums, gate, person.owner)),
         }
 
     @router.get("/usage/accounts")
-    async def everyone(request: Request, person: Person = person_) -> dict[str, Any]:
+    async def everyone(request: Request, person: Person = boss) -> dict[str, Any]:
         gate = _gate(request)
-        _check_admin(person)
 
         def work() -> list[dict[str, Any]]:
             _, month = _starts()
             found: list[dict[str, Any]] = []
             for entry in gate.store.allowances.list():
                 (total,) = gate.store.ledger.sums(owner=entry.account_id, since=month)
-                found.append(
-                    {
-                        "id": entry.account_id,
-                        "name": entry.name,
-                        "limits": entry.limits.as_json(),
-                        "month": total.as_json(),
-                    }
-                )
+                found.append({"id": entry.account_id, "name": entry.name, "month": total.as_json()})
             return found
 
         return {"accounts": await gate.offload(work)}
 
-    @router.patch("/usage/accounts/{account_id}")
+    @router.get("/limits")
+    async def limits(request: Request, person: Person = boss) -> dict[str, Any]:
+        allowances = _gate(request).store.allowances
+        entries = await _gate(request).offload(lambda: [allowances.everyone(), *allowances.list()])
+        return {"accounts": [entry.as_json() for entry in entries]}
+
+    @router.patch("/limits/{account}")
     async def change(
-        request: Request, account_id: str, body: LimitsChange, person: Person = person_
+        request: Request, account: str, body: LimitChange, person: Person = boss
     ) -> dict[str, Any]:
         gate = _gate(request)
-        _check_admin(person)
-        changes = body.model_dump(exclude_unset=True)
-        changed = await gate.offload(gate.store.allowances.change, account_id, changes, None)
-        return {"id": changed.account_id, "limits": changed.limits.as_json()}
+        return (await gate.offload(gate.store.allowances.change, account, body.limits)).as_json()
 
     return router
 
@@ -90,19 +91,6 @@ def usage_router(people: People) -> APIRouter:
 def _gate(request: Request) -> StoreGate:
     gate: StoreGate = request.app.state.service.gate
     return gate
-
-
-def _check_admin(person: Person) -> None:
-    if person.role != "admin":
-        raise PermissionDeniedError("only an admin may do this")
-
-
-def _has_account(gate: StoreGate, owner: str) -> bool:
-    try:
-        gate.store.allowances.get(owner)
-    except NotFoundError:
-        return False
-    return True
 
 
 def _starts() -> tuple[float, float]:

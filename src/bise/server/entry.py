@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 
-ASKS = ("/messages", "/regenerate", "/continue")
+ASKS = ("/messages", "/regenerate", "/continue", "/summary")
 """Ends of the assistant's routes that begin an answer."""
 
 
@@ -91,3 +91,7 @@ class StorePeople:
         admin.
         """
         await self._gate.caller(request, "inference")
+
+    async def forget(self, account_id: str) -> None:
+        """Drop the account's limits and its name; what it used stays in the books under its id."""
+        await self._gate.offload(self._gate.store.allowances.forget, account_id)

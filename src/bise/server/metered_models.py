@@ -105,7 +105,7 @@ class MeteredModels:
             model=job.model,
             endpoint=ENDPOINT,
             request_id=f"run_{secrets.token_hex(12)}",
-            is_aside=job.priority > 0,  # a title
+            is_aside=job.is_aside,
         )
         meter = _Meter()
         error_code: str | None = None

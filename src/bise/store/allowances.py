@@ -31,6 +31,8 @@ from bise.store.schema import KeyRecord
 
 EVERYONE = "*"
 """Stands for all accounts without limits of their own."""
+DELETED = "deleted account"
+"""What the books call an account that is gone."""
 _EVERYONE_ID = f"{ALLOWANCE_PREFIX}everyone"
 
 
@@ -95,6 +97,14 @@ class Allowances:
         self._made(_id_of(record.id), record.id, record.name)
         self._write(_id_of(record.id), limits, rules)
         return self._of(record)
+
+    def forget(self, account_id: str) -> None:
+        """Drop limits, guardrails and name of an account that was deleted; its rows in the books stay."""
+        with self._database.writing() as session:
+            record = session.get(KeyRecord, _id_of(account_id))
+            if record is not None:
+                record.name, record.limits, record.rules = DELETED, {}, []
+                record.revoked_at = self._clock()
 
     def get(self, account: str) -> AccountLimits:
         """Return an account by id or name with what it may use; NotFoundError when there is none."""
