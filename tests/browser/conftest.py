@@ -20,21 +20,36 @@ STATIC = Path(bise.__file__).parent / "server" / "static"
 CHROMIUM = shutil.which("chromium")
 
 
+def free_port() -> int:
+    """Return a port that nothing listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Server:
     """The scripted site; it can be killed and started again over the same database."""
 
     def __init__(self, folder: Path, pace_s: float = 0.004, piece: int = 4) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.database = folder / "site.db"
         self.url = f"http://127.0.0.1:{self.port}"
-        self._arguments = [str(self.port), str(self.database), str(pace_s), str(piece)]
+        self._command = [str(SITE), str(self.port), str(self.database), str(pace_s), str(piece)]
+        self._environment = {"PYTHONPATH": str(Path(bise.__file__).parent.parent)}
         self.process: subprocess.Popen[bytes] | None = None
 
+    @classmethod
+    def of_bise(cls, folder: Path, *options: str) -> Server:
+        """Return `bise serve` itself on the embedded model, with everything of its own in `folder`."""
+        server = cls(folder)
+        place = ("--port", str(server.port), "--db", str(server.database), "--context", "1024")
+        server._command = ["-m", "bise", "serve", *place, "--sequences", "2", *options]
+        server._environment |= {"BISE_HOME": str(folder)}
+        return server
+
     def start(self) -> Server:
-        environment = os.environ | {"PYTHONPATH": str(Path(bise.__file__).parent.parent)}
-        self.process = subprocess.Popen([sys.executable, str(SITE), *self._arguments], env=environment)
+        environment = os.environ | self._environment
+        self.process = subprocess.Popen([sys.executable, *self._command], env=environment)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
@@ -85,6 +100,20 @@ def own_site(chromium, tmp_path):
     def make(**options):
         made.append(Server(tmp_path, **options))
         return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture
+def served(chromium, tmp_path):
+    """Make `bise serve` on the embedded model: `served(*options)`."""
+    made = []
+
+    def make(*options):
+        made.append(Server.of_bise(tmp_path, *options))
+        return made[-1].start()
 
     yield make
     for server in made:

@@ -42,6 +42,13 @@ export class MessageView {
     return isWriting(this.live.status);
   }
 
+  /** True for an answer that ended before it was complete, with text that can be gone on with. */
+  get isCut(): boolean {
+    const { status, text, finish_reason } = this.live;
+    if (this.record.role === 'user' || this.isWriting || text === '') return false;
+    return finish_reason === 'length' || status === 'stopped' || status === 'interrupted' || status === 'error';
+  }
+
   /** Takes a newer record of the same message; keeps the running stream when it is the same run. */
   take(record: Message): void {
     const sameRun = record.run_id === this.record.run_id;

@@ -74,6 +74,13 @@ class App {
     }
   }
 
+  /** Ends the session here; what was typed and not sent is not left to whoever comes next. */
+  async signOut(): Promise<void> {
+    await post('/sign-out', {});
+    talk.drafts.clear();
+    location.assign('/');
+  }
+
   // Inside
 
   #take(boot: Bootstrap): void {

@@ -22,27 +22,36 @@ export function commands(): Command[] {
   const group = t('actions');
   const here = talk.current;
   const last = talk.last;
+  const isAnswer = last !== undefined && !talk.isWriting && last.record.role === 'assistant';
   const all: (Command | false)[] = [
     { group, label: t('newChat'), slash: 'new', run: () => talk.fresh() },
     { group, label: t('temporaryChat'), slash: 'temporary', run: () => { talk.fresh(); talk.isTemporary = true; } },
     session.models.length > 1 && { group, label: t('compare'), slash: 'compare', run: () => { notices.layer = 'compare'; } },
     talk.isWriting && { group, label: t('stop'), run: () => void talk.stop() },
-    last !== undefined && !talk.isWriting && last.record.role === 'assistant' && {
-      group, label: t('regenerate'), slash: 'regenerate', run: () => void talk.regenerate(last),
-    },
+    isAnswer && { group, label: t('regenerate'), slash: 'regenerate', run: () => void talk.regenerate(last) },
+    isAnswer && last.isCut && { group, label: t('continue'), slash: 'continue', run: () => void talk.goOn(last) },
     last !== undefined && { group, label: t('copyAnswer'), slash: 'copy', run: () => void copyText(last.live.text) },
+    last !== undefined && !talk.isWriting && { group, label: t('editLast'), run: () => talk.editLast() },
+    isAnswer && { group, label: t('withSummary'), slash: 'summary', run: () => void talk.sumUp() },
+    isAnswer && { group, label: t('branchOff'), run: () => void talk.branchOff(last.record) },
     here !== null && !talk.isTemporary && {
       group, label: here.pinned ? t('unpin') : t('pin'), run: () => void talk.change({ pinned: !here.pinned }),
     },
+    here !== null && { group, label: t('rename'), slash: 'rename', run: () => { talk.isRenaming = true; } },
     here !== null && !talk.isTemporary && { group, label: t('moveTo'), run: () => library.file([here.id]) },
     here !== null && { group, label: t('exportMarkdown'), slash: 'export', run: () => void exportConversation(here.id, 'markdown') },
     here !== null && { group, label: t('exportJson'), run: () => void exportConversation(here.id, 'json') },
+    here !== null && { group, label: t('print'), slash: 'print', run: () => void talk.all().then(() => window.print()) },
     here !== null && { group, label: t('delete'), run: () => void app.delete([here]) },
+    { group, label: t('addFiles'), slash: 'files', run: () => document.getElementById('files')?.click() },
+    library.conversations.length > 0 && { group, label: t('pickSeveral'), run: () => { notices.isSidebarOpen = true; library.picked = new Set(); } },
     { group, label: t('settings'), slash: 'settings', run: () => notices.openSettings() },
-    { group, label: t('usage'), slash: 'usage', run: () => notices.openSettings('usage') },
-    { group, label: t('personas'), run: () => notices.openSettings('personas') },
+    ...(['usage', 'personas', 'prompts', 'data', 'accounts'] as const).map((part) => ({
+      group, label: t(part === 'data' ? 'yourData' : part), ...(part === 'usage' ? { slash: part } : {}), run: () => notices.openSettings(part),
+    })),
     { group, label: t('shortcuts'), slash: 'shortcuts', run: () => { notices.layer = 'shortcuts'; } },
     { group, label: t(notices.isSidebarOpen ? 'hideSidebar' : 'showSidebar'), run: () => { notices.isSidebarOpen = !notices.isSidebarOpen; } },
+    session.person.name !== '' && { group, label: t('signOut'), run: () => void app.signOut() },
     ...(['system', 'light', 'dark'] as const).map((theme) => ({
       group, label: `${t('appearance')}: ${t(theme)}`, run: () => void session.set({ theme }),
     })),

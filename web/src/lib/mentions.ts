@@ -45,6 +45,6 @@ const offers: Record<Sign, () => Suggestion[]> = {
       .filter((file) => !attached.files.some((other) => other.id === file.id))
       .map((file) => ({
         key: file.id, label: `#${file.name}`, hint: t('tokens', { n: file.tokens }),
-        run: () => { attached.files = [...attached.files, file]; },
+        run: () => attached.add(file),
       })),
 };

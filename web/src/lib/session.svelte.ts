@@ -11,11 +11,14 @@ class Session {
   version = $state('');
   models = $state.raw<ModelFacts[]>([]);
   settings = $state.raw<Settings>({});
+  /** Questions that the operator offers on the empty screen; null where none are configured. */
+  examples = $state.raw<readonly string[] | null>(null);
 
   take(boot: Bootstrap): void {
     this.version = boot.version;
     this.person = boot.person;
     this.models = boot.models;
+    this.examples = boot.examples?.length ? boot.examples : null;
     this.#apply(boot.settings);
   }
 

@@ -23,6 +23,10 @@ class Talk {
   /** The model and the persona of the next question where no conversation is open yet. */
   chosenModel = $state<string | null>(null);
   chosenPersona = $state.raw<Persona | null>(null);
+  /** The title is being written. */
+  isRenaming = $state(false);
+  /** The question that is being edited. */
+  editing = $state<string | null>(null);
   /** Grows when the transcript should go to its end. */
   jumps = $state(0);
 
@@ -72,6 +76,15 @@ class Talk {
       } else notices.fail(error);
     } finally {
       this.isOpening = false;
+    }
+  }
+
+  /** Reads all of the conversation, for a print. */
+  async all(): Promise<void> {
+    while (this.hasEarlier) {
+      const known = this.messages.length;
+      await this.earlier();
+      if (this.messages.length === known) return;
     }
   }
 
@@ -170,6 +183,21 @@ class Talk {
     return this.current;
   }
 
+  /** Opens the last question to be edited. */
+  editLast(): void {
+    const last = this.messages.findLast((view) => view.record.role === 'user');
+    if (!last || this.isWriting) return;
+    this.editing = last.id;
+    this.jumps += 1;
+  }
+
+  /** Shows an earlier or a later version of the last message that has several. */
+  step(by: number): void {
+    const view = this.messages.findLast((message) => message.record.siblings.length > 1);
+    const target = view?.record.siblings[view.record.siblings.indexOf(view.id) + by];
+    if (target) void this.showBranch(target);
+  }
+
   async stop(): Promise<void> {
     const run = this.last?.record.run_id;
     if (!run || !this.isWriting) return;
@@ -218,6 +246,25 @@ class Talk {
       library.put(made);
       await this.open(made.id);
     });
+  }
+
+  /** Begins a conversation with a summary of this one, which its model writes; the question goes along. */
+  async sumUp(): Promise<void> {
+    const here = this.current;
+    if (!here || this.isSending) return;
+    this.isSending = true;
+    const draft = this.draft;
+    await this.#attempt(async () => {
+      const made = await notices.patiently(() =>
+        post<{ conversation: Conversation }>(`/conversations/${here.id}/summary`, { model: this.model?.id ?? null }),
+      );
+      if (!made) return;
+      this.saveDraft('');
+      await this.open(made.conversation.id);
+      if (!this.isTemporary) library.put(made.conversation);
+      this.saveDraft(draft);
+    });
+    this.isSending = false;
   }
 
   async rate(view: MessageView, feedback: number | null): Promise<void> {
@@ -313,6 +360,8 @@ class Talk {
 
   #leave(): void {
     for (const view of this.messages) view.close();
+    this.editing = null;
+    this.isRenaming = false;
     notices.failure = null;
   }
 }

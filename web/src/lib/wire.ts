@@ -72,7 +72,8 @@ export type Part =
   | { type: 'thinking'; text: string; seconds?: number | null }
   | { type: 'tool_call'; name: string; arguments: unknown }
   | { type: 'tool_result'; name: string; text: string }
-  | { type: 'dropped'; messages: string[] };
+  | { type: 'dropped'; messages: string[] }
+  | { type: 'summary'; conversation_id: string; title: string; messages: number; is_small: boolean };
 
 export interface Message {
   id: string;
@@ -112,6 +113,8 @@ export interface ModelFacts {
   state: string;
   is_embedded: boolean;
   fault: string | null;
+  /** How much of it is read, 0 to 1, while it is being loaded. */
+  loaded?: number | null;
   /** Tokens that one token sees in the layers with a sliding window. */
   sliding_window?: number | null;
 }
@@ -144,6 +147,8 @@ export interface Bootstrap {
   folders?: FolderFacts[];
   personas?: Persona[];
   runs: { id: string; conversation_id: string; message_id: string }[];
+  /** Questions that the operator offers on the empty screen; absent where none are configured. */
+  examples?: string[];
 }
 
 export interface Segment {
