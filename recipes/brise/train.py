@@ -40,6 +40,8 @@ VALID_ROWS = 64
 
 Targets = tuple[Tensor, Tensor, Tensor]
 """Ids and targets [T] int64; float32 [T], which targets are learned, or their shares of the loss."""
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`Network.loss`, compiled or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +116,16 @@ def joined(parts: Sequence[Targets]) -> Targets:
 
 
 def make_optimizers(weights: Weights) -> list[torch.optim.Optimizer]:
-    """Return AdamW for embeddings and norms and Muon for the matrices of the blocks, rates set by each step.
+    """Return AdamW for embeddings, norms and routers and Muon for the other matrices, rates set by each step.
 
     Muon: Jordan 2024, as in torch.optim, its updates scaled to the size of AdamW's: one rate serves both.
     """
-    matrices = [weight for name, weight in weights.items() if weight.ndim == 2 and name != "tok_embeddings"]
+    tables = [name for name in weights if name == "tok_embeddings" or name.endswith(".router")]
+    matrices = [weight for name, weight in weights.items() if weight.ndim == 2 and name not in tables]
     vectors = [weight for weight in weights.values() if weight.ndim == 1]
     adam = torch.optim.AdamW(
         [
-            {"params": [weights["tok_embeddings"]], "weight_decay": 0.01},
+            {"params": [weights[name] for name in tables], "weight_decay": 0.01},
             {"params": vectors, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.99),
@@ -142,9 +145,7 @@ class Trainer:
         self.progress = progress
         self.optimizers = make_optimizers(self.weights)
 
-    def step(
-        self, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Sequence[Rows], stage: Stage
-    ) -> float:
+    def step(self, loss_of: LossOf, rows: Sequence[Rows], stage: Stage) -> float:
         """Do one step and return its loss in nats a token."""
         rate = self.progress.rate(stage)
         for optimizer in self.optimizers:
@@ -235,49 +236,73 @@ def valid_loss(network: Network, rows: Rows) -> float:
     return total / share
 
 
-def train(
-    run: Path, trainer: Trainer, mixture: Mixture, *, compiled: bool, max_steps: int | None = None
+def run_steps(
+    trainer: Trainer,
+    loss_of: LossOf,
+    rows: Sequence[Rows],
+    stage: Stage,
+    *,
+    checkpoint: Path,
+    valid: Callable[[], float],
+    valid_steps: int = VALID_STEPS,
+    max_steps: int | None = None,
 ) -> None:
-    """Train until the rate has fallen to zero, `max_steps` are done or a signal asks to stop."""
-    name = trainer.progress.stage
-    stage = mixture.stages[name]
-    rows = [Rows(run, array, count, mixture.seed) for array, count in mixture.blended(name).items()]
-    network = Network(trainer.config, trainer.weights, stage.rows_per_step, stage.row_tokens)
-    loss_of = torch.compile(network.loss, dynamic=False) if compiled else network.loss
-    held_back = Rows(run, "valid_text" if name == "pretrain" else "valid_chat", stage.rows_per_step, 0)
-    valid_network = Network(trainer.config, trainer.weights, stage.rows_per_step, held_back.row_tokens)
+    """Train until the rate has fallen to zero, `max_steps` are done or a signal asks to stop.
+
+    Writes `checkpoint` now and then and at the end; a line every REPORT_STEPS goes to the .jsonl beside it,
+    every `valid_steps` with what `valid` says.
+    """
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _frame: stops.append(received))
-    log = (run / f"{name}.jsonl").open("a", encoding="utf-8")
     saved_s = reported_s = time.monotonic()
     before_s = trainer.progress.elapsed_s
     losses: list[float] = []
     tokens_per_step = stage.rows_per_step * stage.row_tokens
-    while not (trainer.progress.is_finished or stops or trainer.progress.step == max_steps):
-        rate = trainer.progress.rate(stage)
-        losses.append(trainer.step(loss_of, rows, stage))
-        now_s = time.monotonic()
-        step = trainer.progress.step
-        if step % REPORT_STEPS == 0:
-            entry = {
-                "step": step,
-                "tokens": step * tokens_per_step,
-                "loss": round(sum(losses) / len(losses), 4),
-            }
-            speed = len(losses) * tokens_per_step / (now_s - reported_s)
-            before_s += now_s - reported_s
-            entry |= {"lr": rate, "tok_s": round(speed), "elapsed_s": round(before_s, 1)}
-            if step % VALID_STEPS == 0:
-                entry["valid_loss"] = round(valid_loss(valid_network, held_back), 4)
-            print(json.dumps(entry), file=log, flush=True)
-            trainer.progress = replace(trainer.progress, elapsed_s=before_s)
-            losses, reported_s = [], time.monotonic()
-        if now_s - saved_s > CHECKPOINT_S:
-            trainer.save(run / f"{name}.safetensors")
-            saved_s = now_s
-    trainer.save(run / f"{name}.safetensors")
-    log.close()
+    with checkpoint.with_suffix(".jsonl").open("a", encoding="utf-8") as log:
+        while not (trainer.progress.is_finished or stops or trainer.progress.step == max_steps):
+            rate = trainer.progress.rate(stage)
+            losses.append(trainer.step(loss_of, rows, stage))
+            now_s = time.monotonic()
+            step = trainer.progress.step
+            if step % REPORT_STEPS == 0:
+                entry = {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "loss": round(sum(losses) / len(losses), 4),
+                }
+                speed = len(losses) * tokens_per_step / (now_s - reported_s)
+                before_s += now_s - reported_s
+                entry |= {"lr": rate, "tok_s": round(speed), "elapsed_s": round(before_s, 1)}
+                if step % valid_steps == 0:
+                    entry["valid_loss"] = round(valid(), 4)
+                print(json.dumps(entry), file=log, flush=True)
+                trainer.progress = replace(trainer.progress, elapsed_s=before_s)
+                losses, reported_s = [], time.monotonic()
+            if now_s - saved_s > CHECKPOINT_S:
+                trainer.save(checkpoint)
+                saved_s = now_s
+    trainer.save(checkpoint)
+
+
+def train(
+    run: Path, trainer: Trainer, mixture: Mixture, *, compiled: bool, max_steps: int | None = None
+) -> None:
+    """Train a stage; see `run_steps`."""
+    name = trainer.progress.stage
+    stage = mixture.stages[name]
+    network = Network(trainer.config, trainer.weights, stage.rows_per_step, stage.row_tokens)
+    held_back = Rows(run, "valid_text" if name == "pretrain" else "valid_chat", stage.rows_per_step, 0)
+    judge = Network(trainer.config, trainer.weights, stage.rows_per_step, held_back.row_tokens)
+    run_steps(
+        trainer,
+        torch.compile(network.loss, dynamic=False) if compiled else network.loss,
+        [Rows(run, array, count, mixture.seed) for array, count in mixture.blended(name).items()],
+        stage,
+        checkpoint=run / f"{name}.safetensors",
+        valid=lambda: valid_loss(judge, held_back),
+        max_steps=max_steps,
+    )
 
 
 def main() -> None:

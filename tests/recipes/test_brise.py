@@ -26,13 +26,12 @@ from drills import definitions, echoes, meanings, sums, vocabulary  # noqa: E402
 from evaluate import Scorer, answers, last_number, normal  # noqa: E402
 from grow import grown, layer_origins  # noqa: E402
 from mixture import CONTROL_TOKENS, STAGES, Mixture, Row, Source, Stage, renamed  # noqa: E402
-from network import Network, TrainingOps, initial_weights  # noqa: E402
+from network import Network, initial_weights  # noqa: E402
 from tokenizer import train as train_tokenizer  # noqa: E402
 from train import Progress, Rows, Trainer, start  # noqa: E402
 from train import train as run_training  # noqa: E402
 
 from bise.config import ModelConfig  # noqa: E402
-from bise.kernels.torch import TorchOps  # noqa: E402
 
 TEXTS = ["Once upon a time there was a small wind called brise.", "What is 12 + 7?", "été, ça va?"] * 5
 
@@ -145,15 +144,6 @@ def test_packing_keeps_documents_whole_and_pads_unlearned() -> None:
     ids, learned = pack(documents, 5)
     assert sorted(ids.tolist()) == [[3, 3, 3, PAD, PAD, PAD], [4, 4, 4, 4, 2, 2]]
     assert (learned == (ids != PAD)).all()
-
-
-def test_training_attention_equals_the_plain_one(mixture: Mixture) -> None:
-    config = mixture.model
-    fast = TrainingOps(config, 3, 24, torch.float64)
-    plain = TorchOps(dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(72, heads, 32, generator=generator, dtype=torch.float64) for heads in (2, 1, 1))
-    assert torch.allclose(fast._attend_rows(q, k, v, 3, 8), plain._attend_rows(q, k, v, 3, 8), atol=1e-6)
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:

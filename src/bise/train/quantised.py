@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.errors import ConfigError
-from bise.kernels.torch import TorchOps, TorchWeight
+from bise.kernels.torch import TorchWeight
+from bise.train.rows import RowOps
 
 BLOCK = 32
 BITS = {"q8": 8, "q4": 4}
@@ -80,8 +81,8 @@ class _Product(torch.autograd.Function):
         return grads[0] @ cast(FrozenMatrix, ctx.weight).to(grads[0].dtype), None
 
 
-class FrozenOps(TorchOps):
-    """The torch backend over matrices of which some are frozen in few bits."""
+class FrozenOps(RowOps):
+    """The backend for training over matrices of which some are frozen in few bits."""
 
     def linear(self, x: Tensor, weights: Sequence[TorchWeight]) -> list[Tensor]:
         """See `Ops.linear`."""
