@@ -2,10 +2,11 @@
 
 import pytest
 
-from bise.engine.device import Placement, free_bytes
+from bise.engine.device import free_bytes
 from bise.engine.fleet import Fleet
 from bise.engine.load import load_model
 from bise.engine.model_spec import ModelSpec
+from bise.engine.placement import Placement
 from bise.engine.request import Request, SamplingParams
 from bise.errors import ConfigError, MemoryPlanError
 from bise.hub.registry import resolve
@@ -48,7 +49,7 @@ def test_an_absent_device_is_refused_before_anything_is_loaded():
         load_model(resolve(None), placement=Placement("cuda"))
 
 
-@pytest.mark.parametrize("option", [{"kv": "q8"}, {"swap_bytes": 1 << 20}, {"draft": resolve(None)}])
+@pytest.mark.parametrize("option", [{"kv": "q8"}])
 def test_what_a_device_cannot_do_yet_is_refused(option):
     with pytest.raises(ConfigError) as caught:
         load_model(resolve(None), placement=Placement("cpu", "f32"), **option)

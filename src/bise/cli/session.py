@@ -23,8 +23,8 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
     from bise.hub.registry import resolve
 
     path = resolve(name)
-    from bise.engine.device import Placement
     from bise.engine.load import load_model
+    from bise.engine.placement import Placement
 
     placement = Placement(options.device, options.dtype)
     with ProgressBar() as bar:

@@ -1,78 +1,40 @@
-"""Where a model runs: this processor through the native extension, or a device through torch.
+"""Models on a device that torch drives: what is there, what is free, and how weights get onto it.
 
 Everything above the ops is the same code for all of them: definition, scheduler, cache, sampling.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bise.engine.memory import available_memory, checked_kv_format, packed_formats
+from bise.engine.memory import available_memory
+from bise.engine.placement import Placement
+from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, with_longer_context
 from bise.errors import ConfigError
 from bise.kernels import Array, Weight
-from bise.kernels.cpu import CpuOps, packed_size
-from bise.model.pack import Progress
+from bise.kernels.cpu import Bytes, CpuOps, arena, read_rate
+from bise.model.pack import Progress, Slot
 from bise.model.source import ModelSource
 from bise.model.stream import stream_packed
 
 if TYPE_CHECKING:
+    from bise.kernels.split import SplitOps
     from bise.kernels.torch import TorchOps
 
-DTYPES = ("auto", "f32", "f16", "bf16")
-
-_DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
-_HEADROOM = 512 << 20
+HEADROOM = 512 << 20
 """Device memory left to the driver, the compiled kernels and the allocator's rounding."""
 
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A device and the type that products are computed in; raises ConfigError for what does not exist."""
-
-    device: str = "cpu"
-    """`cpu`, `mps`, `cuda` or `cuda:N`."""
-    dtype: str = "auto"
-    """One of `DTYPES`. auto: the native extension's own on cpu, bf16 elsewhere."""
-
-    def __post_init__(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(f"device must be cpu, mps, cuda or cuda:N, got '{self.device}'", field="device")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got '{self.dtype}'", field="dtype")
-
-    @property
-    def is_native(self) -> bool:
-        """True where the native extension computes."""
-        return self.device == "cpu" and self.dtype == "auto"
-
-    @property
-    def compute_format(self) -> str:
-        """f32, f16 or bf16, off the native extension."""
-        return "bf16" if self.dtype == "auto" else self.dtype
-
-    def kv_format(self, kv: str, quant: str) -> str:
-        """Return the KV format that `kv` means here; ConfigError for one that the device does not store."""
-        if self.is_native:
-            return checked_kv_format(kv, quant)
-        chosen = self.compute_format if kv == "auto" else checked_kv_format(kv, quant)
-        if chosen not in ("f32", "f16", "bf16"):
-            raise ConfigError(
-                f"kv must be auto, f32, f16 or bf16 on {self.device} with PyTorch, got '{kv}'", field="kv"
-            )
-        return chosen
+_PROBE_BYTES = 64 << 20
 
 
-NATIVE = Placement()
-"""This processor, through the native extension."""
-
-
-def make_ops(placement: Placement) -> TorchOps:
-    """Return the ops of a device that torch drives: Triton's kernels on a CUDA device, plain torch elsewhere.
+def make_ops(placement: Placement, split: Split | None = None, threads: int = 1) -> TorchOps | SplitOps:
+    """Return the ops of a device that torch drives: Triton's kernels on a CUDA device, plain torch elsewhere;
+    with a split that leaves something in RAM, joined by the processor's on `threads` threads.
 
     Raises ConfigError when torch or the device is absent.
     """
@@ -81,15 +43,22 @@ def make_ops(placement: Placement) -> TorchOps:
     from bise.kernels.torch import TorchOps
 
     dtype = FLOATS[placement.compute_format]
-    if not placement.device.startswith("cuda") or find_spec("triton") is None:
-        return TorchOps(dtype, placement.device)
-    from bise.kernels.triton.ops import TritonOps
+    device: TorchOps
+    if not placement.is_cuda or find_spec("triton") is None:
+        device = TorchOps(dtype, placement.device)
+    else:
+        from bise.kernels.triton.ops import TritonOps
 
-    return TritonOps(dtype, placement.device)
+        device = TritonOps(dtype, placement.device)
+    if split is None or split.mode == "none":
+        return device
+    from bise.kernels.split import SplitOps
+
+    return SplitOps(CpuOps(threads), device, split.host_layers)
 
 
 def require_device(placement: Placement) -> None:
-    """Raise ConfigError unless the device, and torch where it needs it, are there."""
+    """Raise ConfigError unless the device, the type, and torch where it needs it, are there."""
     if placement.is_native:
         return
     if find_spec("torch") is None:
@@ -102,18 +71,39 @@ def require_device(placement: Placement) -> None:
 
     if placement.device == "mps" and not torch.backends.mps.is_available():
         raise _absent(placement, "no Metal", torch.__version__)
-    if placement.device.startswith("cuda"):
+    if placement.is_cuda:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(placement.device.partition(":")[2] or 0) >= count:
             raise _absent(placement, f"{count or 'no'} CUDA", torch.__version__)
+        major, minor = torch.cuda.get_device_capability(torch.device(placement.device))
+        if placement.compute_format == "bf16" and major < 8 and torch.version.hip is None:
+            raise ConfigError(
+                f"dtype bf16 needs a device of compute capability 8.0, {placement.device} has {major}.{minor}"
+                "; use --dtype f16",
+                field="dtype",
+            )
 
 
 def _absent(placement: Placement, seen: str, version: str) -> ConfigError:
     return ConfigError(
-        f"device {placement.device} is not there: PyTorch {version} sees {seen} device; see `bise doctor`, "
-        "or use --device cpu",
+        f"device {placement.device} is not there: PyTorch {version} sees {seen} device(s); see `bise "
+        "doctor`, or use --device cpu",
         field="device",
     )
+
+
+def device_name(placement: Placement, split: Split | None) -> str:
+    """Return what tells one place of computing from another whose last bits may differ; empty for the native
+    extension.
+    """
+    if placement.is_native:
+        return ""
+    import torch
+
+    where = (
+        torch.cuda.get_device_name(torch.device(placement.device)) if placement.is_cuda else placement.device
+    )
+    return f" {where} {placement.compute_format} {split}"
 
 
 def free_bytes(placement: Placement) -> int | None:
@@ -122,39 +112,119 @@ def free_bytes(placement: Placement) -> int | None:
     Raises ConfigError when the device is absent.
     """
     require_device(placement)
-    if not placement.device.startswith("cuda"):
-        return available_memory()
+    if placement.is_cuda:
+        import torch
+
+        free: int | None = max(torch.cuda.mem_get_info(torch.device(placement.device))[0] - HEADROOM, 0)
+    else:
+        free = available_memory()
+    if placement.memory is None:
+        return free
+    return placement.memory if free is None else min(placement.memory, free)
+
+
+def choose_split(
+    source: ModelSource,
+    quant: str,
+    placement: Placement,
+    *,
+    kv_format: str,
+    context: int | None,
+    sequences: int,
+    device_free: int | None,
+    threads: int,
+    beside: Callable[[int], int] | None = None,
+    split: Split | None = None,
+) -> Choice:
+    """Return what of a model is to lie on its device and for which context, from headers alone and from what
+    is free; `beside` are the device's bytes that another model takes for a context, `split` a choice made
+    before.
+
+    Raises MemoryPlanError when it does not fit, ConfigError for a context or a way the model does not have.
+    """
+    longest = source.config.max_context
+    if context is not None and not 1 <= context <= longest:
+        raise ConfigError(
+            f"context must be from 1 to {longest} tokens (this model's), got {context}", field="context"
+        )
+    chooser = Chooser(
+        sizes=Sizes(source, quant, placement, kv_format),
+        placement=placement,
+        sequences=sequences,
+        device_free=device_free,
+        host_free=available_memory(),
+        rates=lambda: measure_rates(placement, threads),
+        beside=beside,
+    )
+    if split is not None:
+        return chooser.check(split, longest if context is None else context)
+    choice = chooser.choose(context)
+    return choice if context is not None else with_longer_context(chooser, choice)
+
+
+def measure_rates(placement: Placement, threads: int) -> Rates:
+    """Return the rates of this machine and its device, measured in a fraction of a second."""
+    memory = arena(_PROBE_BYTES)
+    memory.fill(1)
+    host = max(read_rate(memory, threads) for _ in range(3))
+    if not placement.is_cuda:
+        return Rates(host, host / 2, host)
     import torch
 
-    free, _ = torch.cuda.mem_get_info(torch.device(placement.device))
-    return max(free - _HEADROOM, 0)
+    where = torch.device(placement.device)
+    pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    there, other = (torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=where) for _ in range(2))
 
+    def seconds(copy: Callable[[], object], count: int) -> float:
+        copy()
+        torch.cuda.synchronize(where)
+        began = time.perf_counter()
+        for _ in range(count):
+            copy()
+        torch.cuda.synchronize(where)
+        return (time.perf_counter() - began) / count
 
-def device_excess(source: ModelSource, quant: str, placement: Placement) -> int:
-    """Return the bytes that the weights take on a device beyond their packed size: scales of two levels are
-    multiplied out there, and codes of 5 and 6 bits take a byte. Needs torch unless the placement is native.
-    """
-    if placement.is_native:
-        return 0
-    from bise.kernels.grouped import device_bytes
-
-    width = 4 if placement.compute_format == "f32" else 2
-    return sum(
-        device_bytes(packed_format, *source.tensors[name].shape, float_bytes=width)
-        - packed_size(packed_format, *source.tensors[name].shape)
-        for name, packed_format in packed_formats(source, quant).items()
-    )
+    bus = _PROBE_BYTES / seconds(lambda: there.copy_(pinned, non_blocking=True), 4)
+    own = 2 * _PROBE_BYTES / seconds(lambda: other.copy_(there), 32)
+    return Rates(own, bus, host)
 
 
 def place_weights(
-    source: ModelSource, quant: str, ops: TorchOps, threads: int, progress: Progress | None
+    source: ModelSource,
+    quant: str,
+    ops: TorchOps | SplitOps,
+    split: Split,
+    threads: int,
+    progress: Progress | None,
 ) -> dict[str, Weight | Array]:
-    """Return every weight on the device, by name; in RAM there is one of them at a time."""
+    """Return every weight by name where the split wants it; of those that go to the device there is one at a
+    time in RAM. A head that is the embeddings too has a second form, `output`, where the two are apart.
+    """
+    from bise.kernels.experts import hold
+
+    device: Any = device_ops(ops)
+    host = CpuOps(threads)
     found: dict[str, Weight | Array] = {}
-    for slot, panels in stream_packed(source, quant, CpuOps(threads), progress):
-        if len(slot.shape) == 1:
-            found[slot.name] = ops.vector(panels.view(np.float32))
-        else:
-            num_rows, num_columns = slot.shape
-            found[slot.name] = ops.packed(slot.packed_format, num_rows, num_columns, panels)
+    for slot, panels in stream_packed(source, quant, host, progress):
+        place = split.place(slot.name)
+        if place == "held":
+            layer = int(slot.name.split(".")[1])
+            found[slot.name] = hold(_weight(device, slot, panels), split.experts[layer])
+            continue
+        found[slot.name] = _weight(host if place == "host" else device, slot, panels)
+        if slot.name == "tok_embeddings" and place == "host" and source.config.tied_embeddings:
+            found["output"] = _weight(device, slot, panels)
     return found
+
+
+def device_ops(ops: TorchOps | SplitOps) -> TorchOps:
+    """Return the ops of the device alone."""
+    from bise.kernels.split import SplitOps
+
+    return ops.device if isinstance(ops, SplitOps) else ops
+
+
+def _weight(ops: Any, slot: Slot, panels: Bytes) -> Weight | Array:
+    if len(slot.shape) == 1:
+        return ops.vector(panels.view(np.float32))
+    return ops.packed(slot.packed_format, *slot.shape, panels)

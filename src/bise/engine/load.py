@@ -6,21 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from bise import __version__
 from bise.cache.pages import plan_num_blocks
 from bise.cache.prefix_file import PrefixFile
 from bise.config import default_threads
 from bise.diskfile import require_inside
-from bise.engine.device import NATIVE, Placement, device_excess, free_bytes, make_ops, place_weights
+from bise.engine.device import choose_split, device_name, device_ops, free_bytes, make_ops, place_weights
 from bise.engine.draft_model import STEP_TOKENS as DRAFT_STEP_TOKENS
 from bise.engine.draft_model import DraftModel, check_same_vocabulary
 from bise.engine.engine import Engine
 from bise.engine.memory import (
     STEP_TOKENS,
     available_memory,
-    checked_kv_format,
     kv_bytes,
     packed_formats,
     planned_context,
@@ -29,8 +28,10 @@ from bise.engine.memory import (
     weight_bytes,
 )
 from bise.engine.pace import Pace
+from bise.engine.placement import NATIVE, Placement
 from bise.engine.receipt import NUMERICS_VERSION
 from bise.engine.speculation import Speculation
+from bise.engine.split import Choice, Sizes, Split
 from bise.errors import ConfigError, MemoryPlanError, ModelFileError
 from bise.kernels import Array, Ops, Weight
 from bise.kernels.cpu import CpuOps
@@ -45,6 +46,7 @@ from bise.text.template import ChatTemplate, load_template, template_from_gguf
 from bise.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 if TYPE_CHECKING:
+    from bise.kernels.split import SplitOps
     from bise.kernels.torch import TorchOps
 
 Progress = Callable[[str, float], None]
@@ -121,6 +123,7 @@ def load_model(
     swap_bytes: int = 0,
     draft: Path | None = None,
     placement: Placement = NATIVE,
+    split: Split | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model at `path` and start its engine on the device of `placement`.
@@ -130,34 +133,26 @@ def load_model(
     holds. `max_sequences` full contexts can run at once, and twice as many shorter ones. With
     `prefix_cache_dir` cached prefixes are written there when the engine closes, up to 1 GiB, and found again
     by the next one. Preempted requests may leave `swap_bytes` outside of the KV memory. The model at `draft`,
-    of the same vocabulary, guesses ahead; the output is the same. Raises UserError for everything the caller
-    can mend.
+    of the same vocabulary, guesses ahead; the output is the same. On a device `split` says what stays in RAM;
+    None: as `placement` allows and the memory asks for. Raises UserError for everything the caller can mend.
     """
     source = open_model(path)
     kv_format = placement.kv_format(kv, quant)
     threads = default_threads() if threads is None else _checked_threads(threads)
-    ops: CpuOps | TorchOps = CpuOps(threads) if placement.is_native else make_ops(placement)
-    if not placement.is_native:
-        _require_native(placement, prefix_cache_dir=prefix_cache_dir, swap_bytes=swap_bytes, draft=draft)
-    guessing = None if draft is None else DraftSource.open(draft)
-    free = free_bytes(placement)
-    if free is not None:
-        free -= device_excess(source, quant, placement) + (0 if guessing is None else guessing.weight_bytes)
-    require_weights(source, quant, free)
-    tokens, shortened = planned_context(
-        source, quant, kv_format,
-        context=context,
-        sequences=max_sequences,
-        available=None if free is None else free - weight_bytes(source, quant),
-        beside=None if guessing is None else partial(guessing.working_bytes, sequences=max_sequences),
-    )  # fmt: skip
     tokenizer, template = load_text(source)
-    if guessing is not None:
-        check_same_vocabulary(load_text(guessing.source)[0], tokenizer, str(draft))
-    weights, notes = _load_weights(source, quant, ops, threads, progress)
+    guessing = None if draft is None else DraftSource.open(draft, tokenizer, placement)
+    wanted = Wanted(source, quant, kv_format, context, max_sequences, threads)
+    if placement.is_native:
+        tokens, choice_notes = _native_context(wanted, guessing)
+        split, ops = None, CpuOps(threads)
+    else:
+        choice = _device_choice(wanted, placement, split, guessing)
+        tokens, choice_notes, split = choice.context, choice.notes, choice.split
+        ops = make_ops(placement, split, threads)
+    weights, notes = _load_weights(source, quant, ops, split, threads, progress)
     transformer = Transformer(source.config, weights, ops)
-    prefix_file = _prefix_file(prefix_cache_dir, source, quant, kv_format)
-    guesser = None if guessing is None else guessing.load(ops, tokens, max_sequences, progress)
+    prefix_file = _prefix_file(prefix_cache_dir, source, f"{quant}{device_name(placement, split)}", kv_format)
+    guesser = None if guessing is None else guessing.load(ops, tokens, max_sequences, threads, progress)
     engine = Engine(
         transformer,
         ops,
@@ -175,64 +170,132 @@ def load_model(
         pace=Pace(STEP_SECONDS),
         threaded=threaded,
     )
-    notes, temperature = notes + shortened, suggested_temperature(source.path)
+    notes, temperature = notes + choice_notes, suggested_temperature(source.path)
     return LoadedModel(source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops)
 
 
+class Wanted(NamedTuple):
+    """A model and what is asked of it."""
+
+    source: ModelSource
+    quant: str
+    kv_format: str
+    context: int | None
+    sequences: int
+    threads: int
+
+
+def _native_context(wanted: Wanted, guessing: DraftSource | None) -> tuple[int, tuple[str, ...]]:
+    """Return the context to plan for on the processor, with a note when it is short; MemoryPlanError when
+    weights or context do not fit.
+    """
+    free = available_memory()
+    if free is not None and guessing is not None:
+        free -= guessing.weight_bytes
+    require_weights(wanted.source, wanted.quant, free)
+    return planned_context(
+        wanted.source, wanted.quant, wanted.kv_format,
+        context=wanted.context,
+        sequences=wanted.sequences,
+        available=None if free is None else free - weight_bytes(wanted.source, wanted.quant),
+        beside=None if guessing is None else partial(guessing.working_bytes, sequences=wanted.sequences),
+    )  # fmt: skip
+
+
+def _device_choice(
+    wanted: Wanted, placement: Placement, split: Split | None, guessing: DraftSource | None
+) -> Choice:
+    """Return what is to lie on the device; MemoryPlanError when it does not fit."""
+
+    def beside(context: int) -> int:
+        assert guessing is not None
+        return guessing.weight_bytes + guessing.working_bytes(context, wanted.sequences)
+
+    return choose_split(
+        wanted.source, wanted.quant, placement,
+        kv_format=wanted.kv_format,
+        context=wanted.context,
+        sequences=wanted.sequences,
+        device_free=free_bytes(placement),
+        threads=wanted.threads,
+        beside=None if guessing is None else beside,
+        split=split,
+    )  # fmt: skip
+
+
 def _load_weights(
-    source: ModelSource, quant: str, ops: CpuOps | TorchOps, threads: int, progress: Progress | None
+    source: ModelSource,
+    quant: str,
+    ops: CpuOps | TorchOps | SplitOps,
+    split: Split | None,
+    threads: int,
+    progress: Progress | None,
 ) -> tuple[dict[str, Weight | Array], tuple[str, ...]]:
     """Return the weights in the form of `ops`, and a line for each conversion that changes values."""
     if isinstance(ops, CpuOps):
         packed, notes = load_packed(source, quant, ops, progress)
         return packed.weights(ops), notes
-    weights = place_weights(source, quant, ops, threads, progress)
+    weights = place_weights(source, quant, ops, split or Split(), threads, progress)
     return weights, () if source.kind == "packed" else plan_packing(source, quant).notes
-
-
-def _require_native(placement: Placement, **wanted: object) -> None:
-    """Raise ConfigError for what only the native extension can do so far."""
-    for name, value in wanted.items():
-        if value:
-            raise ConfigError(
-                f"{name} is not there yet on {placement.device} with PyTorch; leave it away", field=name
-            )
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSource:
-    """A model on disk that is going to guess for another one."""
+    """A model on disk that is going to guess for another one, on the same device."""
 
     source: ModelSource
+    placement: Placement = NATIVE
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a model as it lies; its weights keep their width."""
-        return cls(open_model(path))
+    def open(cls, path: Path, tokenizer: Tokenizer, placement: Placement = NATIVE) -> Self:
+        """Open a model as it lies; its weights keep their width. Raises ConfigError unless its vocabulary is
+        that of `tokenizer`.
+        """
+        source = open_model(path)
+        check_same_vocabulary(load_text(source)[0], tokenizer, str(path))
+        return cls(source, placement)
+
+    @property
+    def _kv_format(self) -> str:
+        return self.placement.kv_format("auto", "auto")
 
     @property
     def weight_bytes(self) -> int:
         """Memory of its weights."""
-        return weight_bytes(self.source, "auto")
+        if self.placement.is_native:
+            return weight_bytes(self.source, "auto")
+        return self._sizes.need(Split(), 1, 1).weights
+
+    @property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.source, "auto", self.placement, self._kv_format)
 
     def working_bytes(self, context: int, sequences: int) -> int:
         """Return the memory for KV pages and steps beside `sequences` texts of `context` tokens."""
         config = self.source.config
-        kv_format, context = checked_kv_format("auto", "auto"), min(context, config.max_context)
+        context = min(context, config.max_context)
+        if not self.placement.is_native:
+            need = self._sizes.need(Split(), context, sequences)
+            return max(need.kv + need.scratch, need.loading)
         formats = packed_formats(self.source, "auto")
         rows = min(DRAFT_STEP_TOKENS, sequences * context)
-        pages = kv_bytes(config, context, kv_format, sequences)
+        pages = kv_bytes(config, context, self._kv_format, sequences)
         return pages + scratch_bytes(config, formats, rows, max(sequences, 8))
 
     def load(
-        self, ops: CpuOps | TorchOps, context: int, sequences: int, progress: Progress | None
+        self,
+        ops: CpuOps | TorchOps | SplitOps,
+        context: int,
+        sequences: int,
+        threads: int,
+        progress: Progress | None,
     ) -> DraftModel:
         """Load the weights, and take KV memory for `sequences` texts of `context` tokens, or as many as the
-        model can take.
+        model can take. On a device all of it lies there.
         """
-        assert isinstance(ops, CpuOps)  # refused before, elsewhere
         config = self.source.config
-        kv_format, context = checked_kv_format("auto", "auto"), min(context, config.max_context)
+        own = ops if isinstance(ops, CpuOps) else device_ops(ops)
+        kv_format, context = self._kv_format, min(context, config.max_context)
         blocks = plan_num_blocks(
             config,
             kv_bytes(config, context, kv_format, sequences),
@@ -241,9 +304,8 @@ class DraftSource:
             max_step_tokens=STEP_TOKENS,
             max_sequences=max(sequences, 8),
         )
-        packed, _ = load_packed(self.source, "auto", ops, progress)
-        model = Transformer(config, packed.weights(ops), ops)
-        return DraftModel(model, ops, num_blocks=blocks, kv_format=kv_format)
+        weights, _ = _load_weights(self.source, "auto", own, None, threads, progress)
+        return DraftModel(Transformer(config, weights, own), own, num_blocks=blocks, kv_format=kv_format)
 
 
 def _prefix_file(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from bise.engine.device import NATIVE, Placement, device_excess
-from bise.engine.load import LoadedModel, load_model
+from bise.config import default_threads
+from bise.engine.device import choose_split
+from bise.engine.load import DraftSource, LoadedModel, Progress, load_model, load_text
 from bise.engine.memory import (
     PROCESS_BYTES,
     STEP_TOKENS,
@@ -15,10 +18,13 @@ from bise.engine.memory import (
     require_weights,
     weight_bytes,
 )
+from bise.engine.placement import NATIVE, Placement
+from bise.engine.split import Split
 from bise.errors import ConfigError
 from bise.model.checkpoint import open_model
 from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
 from bise.model.lora import open_adapter
+from bise.model.source import ModelSource
 
 ADAPTER_SEPARATOR = ":"
 """Between a model's name and its adapter's in what a request asks for."""
@@ -58,6 +64,8 @@ class ModelSpec:
     """Where cached prefixes outlast the engine; None: they do not."""
     swap_bytes: int = 0
     """Memory, beside the KV cache's, for what preempted requests leave; 0: it is computed again."""
+    draft: Path | None = None
+    """A model of the same vocabulary that guesses ahead; None: guesses come from the texts alone."""
     aliases: tuple[str, ...] = ()
     """Further names that mean this model."""
     adapters: tuple[AdapterSpec, ...] = ()
@@ -80,7 +88,9 @@ class ModelPlan:
     """What a model will take and offer once it is loaded."""
 
     size_bytes: int
-    """Peak bytes beyond those of the process: weights, tokenizer, KV cache, swap and scratch, or loading."""
+    """Peak bytes beyond those of the process: weights, tokenizer, KV cache, swap and scratch, or loading; the
+    draft model's included. Of a model on a device, its bytes there.
+    """
     weight_bytes: int
     context: int
     kv_format: str
@@ -96,6 +106,8 @@ class ModelPlan:
     """For callers that name none: what the model's author suggests."""
     window: int | None = None
     """Keys that a token sees in the layers with a sliding window; None where every layer sees all."""
+    split: Split | None = None
+    """What stays in RAM of a model on a device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,18 +136,56 @@ class ModelCard:
     fault: str | None = None
     """Why it cannot be loaded, in one line; None when it can."""
     adapters: tuple[AdapterCard, ...] = ()
+    loaded: float | None = None
+    """While it is being loaded: how much of it is there, 0 to 1."""
 
 
 def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
-    """Return the plan of a model that may take `memory` bytes (None: no bound), from its headers alone.
+    """Return the plan of a model that may take `memory` bytes (None: no bound), from its headers alone; where
+    it has a draft model, from the headers of both and their vocabularies.
 
-    Raises MemoryPlanError when weights or the context asked for do not fit, ModelFileError for bad files.
+    Raises MemoryPlanError when weights or the context asked for do not fit, ModelFileError for bad files,
+    ConfigError for a draft model of another vocabulary.
     """
     source = open_model(spec.path)
     kv_format = spec.placement.kv_format(spec.kv, spec.quant)
-    excess = device_excess(source, spec.quant, spec.placement)
-    weights = weight_bytes(source, spec.quant) + excess
-    require_weights(source, spec.quant, None if memory is None else memory - excess)
+    draft = spec.draft
+    guessing = None if draft is None else DraftSource.open(draft, load_text(source)[0], spec.placement)
+    size = (_native_size if spec.placement.is_native else _device_size)(spec, source, guessing, memory)
+    return ModelPlan(
+        size_bytes=size.total,
+        weight_bytes=size.weights,
+        context=size.context,
+        split=size.split,
+        kv_format=kv_format,
+        family=source.config.family,
+        parameters=source.config.num_params,
+        title=source.name,
+        licence=source.licence,
+        modified_s=spec.path.stat().st_mtime,
+        notes=size.notes,
+        temperature=suggested_temperature(source.path),
+        window=max((window for window in source.config.windows if window is not None), default=None),
+    )
+
+
+class _Size(NamedTuple):
+    """What a model takes, for which context."""
+
+    total: int
+    weights: int
+    context: int
+    notes: tuple[str, ...]
+    split: Split | None = None
+
+
+def _native_size(
+    spec: ModelSpec, source: ModelSource, guessing: DraftSource | None, memory: int | None
+) -> _Size:
+    kv_format = spec.placement.kv_format(spec.kv, spec.quant)
+    beside = 0 if guessing is None else guessing.weight_bytes
+    weights = weight_bytes(source, spec.quant) + beside
+    require_weights(source, spec.quant, None if memory is None else memory - beside)
     context, notes = planned_context(
         source,
         spec.quant,
@@ -143,22 +193,34 @@ def plan_model(spec: ModelSpec, memory: int | None) -> ModelPlan:
         context=spec.context,
         sequences=spec.sequences,
         available=None if memory is None else memory - weights,
+        beside=None if guessing is None else partial(guessing.working_bytes, sequences=spec.sequences),
     )
+    if guessing is not None:
+        beside += guessing.working_bytes(context, spec.sequences)
     need = memory_need(source, spec.quant, context=context, kv_format=kv_format, sequences=spec.sequences)
-    return ModelPlan(
-        size_bytes=need.total - PROCESS_BYTES + spec.swap_bytes + excess,
-        weight_bytes=weights,
-        context=context,
-        kv_format=kv_format,
-        family=source.config.family,
-        parameters=source.config.num_params,
-        title=source.name,
-        licence=source.licence,
-        modified_s=spec.path.stat().st_mtime,
-        notes=notes,
-        temperature=suggested_temperature(source.path),
-        window=max((window for window in source.config.windows if window is not None), default=None),
-    )
+    return _Size(need.total - PROCESS_BYTES + spec.swap_bytes + beside, weights, context, notes)
+
+
+def _device_size(
+    spec: ModelSpec, source: ModelSource, guessing: DraftSource | None, memory: int | None
+) -> _Size:
+    """Return what a model takes of its device; what stays in RAM is checked against what is free there."""
+
+    def beside(context: int) -> int:
+        assert guessing is not None
+        return guessing.weight_bytes + guessing.working_bytes(context, spec.sequences)
+
+    choice = choose_split(
+        source, spec.quant, spec.placement,
+        kv_format=spec.placement.kv_format(spec.kv, spec.quant),
+        context=spec.context,
+        sequences=spec.sequences,
+        device_free=memory,
+        threads=default_threads() if spec.threads is None else spec.threads,
+        beside=None if guessing is None else beside,
+    )  # fmt: skip
+    need = choice.need
+    return _Size(need.device, need.weights, choice.context, choice.notes, choice.split)
 
 
 def adapter_bytes(spec: ModelSpec, path: Path) -> int:
@@ -173,8 +235,8 @@ def adapter_bytes(spec: ModelSpec, path: Path) -> int:
     return file.size_bytes + (2 * 4 * STEP_TOKENS * config.hidden_dim if is_inner else 0)
 
 
-def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:
-    """Load a model exactly as planned, whatever else is loaded."""
+def load_planned(spec: ModelSpec, plan: ModelPlan, progress: Progress | None = None) -> LoadedModel:
+    """Load a model exactly as planned, whatever else is loaded; `progress` hears of what and how far."""
     return load_model(
         spec.path,
         quant=spec.quant,
@@ -182,7 +244,10 @@ def load_planned(spec: ModelSpec, plan: ModelPlan) -> LoadedModel:
         threads=spec.threads,
         placement=spec.placement,
         context=plan.context,
+        split=plan.split,
         max_sequences=spec.sequences,
         prefix_cache_dir=spec.prefix_cache_dir,
         swap_bytes=spec.swap_bytes,
+        draft=spec.draft,
+        progress=progress,
     )

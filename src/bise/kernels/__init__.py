@@ -123,6 +123,12 @@ class Ops(Protocol):
         """Return (x + y, norm(x + y)); the cpu backend may reuse the storage of x for the sum."""
         ...
 
+    def together(self, weights: Sequence[Weight]) -> Sequence[Weight]:
+        """Return weights [N_i, K] that `linear` is always going to take together in the form that suits it
+        best; the given ones stay usable.
+        """
+        ...
+
     def linear(self, x: Array, weights: Sequence[Weight]) -> list[Array]:
         """Return x [T, K] times the transpose of each weight [N_i, K]; x is quantised once for all of
         them.

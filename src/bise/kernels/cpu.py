@@ -221,6 +221,10 @@ class CpuOps:
         self._native.norm(x, y, weight, eps, out)
         return x, out
 
+    def together(self, weights: Sequence[Packed]) -> Sequence[Packed]:
+        """See `Ops.together`."""
+        return weights
+
     def linear(self, x: Floats, weights: Sequence[Packed]) -> list[Floats]:
         """See `Ops.linear`."""
         rows = x.shape[0]

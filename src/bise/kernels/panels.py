@@ -66,23 +66,28 @@ PANEL_FORMATS: dict[str, PanelFormat] = {
     "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
 }
 
-TILE_ROWS = 64
-"""Rows of the tiles of `kernels/triton/tiles.py`; the last tile of a matrix is padded."""
+TILE_ROWS = TILE_COLUMNS = 64
+"""Sides of the tiles of `kernels/triton/tiles.py`; the last tiles of a matrix are padded."""
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 
 
 def device_bytes(
     packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int, is_tiled: bool
 ) -> int:
-    """Return the bytes that a packed matrix takes on a device, in tiles of 64 rows if it `is_tiled`; floats but
-    f32 take `float_bytes` each.
+    """Return the bytes that a packed matrix takes on a device, as whole tiles if it `is_tiled`.
+
+    Floats take `float_bytes` each; in tiles those of f32 stay as they are.
     """
-    columns = -(-num_columns // BLOCK_COLUMNS) * BLOCK_COLUMNS
+    columns = _rounded(num_columns, BLOCK_COLUMNS)
     if is_tiled:
-        num_rows = -(-num_rows // TILE_ROWS) * TILE_ROWS
+        num_rows, columns = _rounded(num_rows, TILE_ROWS), _rounded(num_columns, TILE_COLUMNS)
     if packed_format in FLOAT_FORMATS:
-        width = 4 if packed_format == "f32" else float_bytes
+        width = 4 if packed_format == "f32" and is_tiled else float_bytes
         return num_rows * (columns if is_tiled else num_columns) * width
     layout = PANEL_FORMATS[packed_format]
     scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
     return num_rows * (columns * layout.stored_bits // 8 + scales)
+
+
+def _rounded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

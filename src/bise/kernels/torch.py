@@ -121,6 +121,10 @@ class TorchOps:
         total = x + y
         return total, self.norm(total, weight, eps)
 
+    def together(self, weights: Sequence[TorchWeight]) -> Sequence[TorchWeight]:
+        """See `Ops.together`."""
+        return weights
+
     def linear(self, x: Tensor, weights: Sequence[TorchWeight]) -> list[Tensor]:
         """See `Ops.linear`."""
         return [functional.linear(x, _dense(weight, x.dtype)) for weight in weights]

@@ -67,11 +67,11 @@ class Block:
         self.window = config.windows[index]
         self.attn_norm: Array = weights[prefix + "attn_norm"]
         self.ffn_norm: Array = weights[prefix + "ffn_norm"]
-        self._qkv: Sequence[Weight] = [weights[prefix + name] for name in ("wq", "wk", "wv")]
+        self._qkv = ops.together([weights[prefix + name] for name in ("wq", "wk", "wv")])
         self._wo: Sequence[Weight] = [weights[prefix + "wo"]]
         self._router: Weight | None = weights.get(prefix + "router")
         experts = [f"{prefix}experts.{expert}." for expert in range(config.num_experts)] or [prefix]
-        self._bank: Experts = ops.experts(
+        self._bank: Experts = ops.layer(index).experts(
             [(weights[name + "w1"], weights[name + "w3"], weights[name + "w2"]) for name in experts]
         )
         self._dense: Sequence[Weight] = (
@@ -135,7 +135,8 @@ class Transformer:
         groups = config.window_groups
         self._groups = [groups.index(block.window) for block in self._blocks]
         self._norm: Array = weights["norm"]
-        self._head: Weight = weights["tok_embeddings" if config.tied_embeddings else "output"]
+        # A tied head has a name of its own where it lies apart from the embeddings.
+        self._head: Weight = weights["output" if "output" in weights else "tok_embeddings"]
 
     def forward(self, batch: Batch, cache: LayerPages | None = None) -> Array:
         """Return the normed hidden states [T, E] of all rows; K and V are stored in `cache`.
