@@ -57,6 +57,7 @@ class World:
         self.gate = threading.Event()
         self.gate.set()
         self.loading = threading.Event()
+        self.stages = []
 
     def plan(self, spec: ModelSpec, memory: int | None) -> ModelPlan:
         if spec.name in self.faults:
@@ -73,7 +74,9 @@ class World:
             modified_s=0,
         )
 
-    def load(self, spec: ModelSpec, plan: ModelPlan) -> FakeModel:
+    def load(self, spec: ModelSpec, plan: ModelPlan, progress) -> FakeModel:
+        for stage, share in self.stages:
+            progress(stage, share)
         self.loading.set()
         assert self.gate.wait(20)
         if spec.name in self.failures:
@@ -228,6 +231,28 @@ def test_callers_of_one_cold_model_share_one_load():
         assert len({id(outcome[0].loaded) for _, outcome in calls}) == 1
         assert world.events == ["+a"]
         assert fleet.card("a").users == 5
+
+
+def test_a_card_tells_how_much_of_a_model_is_loaded():
+    world = World(10, a=4)
+    world.gate.clear()
+    with world.fleet() as fleet:
+        assert fleet.card("a").loaded is None
+        for stages, share in (
+            ([("reading weights", 0.25)], 0.25),
+            ([("hashing the files", 1.0), ("packing weights", 0.5)], 0.6),
+            ([("packing weights", 0.7), ("reading weights", 0.1)], 0.7),
+        ):
+            world.stages = stages
+            world.loading.clear()
+            world.gate.clear()
+            thread, _ = in_thread(fleet.wake, "a")
+            assert world.loading.wait(20)
+            assert fleet.card("a").loaded == pytest.approx(share)
+            world.gate.set()
+            thread.join(20)
+            assert fleet.card("a").loaded is None
+            fleet.sleep("a")
 
 
 def test_a_failed_load_fails_those_who_waited_for_it_and_nobody_after_them():

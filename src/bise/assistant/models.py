@@ -42,6 +42,8 @@ class ModelFacts:
     fault: str | None = None
     leaves_machine: bool = False
     """Prompts to it are sent to another machine."""
+    loaded: float | None = None
+    """How much of it is read, 0 to 1, while it is being loaded."""
     sliding_window: int | None = None
     """Tokens that one token sees in the layers with a sliding window; None where every layer sees all."""
 
@@ -135,6 +137,7 @@ class FleetModels:
                 state=card.state,
                 is_embedded=is_embedded(card.spec.path),
                 fault=card.fault,
+                loaded=card.loaded,
                 sliding_window=None if card.plan is None else card.plan.window,
             )
             for card in self._fleet.cards()

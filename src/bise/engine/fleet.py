@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from bise.engine.fleet_entry import Attached, Entry, Lease, Load, State
-from bise.engine.load import LoadedModel
+from bise.engine.load import LoadedModel, Progress
 from bise.engine.memory import available_memory
 from bise.engine.model_spec import (
     ADAPTER_SEPARATOR,
@@ -42,7 +42,7 @@ from bise.errors import (
 logger = logging.getLogger(__name__)
 
 Planner = Callable[[ModelSpec, int | None], ModelPlan]
-Loader = Callable[[ModelSpec, ModelPlan], LoadedModel]
+Loader = Callable[[ModelSpec, ModelPlan, Progress], LoadedModel]
 AdapterSizer = Callable[[ModelSpec, Path], int]
 
 
@@ -436,7 +436,7 @@ class Fleet:
         """Unload the victims and load the model, pinned once for the caller."""
         try:
             self._unload(victims)
-            loaded = self._loader(entry.spec, plan)
+            loaded = self._loader(entry.spec, plan, load.tell)
         except BaseException as error:
             failure = _as_bise_error(entry.spec.name, error)
             with self._changed:

@@ -20,10 +20,26 @@ class State(StrEnum):
     CLOSING = "closing"
 
 
+HASHING_SHARE = 0.2
+"""Of a load that begins with reading all files for their hash: what that part counts."""
+
+
 class Load:
     """One attempt to load; those who wait for it share its outcome."""
 
     error: BiseError | None = None
+    share = 0.0
+    """How much is done, 0 to 1; it never falls."""
+    _begin = 0.0
+
+    def tell(self, stage: str, share: float) -> None:
+        """Take note of how far a stage is; the loading thread calls it."""
+        if stage.startswith("hashing"):
+            self._begin = HASHING_SHARE
+            share *= HASHING_SHARE
+        else:
+            share = self._begin + (1 - self._begin) * share
+        self.share = max(self.share, min(1.0, share))
 
 
 class Attached:
@@ -82,6 +98,7 @@ class Entry:
             users=self.pins,
             fault=fault,
             adapters=tuple(attached.card() for attached in self.adapters.values()),
+            loaded=None if self.load is None else self.load.share,
         )
 
 
