@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from bise.train.checkpoint import load_latest, save_checkpoint
-from bise.train.job import JobSettings, run_job
+from bise.train.job import run_job
 from bise.train.loop import Schedule
+from bise.train.settings import JobSettings
 
 SETTINGS = JobSettings(
     rank=4, held_back=0.2, schedule=Schedule(epochs=4, batch=4, checkpoint_steps=1, lr=0.01)
@@ -72,17 +73,17 @@ def checkpoints(rounds: int, folder: Path, rng: random.Random) -> None:
 
         def work(announce: Callable[[int], None], run: Path = run) -> None:
             for step in range(1, 100_000):
-                save_checkpoint(run, step, {"x": torch.full((50_000,), float(step))}, {"step": step})
+                save_checkpoint(
+                    run, step, {"x": (50_000,)}, [torch.full((50_000,), float(step))], {"step": step}
+                )
                 announce(step)
 
         seen, _ = kill_after(*start(work), rng.random() * 0.08)
         found = load_latest(run)
         assert found is not None, f"round {number}: nothing loads"
-        tensors, progress = found
-        assert int(str(progress["step"])) >= seen, (
-            f"round {number}: {seen} was announced, {progress} is there"
-        )
-        assert torch.equal(tensors["x"], torch.full((50_000,), float(str(progress["step"])))), number
+        step = int(str(found.progress["step"]))
+        assert step >= seen, f"round {number}: {seen} was announced, {step} is there"
+        assert torch.equal(found.whole("x"), torch.full((50_000,), float(step))), number
 
 
 def resume(rounds: int, folder: Path, rng: random.Random, model: Path, data: Path) -> None:

@@ -67,6 +67,20 @@ BAD = {
     "tools of another type": ({"messages": [user(), said()], "tools": 5}, 1, "tools"),
     "a tool without a name": ({"messages": [user(), said()], "tools": [{"function": {}}]},
                             1, "tools[0].function.name"),
+    "a document over several lines": (json.dumps([GOOD, GOOD], indent=1), 0, ""),
+    "tables of a spreadsheet": ("question,answer", 1, ""),
+    "calls side by side of another type": ({"messages": [user(), said()], "parallel_tool_calls": "no"},
+                                           1, "parallel_tool_calls"),
+    "a fault inside of a prompt": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": [said("a")],
+                                    "rejected": [said("b")]}, 1, "prompt[0].role"),
+    "a fault inside of OpenAI's prompt": ({"input": {"messages": [user(3)]}, "preferred_output": [said("a")],
+                                           "non_preferred_output": [said("b")]},
+                                          1, "input.messages[0].content"),
+    "an answer of two messages": ({"prompt": "a", "chosen": [said("a"), user()], "rejected": "b"},
+                                  1, "chosen"),
+    "preferences over different prompts": ({"chosen": [user("a"), said("x")],
+                                            "rejected": [user("b"), said("y")]}, 1, "rejected"),
+    "preferences without any prompt": ({"chosen": [said("x")], "rejected": [said("y")]}, 1, "chosen"),
     "equal preferences": ({"prompt": [user()], "chosen": [said()], "rejected": [said()]}, 1, "rejected"),
     "a preference for nobody's answer": ({"prompt": [user(), said()], "chosen": [said("a")],
                                          "rejected": [said("b")]}, 1, "prompt"),
@@ -104,6 +118,44 @@ def test_pairs_and_chats_do_not_mix(text, tmp_path):
     path = tmp_path / "mixed.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(pair))
     assert [bad.line for bad in read_data(path, *text).bad] == [2]
+
+
+OPENAI_PAIR = {
+    "input": {"messages": [user("Hi")], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [said("Yes?")],
+    "non_preferred_output": [said("No!")],
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        OPENAI_PAIR,
+        {"prompt": "Hi", "chosen": "Yes?", "rejected": "No!"},
+        {"prompt": [user("Hi")], "chosen": [said("Yes?")], "rejected": [said("No!")]},
+        {"prompt": "Hi", "chosen": [user("Hi"), said("Yes?")], "rejected": [user("Hi"), said("No!")]},
+        {"chosen": [user("Hi"), said("Yes?")], "rejected": [user("Hi"), said("No!")]},
+    ],
+)  # fmt: skip
+def test_every_form_of_a_preference_is_the_same_pair(row, text, tmp_path):
+    tokenizer, template = text
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    file = read_data(path, *text)
+    assert file.bad == ()
+    prompt, end = tuple(template.encode([user("Hi")])), tokenizer.control_id("</s>")
+    for found, answer in zip(file.examples[0].texts, ("Yes?", "No!"), strict=True):
+        assert found.ids == (*prompt, *tokenizer.encode(answer), end)
+        assert found.learned == (False,) * len(prompt) + (True,) * (len(found.ids) - len(prompt))
+
+
+def test_a_mark_in_front_of_the_file_and_empty_tools_change_nothing(text, tmp_path):
+    plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    plain.write_text(json.dumps(GOOD))
+    marked.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(GOOD | {"tools": [], "parallel_tool_calls": False}).encode()
+    )
+    assert read_data(marked, *text).texts == read_data(plain, *text).texts
 
 
 def test_only_the_assistants_turns_are_learned(text):

@@ -18,13 +18,14 @@ from bise.model.lora import BASE_HASH, open_adapter
 from bise.model.packed import content_hash
 from bise.text.turns import LearnedText
 from bise.train import job
-from bise.train.job import JobSettings, run_directory, run_job
+from bise.train.job import run_directory, run_job
 from bise.train.loop import Schedule, Training
 from bise.train.network import Network, read_weights, torch_ops
 from bise.train.objective import NextToken, Preference, passes
 from bise.train.parameters import FullParameters, LoraParameters
 from bise.train.parity import require_parity
 from bise.train.quantised import FrozenMatrix
+from bise.train.settings import JobSettings
 from bise.train.whole import WholeModel
 
 SETTINGS = JobSettings(

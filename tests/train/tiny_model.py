@@ -21,8 +21,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def write_tiny_model(path: Path, **changes: int) -> Path:
-    config = replace(CONFIG, **changes)
+def write_tiny_model(path: Path, *, num_layers: int = 2, **changes: int) -> Path:
+    config = replace(CONFIG, num_layers=num_layers, windows=(24,) * num_layers, **changes)
     path.mkdir()
     generator = torch.Generator().manual_seed(3)
     tensors = {}
@@ -35,7 +35,7 @@ def write_tiny_model(path: Path, **changes: int) -> Path:
         shutil.copyfile(embedded_path() / name, path / name)
     fields = json.loads((embedded_path() / "config.json").read_text())
     fields |= {
-        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": 2,
+        "hidden_size": config.dim, "intermediate_size": config.hidden_dim, "num_hidden_layers": num_layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 24,
         "max_position_embeddings": CONFIG.max_context, "torch_dtype": "float32",
     }  # fmt: skip

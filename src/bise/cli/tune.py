@@ -17,7 +17,7 @@ from bise.errors import ConfigError
 
 if TYPE_CHECKING:
     from bise.train.data import DataFile
-    from bise.train.job import JobSettings
+    from bise.train.settings import JobSettings
 
 SHOWN_BAD = 100
 """Bad lines listed on a terminal; --json lists all."""
@@ -62,7 +62,7 @@ def command() -> None:
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--alpha", type=float, help="Scale of the adapter times its rank.  [default: twice the rank]")
 @click.option(
-    "--targets", default="wq,wk,wv,wo,w1,w2,w3", show_default=True, type=text, help="Matrices to adapt."
+    "--targets", type=text, help="Matrices to adapt, of wq,wk,wv,wo,w1,w2,w3.  [default: all that can be]"
 )
 @click.option("--epochs", default=3.0, show_default=True, help="Times through the data.")
 @click.option("--steps", type=int, help="Steps, whatever --epochs says.")
@@ -85,6 +85,10 @@ def command() -> None:
 @click.option("--pass-tokens", default=4096, show_default=True, help="Tokens at once: bounds the memory.")
 @click.option("--recompute", is_flag=True, help="Keep less for the way back, compute it again: same bits.")
 @click.option("--checkpoint-steps", type=int, help="Steps between checkpoints.  [default: one a minute]")
+@click.option(
+    "--keep-epochs", "kept_epochs", default=0, show_default=True,
+    help="Adapters of the last epochs to keep in DIR/checkpoints, beside the best one.",
+)  # fmt: skip
 @click.option(
     "--dtype", default="f32", show_default=True, type=click.Choice(["f32", "bf16"]), help="To compute in."
 )
@@ -137,6 +141,7 @@ def run(
     write_pairs([
         ("made", str(result.path)),
         ("loss", f"{result.train_loss:.4f} training, {evaluated} held back"),
+        *([] if result.loss_before is None else [("before", f"{result.loss_before:.4f} held back")]),
         ("parity", f"engine and trainer differ by {result.parity:.1e} nats at most"),
     ])  # fmt: skip
     aside(f"{result.steps} steps in {result.seconds:.0f} s")
@@ -211,16 +216,16 @@ def _require_torch() -> None:
 
 
 def _settings(values: dict[str, Any]) -> JobSettings:
-    from bise.train.job import JobSettings
     from bise.train.loop import Schedule
+    from bise.train.settings import JobSettings
 
     lr = values.pop("lr")
     if lr is None:
         lr = 1e-3 if values["method"] == "lora" else 1e-4
     names = ("epochs", "batch", "warmup", "weight_decay", "seed", "evaluations", "patience", "pass_tokens",
-             "checkpoint_steps")  # fmt: skip
+             "checkpoint_steps", "kept_epochs")  # fmt: skip
     schedule = Schedule(lr=lr, max_steps=values.pop("steps"), **{name: values.pop(name) for name in names})
-    targets = tuple(part.strip() for part in values.pop("targets").split(",") if part.strip())
+    targets = tuple(part.strip() for part in (values.pop("targets") or "").split(",") if part.strip())
     return JobSettings(targets=targets, schedule=schedule, **values)
 
 

@@ -8,71 +8,100 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bise.errors import ModelFileError, StoreError
 from bise.jsonfile import read_json_object
+from bise.train.safetensors_writer import write_tensors
 from bise.train.write import publish
 
 KEPT = 2
-"""Checkpoints that stay; older ones are removed once a newer one is there."""
+"""Checkpoints to resume from that stay; older ones are removed once a newer one is there."""
 _NAME = re.compile(r"step-(\d{8})")
 _PARTIAL = ".partial-"
+_STATE = "state.safetensors"
+
+
+class Checkpoint:
+    """A checkpoint on disk, read piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it; ModelFileError when it cannot be read."""
+        self.path = path
+        try:
+            # safetensors has no annotations
+            self._file: Any = safe_open(path / _STATE, framework="pt")  # pyright: ignore[reportUnknownVariableType]
+            self.names = frozenset(cast("list[str]", self._file.keys()))
+        except (OSError, SafetensorError) as error:
+            raise ModelFileError(
+                f"{path} cannot be read: {error}; remove it to use the one before"
+            ) from error
+        self.progress = read_json_object(path / "progress.json")
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Return rows [start, end) of a tensor."""
+        return cast(Tensor, self._file.get_slice(name)[start:end])
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return cast(Tensor, self._file.get_tensor(name))
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, object]
+    run: Path,
+    step: int,
+    shapes: Mapping[str, Sequence[int]],
+    values: Iterable[Tensor],
+    progress: Mapping[str, object],
+    *,
+    kept: int = KEPT,
 ) -> Path:
-    """Write a checkpoint and return its directory; what was there before stays until it is complete.
+    """Write a checkpoint of float32 tensors and return its directory; what was there before stays until it is
+    complete, then the newest `kept` of all. `values` are asked for one at a time, in the order of `shapes`.
 
     Raises StoreError when the disk does not take it; nothing of it is left then.
     """
-    path = run / f"step-{step:08d}"
-    if path.exists():
-        return path
+    path = run / step_name(step)
     partial = run / f"{_PARTIAL}{path.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial / "state.safetensors",
+        write_tensors(
+            partial / _STATE,
+            [(name, "F32", shape) for name, shape in shapes.items()],
+            (tensor.detach().numpy() for tensor in values),  # pyright: ignore[reportUnknownMemberType]
         )
         (partial / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
         publish(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())
         raise StoreError(
-            f"the checkpoint of step {step} cannot be written to {run}: {reason}; make room and use "
-            "--resume: the one before is good"
+            f"the checkpoint of step {step} cannot be written to {run}: {error.strerror or error}; make room "
+            "and use --resume: the one before is good"
         ) from error
-    for old in _checkpoints(run)[:-KEPT]:
+    for old in checkpoints(run)[:-kept]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def load_latest(run: Path) -> tuple[dict[str, Tensor], dict[str, object]] | None:
-    """Return tensors and progress of the newest checkpoint; None when there is none."""
-    found = _checkpoints(run)
-    if not found:
-        return None
-    try:
-        tensors = load_file(found[-1] / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ModelFileError(
-            f"{found[-1]} cannot be read: {error}; remove it to use the one before"
-        ) from error
-    return tensors, read_json_object(found[-1] / "progress.json")
+def load_latest(run: Path) -> Checkpoint | None:
+    """Return the newest checkpoint; None when there is none."""
+    found = checkpoints(run)
+    return Checkpoint(found[-1]) if found else None
 
 
-def _checkpoints(run: Path) -> list[Path]:
+def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
     if not run.is_dir():
         return []
     return sorted(path for path in run.iterdir() if _NAME.fullmatch(path.name))

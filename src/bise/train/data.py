@@ -26,14 +26,17 @@ MAX_LINE_BYTES = 16 << 20
 SHOWN_ERRORS = 3
 """Bad lines named in an error; `bise tune check` lists all."""
 
-_KINDS = {
-    frozenset({"messages"}): "chat",
-    frozenset({"messages", "tools"}): "chat",
-    frozenset({"text"}): "text",
-    frozenset({"prompt", "chosen", "rejected"}): "preference",
-    frozenset({"prompt", "chosen", "rejected", "tools"}): "preference",
-    frozenset({"input", "preferred_output", "non_preferred_output"}): "preference",
-}
+_FORMS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "chat": (frozenset({"messages"}), frozenset({"tools", "parallel_tool_calls"})),
+    "text": (frozenset({"text"}), frozenset()),
+    "preference": (frozenset({"chosen", "rejected"}), frozenset({"prompt", "tools"})),
+    "preference of OpenAI's API": (
+        frozenset({"input", "preferred_output", "non_preferred_output"}), frozenset(),
+    ),
+}  # fmt: skip
+"""The keys that a line of each kind must have, and those that it may have."""
+_DOCUMENT_ERRORS = 3
+"""From so many bad lines on, and no good one, the file as a whole is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ def read_data(
     Bad lines do not raise; they are in `DataFile.bad`. Raises UserError when the file itself cannot be read.
     """
     content = read_bounded(path.expanduser(), MAX_DATA_BYTES)
+    digest = hashlib.sha256(content).hexdigest()
+    content = content.removeprefix(b"\xef\xbb\xbf")  # a mark that some editors put in front of UTF-8
     examples: list[Example] = []
     bad: list[BadLine] = []
     first_lines: dict[object, int] = {}
@@ -127,20 +132,32 @@ def read_data(
             progress("reading the data", number / len(lines))
     if not examples and not bad:
         bad.append(BadLine(0, "", "the file has no examples"))
-    if len(kinds := {example.kind == "preference" for example in examples}) > 1:
+    if not examples and len(bad) >= _DOCUMENT_ERRORS and _is_document(content):
+        bad = [
+            BadLine(0, "", "the file is one JSON document over several lines; JSONL has one object a line")
+        ]
+    if len({example.kind == "preference" for example in examples}) > 1:
         odd = next(e for e in examples if (e.kind == "preference") != (examples[0].kind == "preference"))
         bad.append(
             BadLine(odd.line, "", f"is of kind {odd.kind}, line {examples[0].line} is {examples[0].kind}; "
                     "preference pairs and other lines need files of their own")
         )  # fmt: skip
-    assert len(kinds) <= 2
     return DataFile(
         path=path,
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=digest,
         examples=tuple(examples),
         bad=tuple(bad),
         duplicates=tuple(duplicates),
     )
+
+
+def _is_document(content: bytes) -> bool:
+    """Say whether a file of bad lines is good JSON as a whole."""
+    try:
+        parse_json(content, "the file")
+    except BiseError:
+        return False
+    return True
 
 
 def _is_place(error: BiseError) -> bool:
@@ -157,12 +174,7 @@ def _read_line(
     if not isinstance(value, dict):
         raise UserError(f"is {kind_of(value)}, not a JSON object")
     row = cast(dict[str, object], value)
-    kind = _KINDS.get(frozenset(row))
-    if kind is None:
-        raise UserError(
-            f"has the keys {', '.join(sorted(row)) or 'none'}; known: messages (and tools), text, or prompt, "
-            "chosen, rejected"
-        )
+    kind = _kind(row)
     if kind == "text":
         return kind, (_plain_text(row["text"], tokenizer),)
     if template is None:
@@ -170,6 +182,16 @@ def _read_line(
     if kind == "chat":
         return kind, tuple(_chat(row, "messages", row["messages"], tokenizer, template))
     return kind, _preference(row, tokenizer, template)
+
+
+def _kind(row: Mapping[str, object]) -> str:
+    for kind, (needed, allowed) in _FORMS.items():
+        if needed <= row.keys() <= needed | allowed:
+            return kind.partition(" ")[0]
+    raise UserError(
+        f"has the keys {', '.join(sorted(row)) or 'none'}; known: messages (and tools), text, prompt with "
+        "chosen and rejected, or input with preferred_output and non_preferred_output"
+    )
 
 
 def _plain_text(value: object, tokenizer: Tokenizer) -> LearnedText:
@@ -203,7 +225,9 @@ def _chat(
 
 
 def _tools(row: Mapping[str, object]) -> Sequence[Tool] | None:
-    if "tools" not in row:
+    if not isinstance(row.get("parallel_tool_calls", False), bool):
+        refuse("parallel_tool_calls", f"must be true or false, not {kind_of(row['parallel_tool_calls'])}")
+    if row.get("tools") in (None, []):
         return None
     parse_tools(cast(Sequence[object], row["tools"]))
     return cast(Sequence[Tool], row["tools"])
@@ -231,35 +255,63 @@ def _messages(field: str, value: object) -> tuple[list[Message], frozenset[int]]
                 f"{field}[{index}].prefix", "is for a message that is continued; training needs whole ones"
             )
         messages.append(message)
-    parse_messages(messages, continue_final=False)
+    try:
+        parse_messages(messages, continue_final=False)
+    except RequestError as error:
+        place = (error.field or "").replace("messages", field, 1)
+        raise RequestError(str(error).replace("messages", field, 1), field=place) from None
     return messages, frozenset(skipped)
 
 
 def _preference(
     row: Mapping[str, object], tokenizer: Tokenizer, template: ChatTemplate
 ) -> tuple[LearnedText, LearnedText]:
+    """Return the chosen and the rejected answer behind their prompt.
+
+    A string stands for one message. Without a prompt, chosen and rejected are whole conversations that differ
+    in their last message.
+    """
     if "input" in row:  # the form of OpenAI's API
         source = row["input"]
-        if not isinstance(source, dict) or not set(cast(dict[str, object], source)) <= {"messages", "tools"}:
+        known = {"messages", "tools", "parallel_tool_calls"}
+        if not isinstance(source, dict) or not set(cast(dict[str, object], source)) <= known:
             refuse("input", "must be an object of messages (and tools)")
-        inside = cast(dict[str, object], source)
-        names, context, prompt = ("preferred_output", "non_preferred_output"), inside, inside.get("messages")
+        context = cast(dict[str, object], source)
+        names, place, prompt = (
+            ("preferred_output", "non_preferred_output"),
+            "input.messages",
+            context.get("messages"),
+        )
     else:
-        names, context, prompt = ("chosen", "rejected"), row, row["prompt"]
-    messages, _ = _messages("prompt", prompt)
+        names, place, context, prompt = ("chosen", "rejected"), "prompt", row, row.get("prompt")
+    answers = [_turns(name, row[name], "assistant") for name in names]
+    if "input" in row or "prompt" in row:
+        messages = _turns(place, prompt, "user")
+        answers = [answer[len(messages) :] if answer[:-1] == messages else answer for answer in answers]
+    else:
+        place, messages = names[0], answers[0][:-1]
+        if answers[1][:-1] != messages:
+            refuse(
+                names[1], f"must be the conversation of {names[0]} but for its last message, or give `prompt`"
+            )
+        answers = [answer[-1:] for answer in answers]
     if not messages or messages[-1].get("role") == "assistant":
-        refuse("prompt", "must end with a message that the assistant answers")
-    answers: list[LearnedText] = []
-    for name in names:
-        answer, _ = _messages(name, row[name])
+        refuse(place, "must end with a message that the assistant answers")
+    pair: list[LearnedText] = []
+    skipped = frozenset(n for n, message in enumerate(messages) if message.get("role") == "assistant")
+    for name, answer in zip(names, answers, strict=True):
         if len(answer) != 1 or answer[0].get("role") != "assistant":
             refuse(name, "must be one message of the assistant")
-        skipped = frozenset(n for n, m in enumerate(messages) if m.get("role") == "assistant")
         texts = assistant_texts(template, tokenizer, [*messages, *answer], _tools(context), skipped=skipped)
-        answers.append(texts[-1])
-    if answers[0] == answers[1]:
+        pair.append(texts[-1])
+    if pair[0] == pair[1]:
         refuse(names[1], f"is the same as {names[0]}: nothing can be preferred")
-    return answers[0], answers[1]
+    return pair[0], pair[1]
+
+
+def _turns(field: str, value: object, role: str) -> list[Message]:
+    """Return the messages of a part of a preference; a string is one message of `role`."""
+    return _messages(field, [{"role": role, "content": value}] if isinstance(value, str) else value)[0]
 
 
 def truncated(texts: Sequence[LearnedText], max_tokens: int) -> tuple[list[LearnedText], int]:

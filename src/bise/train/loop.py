@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from bise.errors import ConfigError, ModelFileError, NonFiniteError
-from bise.train.checkpoint import load_latest, number, save_checkpoint
+from bise.train.checkpoint import Checkpoint, checkpoints, load_latest, number, save_checkpoint, step_name
 from bise.train.objective import Objective, Sample, passes, tokens_of
-from bise.train.sharding import Ranks, shaped_like, whole
+from bise.train.sharding import Ranks, here, rows_here, whole
 
 Report = Callable[[Mapping[str, Any]], None]
-"""Gets every event: {"event": "step" | "evaluation" | "checkpoint" | "stopped", ...}."""
+"""Gets every event: {"event": "step" | "evaluation" | "epoch" | "checkpoint" | "stopped", ...}."""
 
 CHECKPOINT_S = 60.0
 """Seconds between checkpoints."""
 CLIP = 1.0
+_KEPT = "epochs"
+"""Where in a run's directory the states lie that are kept for the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,14 @@ class Schedule:
     """Evaluations without progress after which training ends; 0 never ends early."""
     checkpoint_steps: int | None = None
     """Steps between checkpoints; None: one a minute."""
+    kept_epochs: int = 0
+    """Of so many epochs, the last ones, what was learned by their end is kept for the result."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("epochs", 0.001, 1e4), ("batch", 1, 1 << 16), ("pass_tokens", 1, 1 << 24), ("lr", 1e-9, 10),
             ("warmup", 0, 0.9), ("weight_decay", 0, 10), ("evaluations", 1, 10_000), ("patience", 0, 10_000),
+            ("kept_epochs", 0, 1000),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
@@ -125,6 +130,7 @@ class Training:
         self._report = report if self._ranks.is_first else _tell_nobody
         self.progress = Progress(fingerprint=fingerprint)
         self.steps = schedule.steps(len(train))
+        self._saved_step = 0
         self.params = dict(params)
         self.best: dict[str, Tensor] = {}
         decay = [p for p in self.params.values() if p.ndim == 2]
@@ -144,7 +150,7 @@ class Training:
         found = load_latest(self._run)
         if found is None:
             return 0
-        tensors, saved = found
+        saved = found.progress
         if saved.get("fingerprint") != self.progress.fingerprint:
             raise ModelFileError(
                 f"{self._run} holds a run of other settings, data or model; repeat those to resume it, or "
@@ -160,17 +166,27 @@ class Training:
             tokens=int(number(saved, "tokens")),
             fingerprint=self.progress.fingerprint,
         )
+        self._read(found)
+        self._saved_step = self.progress.step
+        return self.progress.step
+
+    def _read(self, found: Checkpoint) -> None:
+        """Take parameters, moments and the best parameters so far, each process its own rows."""
+
+        def filled(tensor: Tensor, name: str) -> Tensor:
+            here(tensor).copy_(found.rows(name, *rows_here(tensor)))
+            return tensor
+
         with torch.no_grad():
             for name, param in self.params.items():
-                param.copy_(shaped_like(tensors[f"param.{name}"], param))
-                if f"best.{name}" in tensors:
-                    self.best[name] = shaped_like(tensors[f"best.{name}"], param)
+                filled(param, f"param.{name}")
+                if f"best.{name}" in found.names:
+                    self.best[name] = filled(torch.empty_like(param), f"best.{name}")
                 self._optimizer.state[param] = {
                     "step": torch.tensor(float(self.progress.step)),
-                    "exp_avg": shaped_like(tensors[f"first.{name}"], param),
-                    "exp_avg_sq": shaped_like(tensors[f"second.{name}"], param),
+                    "exp_avg": filled(torch.empty_like(param), f"first.{name}"),
+                    "exp_avg_sq": filled(torch.empty_like(param), f"second.{name}"),
                 }
-        return self.progress.step
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Train to the end; return False when `should_stop` ended it, with a checkpoint to resume from.
@@ -182,6 +198,8 @@ class Training:
         started, before_s = time.monotonic(), progress.elapsed_s
         saved_s = started
         self._objective.prepare([*self._train, *self._held_back])
+        if self._held_back and progress.step == 0:
+            self._tell_evaluation(self.losses_of(self._held_back))
         while progress.step < self.steps and not self._is_stale():
             if self._ranks.agree(should_stop()):
                 self._save()
@@ -191,6 +209,8 @@ class Training:
             progress.elapsed_s = time.monotonic() - started + before_s
             if self._held_back and (progress.step % every == 0 or progress.step == self.steps):
                 self._evaluate()
+            if self._schedule.kept_epochs and self._ends_epoch(progress.step):
+                self._keep()
             wanted = self._schedule.checkpoint_steps
             due = progress.step % wanted == 0 if wanted else time.monotonic() - saved_s > CHECKPOINT_S
             if self._ranks.agree(due):
@@ -199,9 +219,23 @@ class Training:
         return True
 
     def result(self) -> dict[str, Tensor]:
-        """Return the parameters of the best evaluation; the last ones where nothing was evaluated."""
-        found = self.best or {name: param.detach() for name, param in self.params.items()}
-        return {name: whole(tensor) for name, tensor in found.items()}
+        """Return the parameters of the best evaluation, the last ones where nothing was evaluated; in all
+        processes but the first, which writes them, nothing.
+        """
+        result: dict[str, Tensor] = {}
+        for name, param in self.params.items():
+            tensor = whole(self.best.get(name, param.detach()))
+            if self._ranks.is_first:
+                result[name] = tensor
+        return result
+
+    def kept(self) -> dict[int, dict[str, Tensor]]:
+        """Return the parameters at the ends of the last epochs, as many as are kept, by step."""
+        found = (Checkpoint(path) for path in checkpoints(self._run / _KEPT))
+        return {
+            int(number(state.progress, "step")): {name: state.whole(name) for name in self.params}
+            for state in found
+        }
 
     def losses_of(self, samples: Sequence[Sample]) -> Tensor:
         """Return the losses of samples in float64, without gradients."""
@@ -260,7 +294,7 @@ class Training:
             "gradient": norm, "tokens": tokens,
             "trained_tokens": progress.tokens, "tokens_per_s": tokens / max(seconds, 1e-9),
             "eta_s": (elapsed_s + seconds) / progress.step * (self.steps - progress.step),
-            "memory_bytes": _peak_memory(self._device),
+            "memory_bytes": self._ranks.most(_peak_memory(self._device)),
         })  # fmt: skip
 
     def _passes(self, samples: list[Sample]) -> list[tuple[list[Sample], float]]:
@@ -287,28 +321,57 @@ class Training:
             self.best = {name: param.detach().clone() for name, param in self.params.items()}
         else:
             progress.bad_evaluations += 1
+        self._tell_evaluation(losses)
+
+    def _tell_evaluation(self, losses: Tensor) -> None:
+        """Report losses on the held-back samples; those before the first step are no result to go back to."""
+        loss = float(losses.mean())
         self._report({
-            "event": "evaluation", "step": progress.step, "loss": loss, "best": progress.best_loss,
-            **self._objective.metrics(losses),
+            "event": "evaluation", "step": self.progress.step, "loss": loss,
+            "best": min(loss, self.progress.best_loss), **self._objective.metrics(losses),
         })  # fmt: skip
+
+    def _ends_epoch(self, step: int) -> bool:
+        count, batch = len(self._train), self._schedule.batch
+        return step == self.steps or step * batch // count > (step - 1) * batch // count
+
+    def _keep(self) -> None:
+        """Keep the parameters as they are at the end of an epoch, and tell so."""
+        step, kept = self.progress.step, self._schedule.kept_epochs
+        gathered = (whole(param.detach()).cpu() for param in self.params.values())
+        if not self._ranks.is_first:
+            for _ in gathered:
+                continue
+            return
+        shapes = {name: tuple(param.shape) for name, param in self.params.items()}
+        folder = self._run / _KEPT
+        if not (folder / step_name(step)).exists():  # or a process that was killed since had these bits
+            save_checkpoint(folder, step, shapes, gathered, {"step": step}, kept=kept)
+        self._report(
+            {"event": "epoch", "step": step, "epoch": step * self._schedule.batch // len(self._train)}
+        )
 
     def _save(self) -> None:
         """Write a checkpoint, then announce it."""
         progress = self.progress
-        if progress.step == 0:
+        if progress.step == self._saved_step:
             return
-        tensors = {f"best.{name}": whole(tensor).cpu() for name, tensor in self.best.items()}
+        self._saved_step = progress.step
+        parts = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, param in self.params.items():
             state = cast("dict[str, Tensor]", self._optimizer.state[param])
-            tensors[f"param.{name}"] = whole(param.detach()).cpu()
-            tensors[f"first.{name}"] = whole(state["exp_avg"]).cpu()
-            tensors[f"second.{name}"] = whole(state["exp_avg_sq"]).cpu()
+            parts[f"param.{name}"] = param.detach()
+            parts[f"first.{name}"], parts[f"second.{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        gathered = (whole(tensor).cpu() for tensor in parts.values())
         if not self._ranks.is_first:
+            for _ in gathered:
+                continue
             return
         values = asdict(progress)
         if not math.isfinite(progress.best_loss):
             values["best_loss"] = None
-        path = save_checkpoint(self._run, progress.step, tensors, values)
+        shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+        path = save_checkpoint(self._run, progress.step, shapes, gathered, values)
         self._report({"event": "checkpoint", "step": progress.step, "path": str(path)})
 
 

@@ -24,7 +24,7 @@ from bise.model.source import ModelSource
 from bise.model.transformer import Transformer, weight_shapes
 from bise.text.turns import LearnedText
 from bise.train.quantised import FrozenMatrix, FrozenOps
-from bise.train.sharding import ShardedTransformer
+from bise.train.sharding import ShardedTransformer, Shards, lies_in_shards
 
 Tensors = dict[str, Tensor]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -52,12 +52,26 @@ def torch_ops(dtype: str, device: str) -> TorchOps:
     return FrozenOps(DTYPES[dtype], device)
 
 
-def read_weights(source: ModelSource, device: str, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Return every weight of a model on disk, by the names of `weight_shapes`."""
+def read_weights(
+    source: ModelSource, device: str, dtype: torch.dtype = torch.float32, *, has_shards: bool = False
+) -> Tensors:
+    """Return every weight of a model on disk, by its name; `has_shards`: without those that lie in
+    shards.
+    """
     return {
-        name: torch.from_numpy(source.tensors[name].floats(0, shape[0])).to(device, dtype)  # pyright: ignore[reportUnknownMemberType]
+        name: _read(source, device, dtype, name, 0, shape[0])
         for name, shape in weight_shapes(source.config).items()
+        if not (has_shards and lies_in_shards(name, shape))
     }
+
+
+def shards_of(source: ModelSource, device: str, dtype: torch.dtype, *, is_trained: bool) -> Shards:
+    """Return where a model's shards come from: its files, row by row."""
+    return Shards(read=partial(_read, source, device, dtype), dtype=dtype, is_trained=is_trained)
+
+
+def _read(source: ModelSource, device: str, dtype: torch.dtype, name: str, start: int, end: int) -> Tensor:
+    return torch.from_numpy(source.tensors[name].floats(start, end)).to(device, dtype)  # pyright: ignore[reportUnknownMemberType]
 
 
 def read_frozen(
@@ -86,19 +100,21 @@ class Network:
         ops: TorchOps,
         *,
         recompute: bool = False,
-        sharded: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         """Compute on `ops`; the tensors stay the caller's, who may train them. `recompute` keeps the inputs
         of each block alone for the way back, and computes the rest again: the same bits, less memory.
-        `sharded` keeps a share of the layers' matrices in each of several processes; see `parameters`.
+        With `shards`, each of several processes reads and keeps a share of the layers' matrices, which are
+        not in `weights` then; see `parameters`.
         """
         self._groups = len(config.window_groups)
         self._ops = ops
-        if sharded and recompute:
-            raise ConfigError("--recompute: several processes do not compute again yet", field="recompute")
-        self.is_sharded = sharded
-        kind = ShardedTransformer if sharded else _Recomputing if recompute else Transformer
-        self._model = kind(config, cast(Mapping[str, Tensor], weights), ops)
+        self.is_sharded = shards is not None
+        given = cast(Mapping[str, Tensor], weights)
+        if shards is not None:
+            self._model = ShardedTransformer(config, given, shards, ops, recompute=recompute)
+        else:
+            self._model = (_Recomputing if recompute else Transformer)(config, given, ops)
 
     def parameters(self) -> Tensors:
         """Return the weights of a sharded model by name: this process's shards, and what all hold whole."""

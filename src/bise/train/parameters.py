@@ -21,7 +21,7 @@ from bise.kernels.torch import TorchLora, TorchOps
 from bise.model.lora import BASE_HASH, CONFIG_FILE, MAX_RANK, MODULES, WEIGHTS_FILE
 from bise.model.source import ModelSource
 from bise.model.transformer import weight_shapes
-from bise.train.network import Network, Tensors, read_frozen, read_weights
+from bise.train.network import Network, Tensors, read_frozen, read_weights, shards_of
 
 TARGETS = tuple(MODULES.values())
 
@@ -61,14 +61,15 @@ class LoraParameters:
         self.rank, self.alpha, self.targets = rank, alpha, tuple(targets)
         # Kept in the compute dtype: frozen weights need no more, and are not cast at every use.
         device = str(ops.device)
+        if sharded and base_bits is not None:
+            raise ConfigError("--base: matrices in few bits are not sharded; use none", field="base")
         frozen = (
-            read_weights(source, device, ops.dtype)
+            read_weights(source, device, ops.dtype, has_shards=sharded)
             if base_bits is None
             else read_frozen(source, device, ops.dtype, base_bits)
         )
-        if sharded and base_bits is not None:
-            raise ConfigError("--base: matrices in few bits are not sharded; use none", field="base")
-        self.network = Network(source.config, frozen, ops, recompute=recompute, sharded=sharded)
+        shards = shards_of(source, device, ops.dtype, is_trained=False) if sharded else None
+        self.network = Network(source.config, frozen, ops, recompute=recompute, shards=shards)
         generator = torch.Generator().manual_seed(seed)
         self.params: Tensors = {}
         for name, shape in weight_shapes(source.config).items():
@@ -93,10 +94,13 @@ class FullParameters:
         self, source: ModelSource, ops: TorchOps, *, recompute: bool = False, sharded: bool = False
     ) -> None:
         """Begin with the stored values, in float32."""
+        device = str(ops.device)
         self.params = {
-            name: weight.requires_grad_() for name, weight in read_weights(source, str(ops.device)).items()
+            name: weight.requires_grad_()
+            for name, weight in read_weights(source, device, has_shards=sharded).items()
         }
-        self.network = Network(source.config, self.params, ops, recompute=recompute, sharded=sharded)
+        shards = shards_of(source, device, torch.float32, is_trained=True) if sharded else None
+        self.network = Network(source.config, self.params, ops, recompute=recompute, shards=shards)
         if sharded:
             self.params = self.network.parameters()
 
@@ -136,16 +140,20 @@ def write_adapter(
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def adaptable(config: ModelConfig) -> tuple[str, ...]:
+    """Return the matrices of a model that an adapter can change; experts cannot be adapted."""
+    return TARGETS[:4] if config.is_moe else TARGETS
+
+
 def _check(config: ModelConfig, rank: int, alpha: float, targets: Sequence[str]) -> None:
     if not 1 <= rank <= MAX_RANK:
         raise ConfigError(f"--rank must be from 1 to {MAX_RANK}, got {rank}", field="rank")
     if not 0 < alpha <= 1e6:
         raise ConfigError(f"--alpha must be above 0 and at most 1e6, got {alpha:g}", field="alpha")
-    allowed = TARGETS[:4] if config.is_moe else TARGETS
+    allowed = adaptable(config)
     for target in targets:
         if target not in allowed:
             raise ConfigError(
-                f"--targets: '{target}' is not known; known: {', '.join(allowed)}", field="targets"
+                f"--targets: '{target}' cannot be adapted here; what can: {', '.join(allowed)}",
+                field="targets",
             )
-    if not targets:
-        raise ConfigError(f"--targets is empty; known: {', '.join(allowed)}", field="targets")

@@ -24,20 +24,29 @@ def probe_texts(texts: Sequence[LearnedText]) -> list[LearnedText]:
     return [LearnedText(ids, (False, *(True,) * (len(ids) - 1))) for ids in cut if len(ids) > 1]
 
 
-def engine_logprobs(model: Path, adapter: Path | None, probes: Sequence[LearnedText]) -> list[float]:
-    """Return what the serving engine says of every probed token, float weights on the cpu backend."""
+def engine_logprobs(
+    model: Path, adapters: Sequence[Path | None], probes: Sequence[LearnedText]
+) -> list[list[float]]:
+    """Return what the serving engine says of every probed token under each adapter (None: the model alone),
+    float weights on the cpu backend.
+    """
     loaded = load_model(model, quant="none", threaded=False)
     try:
-        if adapter is not None:
-            loaded.load_adapter("tuned", adapter)
-        name = None if adapter is None else "tuned"
         params = SamplingParams(max_tokens=0, temperature=0)
-        values: list[float] = []
-        for probe in probes:
-            request = Request(token_ids=probe.ids, params=params, prompt_logprobs=True, adapter=name)
-            completion = loaded.engine.submit(request).result()
-            values += [entry.logprob for entry in completion.prompt_logprobs if entry is not None]
-        return values
+        found: list[list[float]] = []
+        for number, adapter in enumerate(adapters):
+            name = None if adapter is None else f"tuned-{number}"
+            if name is not None and adapter is not None:
+                loaded.load_adapter(name, adapter)
+            values: list[float] = []
+            for probe in probes:
+                request = Request(token_ids=probe.ids, params=params, prompt_logprobs=True, adapter=name)
+                completion = loaded.engine.submit(request).result()
+                values += [entry.logprob for entry in completion.prompt_logprobs if entry is not None]
+            found.append(values)
+            if name is not None:
+                loaded.unload_adapter(name)
+        return found
     finally:
         loaded.close()
 

@@ -6,8 +6,9 @@ One tensor at a time is in memory. What lies beside the weights (configuration, 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,31 +45,52 @@ def write_model(directory: Path, source: ModelSource, values: Callable[[str], Fl
     """
     require_layout(source)
     name = "model.safetensors" if source.kind == "safetensors" else "consolidated.safetensors"
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
     shapes = weight_shapes(source.config)
-    for weight, shape in shapes.items():
-        form = source.tensors[weight].format
-        start, end = end, end + int(np.prod(shape)) * _BYTES[form]
-        header[_location(source, weight).stored_name] = {
-            "dtype": form, "shape": list(shape), "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (directory / name).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight, shape in shapes.items():
-            rows = values(weight).reshape(shape)
-            width = _location(source, weight).pair_width
-            if width:
-                paired = np.empty_like(rows)
-                paired[paired_rows(0, len(rows), width)] = rows
-                rows = paired
-            file.write(narrowed(rows, source.tensors[weight].format, weight).tobytes())
+
+    def stored(weight: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+        rows = values(weight).reshape(shape)
+        width = _location(source, weight).pair_width
+        if width:
+            paired = np.empty_like(rows)
+            paired[paired_rows(0, len(rows), width)] = rows
+            rows = paired
+        return narrowed(rows, source.tensors[weight].format, weight)
+
+    write_tensors(
+        directory / name,
+        [
+            (_location(source, weight).stored_name, source.tensors[weight].format, shape)
+            for weight, shape in shapes.items()
+        ],
+        (stored(weight, shape) for weight, shape in shapes.items()),
+    )
     for path in sorted(source.path.iterdir()):
         named = path.suffix in _COPIED or _VERSIONED in path.name
         if path.is_file() and named and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Sequence[tuple[str, str, Sequence[int]]],
+    values: Iterable[npt.NDArray[np.generic]],
+) -> None:
+    """Write a safetensors file of (name, format, shape), F32, F16 or BF16, and the values of each in order,
+    of which one at a time is asked for.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, form, shape in tensors:
+        start, end = end, end + math.prod(shape) * _BYTES[form]
+        header[name] = {"dtype": form, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in values:
+            file.write(array.tobytes())
+        if file.tell() != 8 + len(text) + end:
+            raise AssertionError(f"{path}: the tensors written are not those announced")
 
 
 def narrowed(values: Floats, form: str, name: str) -> npt.NDArray[np.generic]:

@@ -53,7 +53,7 @@ def require_free(out: Path) -> None:
 
 def publish(partial: Path, path: Path) -> None:
     """Give a finished file or directory its name, after everything in it has reached the disk."""
-    for file in sorted(partial.iterdir()) if partial.is_dir() else ():
+    for file in sorted(partial.rglob("*"), reverse=True) if partial.is_dir() else ():  # directories last
         _sync(file)
     _sync(partial)
     partial.rename(path)
