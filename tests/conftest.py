@@ -160,13 +160,17 @@ def hash_engine(byte_tokenizer):
         model_context: int = 512,
         num_blocks=64,
         tokenizer=byte_tokenizer,
+        sample=None,
         **options,
     ) -> tuple[Engine, HashModel]:
+        ops = HashOps()
+        if sample is not None:
+            ops.sample = sample  # a device that chooses tokens
         model = HashModel(hash_config(*(windows or (None,)), max_context=model_context), script, broken)
         options = {"threaded": False, **options}
         if "kv_memory_bytes" not in options:
             options["num_blocks"] = num_blocks
-        engine = Engine(model, HashOps(), config=model.config, tokenizer=tokenizer, **options)
+        engine = Engine(model, ops, config=model.config, tokenizer=tokenizer, **options)
         engines.append(engine)
         return engine, model
 

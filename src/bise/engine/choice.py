@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from bise.engine.device_choice import Candidates
 from bise.engine.request import FinishReason, TokenLogprob
-from bise.engine.runner import Logits
-from bise.engine.sampling import token_logprob
+from bise.engine.sampling import Row, token_logprob
 from bise.engine.sequence import Sequence
 
 
@@ -26,8 +26,9 @@ class Choice:
     """What went wrong at the token after `token_ids`; those before it stand."""
 
 
-def choose(sequence: Sequence, logits: Logits, draft: tuple[int, ...] = ()) -> Choice:
-    """Choose tokens from rows of logits [1 + guesses, V], one after the other while the guesses come true.
+def choose(sequence: Sequence, logits: Candidates, draft: tuple[int, ...] = ()) -> Choice:
+    """Choose tokens from 1 + guesses rows of logits [V], or take those that a device chose from them, one after
+    the other while the guesses come true.
 
     Each is chosen with all before it accepted, exactly as if none had been guessed: penalties, min_tokens,
     stop strings and draws see the same history.
@@ -43,15 +44,15 @@ def choose(sequence: Sequence, logits: Logits, draft: tuple[int, ...] = ()) -> C
     return choice
 
 
-def _choose_one(sequence: Sequence, logits: Logits, choice: Choice) -> None:
-    """Choose one token from a row of logits [V] and test whether it ends the text."""
+def _choose_one(sequence: Sequence, logits: Row | int, choice: Choice) -> None:
+    """Choose one token from a row of logits [V], unless a device did, and test whether it ends the text."""
     params, grammar = sequence.params, sequence.grammar
     was_free = grammar is not None and not grammar.is_started
     token_id = _next_token(sequence, logits)
     if token_id is None:
         choice.reason = FinishReason.LENGTH
         return
-    if params.logprobs is not None:
+    if params.logprobs is not None and not isinstance(logits, int):
         choice.logprobs.append(token_logprob(logits, token_id, params.logprobs))
     sequence.token_ids.append(token_id)
     sequence.sampler.accept(token_id)
@@ -76,16 +77,21 @@ def _choose_one(sequence: Sequence, logits: Logits, choice: Choice) -> None:
         choice.reason = FinishReason.LENGTH
 
 
-def _next_token(sequence: Sequence, logits: Logits) -> int | None:
+def _next_token(sequence: Sequence, logits: Row | int) -> int | None:
     """Return the next token; None where a grammar's output is complete and no token may be left to follow."""
     position, grammar = len(sequence.token_ids), sequence.grammar
     if grammar is None:
+        if isinstance(logits, int):
+            return logits
         return sequence.sampler.choose(logits, position, sequence.num_output)
     left = sequence.max_tokens - sequence.num_output
-    allowed = grammar.allowed(left)
-    if allowed is not None and not allowed.size:
-        return None
-    token_id = sequence.sampler.choose(logits, position, sequence.num_output, allowed)
+    if isinstance(logits, int):
+        token_id = logits
+    else:
+        allowed = grammar.allowed(left)
+        if allowed is not None and not allowed.size:
+            return None
+        token_id = sequence.sampler.choose(logits, position, sequence.num_output, allowed)
     return token_id if token_id in sequence.stop_ids else grammar.take(token_id, left)
 
 

@@ -22,13 +22,14 @@ from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
 from bise.engine.admission import Admission, Deadlines, Places
 from bise.engine.choice import choose
+from bise.engine.device_choice import Candidates
 from bise.engine.grammar import Grammars
 from bise.engine.handle import Bells, RequestHandle
 from bise.engine.kv_memory import KVMemory, blocks_per_group, checked_context
 from bise.engine.pace import Pace
 from bise.engine.progress import Progress, progress_of
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
-from bise.engine.runner import Logits, Model, Runner, score_rows
+from bise.engine.runner import Model, Runner, score_rows
 from bise.engine.sampling import check_finite, token_logprob
 from bise.engine.scheduler import Scheduler, Step, StepRow
 from bise.engine.sequence import Sequence, Status
@@ -115,7 +116,7 @@ class Engine:
         )
         self.max_context = self._scheduler.longest(context)
         """Most tokens of one request, prompt and output: the context, or less where the cache is smaller."""
-        self._runner = Runner(transformer, self._memory.pages)
+        self._runner = Runner(transformer, self._memory.pages, ops)
         self.adapters = Adapters()
         """What `Request.adapter` may name."""
         self.grammars = Grammars(tokenizer, config.vocab_size)
@@ -277,7 +278,7 @@ class Engine:
         began = self._clock()
         try:
             hidden, wanted = self._runner.forward(step)
-            logits = self._runner.logits(hidden, wanted) if len(wanted) else None
+            logits = self._runner.candidates(step, hidden, wanted) if len(wanted) else None
         except Exception as error:  # whatever the model raises, the engine goes on with the other requests
             logger.exception("event=step_failed sequences=%d tokens=%d", len(step.rows), step.num_tokens)
             for row in step.rows:
@@ -313,7 +314,7 @@ class Engine:
         with self._wake:
             self._places.free(sequence.request.tenant)
 
-    def _commit(self, step: Step, hidden: Array, logits: Logits | None) -> None:
+    def _commit(self, step: Step, hidden: Array, logits: Candidates | None) -> None:
         """Score prompts, choose tokens, tell the callers; each sequence fails on its own."""
         start = sampled = 0
         for row in step.rows:
@@ -359,8 +360,8 @@ class Engine:
         alone = sequence.request.prompt_logprobs and sequence.num_prompt == 1 and sequence.num_output == 0
         return (None,) if alone else scores
 
-    def _choose(self, row: StepRow, logits: Logits, prompt_logprobs: PromptLogprobs) -> None:
-        """Choose tokens from rows of logits [1 + guesses, V], and tell the caller."""
+    def _choose(self, row: StepRow, logits: Candidates, prompt_logprobs: PromptLogprobs) -> None:
+        """Choose tokens from 1 + guesses rows of logits [V], and tell the caller."""
         sequence = row.sequence
         if sequence.num_prompt == 1:
             prompt_logprobs = self._lead(sequence, prompt_logprobs)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from bise.cache.pages import KVCache
 from bise.config import ModelConfig
+from bise.engine.device_choice import Candidates, Chooses, choose_on_device, on_host
 from bise.engine.scheduler import Step, StepRow
-from bise.kernels import BLOCK_SIZE, Array, AttentionMeta
+from bise.kernels import BLOCK_SIZE, Array, AttentionMeta, Ops
 from bise.model.batch import AdaptedRows, Batch
 from bise.model.lora import Adapter
 from bise.model.transformer import LayerPages
@@ -32,6 +33,15 @@ class Model(Protocol):
 
     def logits(self, hidden: Array) -> Array:
         """Return scores [R, V] of hidden rows [R, E]."""
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A model that gets ready for the pages that it is going to write to."""
+
+    def prepare(self, cache: LayerPages) -> None:
+        """Get ready."""
         ...
 
 
@@ -113,10 +123,14 @@ def _attention_meta(
 class Runner:
     """Owns the model and its KV pages."""
 
-    def __init__(self, model: Model, cache: KVCache) -> None:
+    def __init__(self, model: Model, cache: KVCache, ops: Ops | None = None) -> None:
+        """Run `model` over `cache`; with `ops` that can choose tokens, logits need not leave the device."""
         self._model = model
         self._cache = cache
+        self._device = ops if isinstance(ops, Chooses) else None
         self._num_groups = len(model.config.window_groups)
+        if isinstance(model, Prepares):
+            model.prepare(cache)
 
     def forward(self, step: Step) -> tuple[Array, npt.NDArray[np.int32]]:
         """Compute a step; returns (hidden states [T, E], rows whose logits choose tokens [R])."""
@@ -125,11 +139,16 @@ class Runner:
 
     def logits(self, hidden: Array, rows: npt.NDArray[np.int32]) -> Logits:
         """Return the logits [R, V] of `rows` of hidden states [T, E]."""
-        picked = hidden if len(rows) == len(hidden) else hidden[rows]
-        scores = self._model.logits(picked)
-        if not isinstance(scores, np.ndarray):
-            scores = scores.detach().cpu().numpy()
-        return np.ascontiguousarray(scores, np.float32)
+        return on_host(self._scores(hidden, rows))
+
+    def candidates(self, step: Step, hidden: Array, rows: npt.NDArray[np.int32]) -> Candidates:
+        """Return, for the rows of a step that choose tokens, logits [V] or the token that the device chose."""
+        if self._device is None:
+            return self.logits(hidden, rows)
+        return choose_on_device(step, self._scores(hidden, rows), self._device)
+
+    def _scores(self, hidden: Array, rows: npt.NDArray[np.int32]) -> Array:
+        return self._model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
 
 
 def score_rows(row: StepRow, start: int) -> list[npt.NDArray[np.int32]]:

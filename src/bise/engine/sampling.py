@@ -208,6 +208,13 @@ class Sampler:
             self._seen.size or self._counts.size or self._bias_ids.size or self._masked_ids.size
         )
 
+    @property
+    def plain_params(self) -> SamplingParams | None:
+        """The parameters, where a choice takes nothing but them, the logits and `uniform`, in an order of
+        tokens that the scores give; else None.
+        """
+        return self._params if self._is_plain and self._params.typical_p >= 1 else None
+
     def accept(self, token_id: int) -> None:
         """Count a token that became part of the output."""
         if self._seen.size:

@@ -1,0 +1,97 @@
+"""Tokens chosen where the logits are: what a device can decide alone does not cross the bus.
+
+A device decides for rows whose choice depends on logits, a few numbers and a mask. Rows with log-probs, penalties,
+bias or typical_p, and those in which rounding might decide, come to the processor, which gives the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from bise.engine.sampling import Row, uniform
+from bise.engine.scheduler import Step, StepRow
+from bise.kernels import Array
+
+Candidates = npt.NDArray[np.float32] | Sequence[Row | int]
+"""For each row of a step either its logits [V] or the token that a device chose."""
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """A backend that chooses tokens."""
+
+    def sample(
+        self, logits: Array, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return a token for each row of logits [R, V], and 0 where it is sure.
+
+        `parameters` [R, 5] are temperature, top_k, top_p, min_p and a random number; bit t % 32 of
+        `mask`[r, t / 32] allows token t.
+        """
+        ...
+
+
+class _Draw(NamedTuple):
+    """What a device needs to choose for one row."""
+
+    parameters: tuple[float, float, float, float, float]
+    allowed: npt.NDArray[np.intp] | None
+
+
+def choose_on_device(step: Step, scores: Array, device: Chooses) -> Candidates:
+    """Return the candidates of a step's rows of scores [R, V], which lie on a device."""
+    draws = [_draw(row, index) for row in step.rows for index in range(row.num_samples)]
+    found: list[Row | int] = [-1] * len(draws)
+    left = [index for index, draw in enumerate(draws) if draw is None]
+    wanted = [(index, draw) for index, draw in enumerate(draws) if draw is not None]
+    if wanted:
+        places = np.array([index for index, _ in wanted], np.int64)
+        mine = scores if len(wanted) == len(draws) else scores[places]
+        parameters = np.array([draw.parameters for _, draw in wanted], np.float64)
+        tokens, status = device.sample(mine, parameters, _mask([draw for _, draw in wanted], scores.shape[1]))
+        for index, token, state in zip(places, tokens, status, strict=True):
+            found[index] = int(token)
+            if state:
+                left.append(int(index))
+    if left:
+        for index, row in zip(left, on_host(scores[np.array(left, np.int64)]), strict=True):
+            found[index] = row
+    return found
+
+
+def on_host(scores: Array) -> npt.NDArray[np.float32]:
+    """Return logits as an array of this process."""
+    if not isinstance(scores, np.ndarray):
+        scores = scores.detach().cpu().numpy()
+    return np.ascontiguousarray(scores, np.float32)
+
+
+def _draw(row: StepRow, index: int) -> _Draw | None:
+    """Return what chooses the token after a step's row and `index` guesses; None when that takes more."""
+    sequence = row.sequence
+    params, grammar = sequence.sampler.plain_params, sequence.grammar
+    if params is None or params.logprobs is not None:
+        return None
+    allowed = None
+    if grammar is not None:
+        if row.draft:
+            return None  # each guess changes what may follow
+        allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
+        if allowed is not None and not allowed.size:
+            return None
+    number = uniform(sequence.sampler.seed, len(sequence.token_ids) + index) if params.temperature else 0.0
+    return _Draw((params.temperature, params.top_k, params.top_p, params.min_p, number), allowed)
+
+
+def _mask(draws: Sequence[_Draw], vocab_size: int) -> npt.NDArray[np.uint32] | None:
+    """Return bits [R, V / 32] of allowed tokens; None when all are."""
+    if all(draw.allowed is None for draw in draws):
+        return None
+    bits = np.zeros((len(draws), -(-vocab_size // 32) * 32), np.bool_)
+    for line, draw in zip(bits, draws, strict=True):
+        line[slice(None) if draw.allowed is None else draw.allowed] = True
+    return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
