@@ -13,19 +13,27 @@ from bise.cache.pool import BlockPool
 from bise.cache.prefix import PrefixCache
 from bise.engine import fairness
 from bise.engine.fairness import CREDIT_TOKENS, MAX_ABSENT, FairQueue
+from bise.engine.pace import Prices
 from bise.engine.request import Request, SamplingParams
 from bise.engine.scheduler import Scheduler
 from bise.engine.sequence import Sequence, Status
 
-STEP_COST = 32
-"""What a step costs besides its tokens, in tokens: reading the weights of a large model takes as long as
-computing some 30 tokens of it."""
+LARGE = Prices(step=32.0, row=1.0)
+"""Reading the weights of a model too large for the caches takes as long as computing some 30 tokens of it."""
+SMALL = Prices(step=5.0, row=3.0)
+"""The embedded model on one core: nothing to read, and what is chosen costs more than what is computed."""
+DEVICE = Prices(step=400.0, row=1.0)
 
 
 class Simulation:
     """A scheduler under a clock of computed tokens; every sequence that is caught up gets one more token."""
 
-    def __init__(self, *, num_blocks=400, max_step_tokens=256, max_sequences=8, is_cached=False):
+    def __init__(
+        self, *, num_blocks=400, max_step_tokens=256, max_sequences=8, is_cached=False, prices=LARGE
+    ):
+        self.prices = prices
+        self.left_out: set[Sequence] = set()
+        self.is_roomy = num_blocks >= 400
         pools = [BlockPool(num_blocks)]
         self.scheduler = Scheduler(
             pools,
@@ -54,10 +62,16 @@ class Simulation:
         return sequence
 
     def step(self):
-        step = self.scheduler.plan()
+        waited = [s for s in self.scheduler.running if s.num_pending == 1 and s in self.left_out]
+        step = self.scheduler.plan(prices=self.prices)
         if step is None:
             return False
-        self.now += STEP_COST + step.num_tokens
+        self.now += self.prices.step + step.num_tokens + (self.prices.row - 1) * step.num_decoded
+        served = {row.sequence for row in step.rows}
+        running = self.scheduler.running
+        if self.is_roomy:  # else blocks may be missing
+            assert all(s in served for s in waited if s in running), "left out of two steps in a row"
+        self.left_out = {s for s in running if s.num_pending == 1 and s not in served}
         self.scheduler.complete(step)
         for row in step.rows:
             sequence = row.sequence
@@ -88,10 +102,13 @@ class Simulation:
 
 @pytest.mark.parametrize("num_prompt", [1, 5, 20, 200, 600, 1500])
 @pytest.mark.parametrize("num_steps", [1, 7, 40, 333])
-def test_a_backlog_of_1000_requests_does_not_double_anothers_time_to_first_token(num_prompt, num_steps):
-    quiet = Simulation()
+@pytest.mark.parametrize("prices", [LARGE, SMALL, DEVICE])
+def test_a_backlog_of_1000_requests_does_not_double_anothers_time_to_first_token(
+    num_prompt, num_steps, prices
+):
+    quiet = Simulation(prices=prices)
     alone = quiet.wait_for(quiet.submit("small", num_prompt, 20))
-    crowded = Simulation()
+    crowded = Simulation(prices=prices)
     rng = random.Random(num_steps)
     for _ in range(1000):
         crowded.submit("large", rng.randrange(50, 400), rng.randrange(20, 200))
@@ -101,6 +118,36 @@ def test_a_backlog_of_1000_requests_does_not_double_anothers_time_to_first_token
     shared = crowded.wait_for(crowded.submit("small", num_prompt, 20))
     assert len(crowded.scheduler.waiting) > 900 - num_steps
     assert shared <= 2 * alone, (shared, alone)
+
+
+@pytest.mark.parametrize(("prices", "fewest"), [(DEVICE, 7), (LARGE, 7), (SMALL, 1)])
+def test_who_decodes_waits_for_anothers_first_token_only_where_that_would_come_late(prices, fewest):
+    simulation = Simulation(prices=prices)
+    for _ in range(20):
+        simulation.submit("large", 40, 400)
+    for _ in range(10):
+        simulation.step()
+    simulation.submit("small", 5, 1)
+    before = Counter(simulation.computed)
+    simulation.step()
+    assert simulation.computed["small"] == 5
+    assert fewest <= simulation.computed["large"] - before["large"] <= 7
+    assert bool(simulation.left_out) == (fewest < 7)
+    before = Counter(simulation.computed)
+    simulation.step()
+    assert simulation.computed["large"] - before["large"] >= 7
+
+
+def test_first_tokens_in_every_step_hold_nobody_back_for_long():
+    simulation = Simulation(prices=SMALL)
+    talking = [simulation.submit("large", 40, 300) for _ in range(7)]
+    for _ in range(20):
+        simulation.step()
+    seen = [sequence.num_output for sequence in talking]
+    for number in range(100):
+        simulation.submit(f"new {number}", 5, 1)
+        simulation.step()
+    assert all(sequence.num_output >= count + 50 for sequence, count in zip(talking, seen, strict=True))
 
 
 def test_without_tenants_the_same_backlog_comes_first():

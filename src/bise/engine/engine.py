@@ -265,7 +265,11 @@ class Engine:
         """Run one step; False when there was nothing to do. Only for engines without a thread."""
         self._take_inbox()
         pace = self._pace
-        step = self._scheduler.plan(None if pace is None else pace.budget(self._scheduler.num_sequences))
+        scheduler = self._scheduler
+        if pace is None:
+            step = scheduler.plan()
+        else:
+            step = scheduler.plan(pace.budget(scheduler.num_sequences, len(scheduler.running)), pace.prices)
         if step is None:
             return False
         for row in step.rows:
@@ -284,11 +288,13 @@ class Engine:
             for row in step.rows:
                 self._end(row.sequence, FinishReason.ERROR, error=_as_engine_error(error))
             return True
-        for observer in (pace, self._memory.swap):
-            if observer is not None:
-                observer.observe(step.num_tokens, self._clock() - began)
+        if self._memory.swap is not None:
+            self._memory.swap.observe(step.num_tokens, self._clock() - began)
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
+        if pace is not None:
+            num_decoded = step.num_decoded
+            pace.observe(step.num_tokens - num_decoded, num_decoded, self._clock() - began)
         if self.speculation is not None:
             self.speculation.settle(step)
         return True

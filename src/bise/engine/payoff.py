@@ -8,10 +8,11 @@ estimates say.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from bise.engine.samples import Samples
 
 MAX_DRAFT = 12
 """Guessed tokens behind one sequence at most."""
@@ -34,33 +35,6 @@ _MIN_GAIN = 1.02
 _MIN_CHANCE = 0.02
 
 
-class _Samples:
-    """The last figures of one kind. Noise only adds time, so their lower third stands for all of them."""
-
-    __slots__ = ("_last", "count", "mean", "value")
-
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=16)
-        self.count = 0
-        """Figures that are remembered."""
-        self.value = self.mean = 0.0
-
-    def add(self, figure: float) -> None:
-        self._last.append(figure)
-        self._sum_up()
-
-    def forget_one(self) -> None:
-        """Forget the oldest figure."""
-        self._last.popleft()
-        self._sum_up()
-
-    def _sum_up(self) -> None:
-        self.count = len(self._last)
-        if self.count:
-            self.value = sorted(self._last)[self.count // 3]
-            self.mean = sum(self._last) / self.count
-
-
 class Lane(Enum):
     """Where the guesses of a step come from, since that is part of their price."""
 
@@ -77,8 +51,8 @@ class StepCosts:
     """Seconds of a step by sequences and guessed rows, each learned from steps like it."""
 
     def __init__(self) -> None:
-        self._plain: dict[int, _Samples] = {}
-        self._ratios: dict[_Group, dict[int, _Samples]] = {}
+        self._plain: dict[int, Samples] = {}
+        self._ratios: dict[_Group, dict[int, Samples]] = {}
         self._prices: dict[_Group, list[float]] = {}
         self._until_forgetting = _FORGET_EVERY
 
@@ -100,14 +74,14 @@ class StepCosts:
     def record(self, num_sequences: int, num_drafted: int, seconds: float, lane: Lane = Lane.FOUND) -> None:
         """Learn from a step."""
         if not num_drafted:
-            self._plain.setdefault(num_sequences, _Samples()).add(seconds)
+            self._plain.setdefault(num_sequences, Samples()).add(seconds)
             self._until_forgetting -= 1
             if not self._until_forgetting:
                 self._forget()
             return
         if self.plain(num_sequences) is not None:
             known = self._ratios.setdefault((num_sequences, lane), {})
-            known.setdefault(num_drafted, _Samples()).add(seconds / self._plain[num_sequences].value)
+            known.setdefault(num_drafted, Samples()).add(seconds / self._plain[num_sequences].value)
             self._prices.pop((num_sequences, lane), None)
 
     def _forget(self) -> None:
@@ -121,7 +95,7 @@ class StepCosts:
             self._prices.pop(group, None)
 
 
-def _curve(known: dict[int, _Samples]) -> list[float]:
+def _curve(known: dict[int, Samples]) -> list[float]:
     """Return prices that rise with the rows and follow what is known of some of them."""
     # (rows, price, weight); a row more is never cheaper, so neighbours that say so are averaged.
     points: list[tuple[list[int], float, int]] = [([0], 1.0, 16)]

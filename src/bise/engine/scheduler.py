@@ -9,7 +9,8 @@ all of its blocks and is computed again later, as far as they did not stay in th
 to a running sequence before it that must grow; to a waiting one of a better level; and to a waiting one of a
 tenant that would still run no more sequences than its own tenant keeps. The eldest running sequence of the
 best level never gives way, so everyone finishes. A step that brings somebody's first token is kept short:
-tenants with more sequences than theirs get about as many prompt tokens in it, not all that is left.
+what tenants with more sequences than theirs get in it takes half as long as the rest, whether they bring
+prompts or decode. Nobody who decodes is left out of two steps in a row.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from bise.cache.pool import BlockPool
 from bise.cache.prefix import Match, PrefixCache
 from bise.engine.blocks import BlockBook, Swap
 from bise.engine.fairness import FairQueue
+from bise.engine.pace import PRICES, Prices
 from bise.engine.sequence import Sequence, Status
 from bise.errors import ConfigError
 
-MIN_SPARE = 16
-"""Prompt tokens of others beside a first token, however short its prompt is: they cost a step little."""
+SPARE = 0.5
+"""What those who ask for more may cost a step that brings a first token, of what it costs without them."""
 
 
 class StepRow(NamedTuple):
@@ -60,6 +62,11 @@ class Step:
     rows: tuple[StepRow, ...]
     num_tokens: int
 
+    @property
+    def num_decoded(self) -> int:
+        """Tokens of the sequences that decode, guesses included."""
+        return sum(row.num_tokens for row in self.rows if row.num_tokens == len(row.draft) + 1)
+
 
 @dataclass(slots=True)
 class _Round:
@@ -71,14 +78,17 @@ class _Round:
     budget: int
     num_decoding: int
     """Decoding sequences that still have their turn before them: a token is set aside for each."""
+    prices: Prices
+    may_hold: bool
+    """Whether who decodes may be left out of this step."""
     index: int = 0
     rows: list[StepRow] = field(default_factory=list["StepRow"])
     is_open: bool = True
     """Whether a waiting sequence may still be admitted."""
     num_modest: int | None = None
     """Sequences of the tenant, the one with the fewest, for which this step brings a first token."""
-    spare: int = 0
-    """Prompt tokens that tenants with more sequences may still have beside it."""
+    spare: float = 0.0
+    """What tenants with more sequences may still cost beside it, in prompt tokens."""
 
 
 class Scheduler:
@@ -109,6 +119,8 @@ class Scheduler:
         self._book = BlockBook(pools, windows, max_step_tokens, prefix, swap)
         self._max_step_tokens = max_step_tokens
         self._max_sequences = max_sequences
+        self._held_back = False
+        """Whether the last step left out somebody who decodes."""
 
     @property
     def num_sequences(self) -> int:
@@ -145,11 +157,12 @@ class Scheduler:
         self.waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
-    def plan(self, budget: int | None = None) -> Step | None:
+    def plan(self, budget: int | None = None, prices: Prices = PRICES) -> Step | None:
         """Return the next step of up to `budget` tokens (without one: `max_step_tokens`), None when nothing
         waits or runs. Allocates the blocks that the step writes.
 
-        A budget below the number of running sequences is raised to it: decoding ones never skip a step.
+        A budget below the number of running sequences is raised to it: decoding ones skip a step only for
+        the first token of a tenant that asks for less, where `prices` say that they would make it long.
         """
         limit = self._max_step_tokens
         if budget is not None:
@@ -160,7 +173,10 @@ class Scheduler:
             eldest=min(self.running, key=self._age, default=None),
             budget=limit,
             num_decoding=sum(sequence.num_pending == 1 for sequence in self.running),
+            prices=prices,
+            may_hold=not self._held_back,
         )
+        self._held_back = False
         while True:
             sequence = plan.order[plan.index] if plan.index < len(plan.order) else None
             head = self.waiting.head() if plan.is_open and plan.budget > plan.num_decoding else None
@@ -233,14 +249,15 @@ class Scheduler:
         """Give a running sequence its share of the step."""
         plan.index += 1
         pending = sequence.num_pending
-        if pending == 1:
+        is_decoding = pending == 1
+        if is_decoding:
             plan.num_decoding -= 1
         room = plan.budget - plan.num_decoding
-        is_guest = (
-            pending > 1 and plan.num_modest is not None and self._num_present(sequence) > plan.num_modest
-        )
-        if is_guest:
-            room = min(room, plan.spare)
+        price = plan.prices.row if is_decoding else 1.0
+        is_guest = plan.num_modest is not None and self._num_present(sequence) > plan.num_modest
+        if is_guest and (plan.may_hold or not is_decoding):
+            room = min(room, int(plan.spare / price))
+            self._held_back |= is_decoding and not room
         count = self._secure(sequence, min(pending, room), plan)
         if not count:
             return
@@ -248,12 +265,12 @@ class Scheduler:
         plan.rows.append(row)
         plan.budget -= count
         if is_guest:
-            plan.spare -= count
+            plan.spare -= count * price
         elif row.num_samples and not sequence.num_output:
             # Its first token comes when the step is over: those who ask for much do not make it long.
             known, present = plan.num_modest, self._num_present(sequence)
+            plan.spare += SPARE * (count + (plan.prices.step if known is None else 0.0))
             plan.num_modest = present if known is None else min(known, present)
-            plan.spare += max(count, MIN_SPARE)
 
     def _num_present(self, sequence: Sequence) -> int:
         return self.waiting.num_present(sequence.request.tenant)
