@@ -161,6 +161,9 @@ class FakeLoaded:
     temperature: float = 0.7
     closed: bool = False
 
+    def expert_counts(self) -> None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 

@@ -218,6 +218,9 @@ class ScriptedModel:
         self.temperature = 0.7
         self.notes = ()
 
+    def expert_counts(self):
+        return None
+
     def close(self) -> None:
         pass
 

@@ -1,5 +1,13 @@
-"""Models on devices that torch drives: the same text as the native extension's, refusals with a way out."""
+"""Models on devices that torch drives: the same text as the native extension's, refusals with a way out.
 
+The device is torch on the processor here: the code is the same, its memory is RAM.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from bise.engine.device import free_bytes
@@ -8,20 +16,35 @@ from bise.engine.load import load_model
 from bise.engine.model_spec import ModelSpec
 from bise.engine.placement import Placement
 from bise.engine.request import Request, SamplingParams
+from bise.engine.split import Split
 from bise.errors import ConfigError, MemoryPlanError
 from bise.hub.registry import resolve
 
 torch = pytest.importorskip("torch")
 
 
+ON_TORCH = Placement("cpu", "f32")
+SPLIT = Placement("cpu", "f32", layers=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products: threads only get in the way of the tests beside this one."""
+    torch.set_num_threads(1)
+
+
+def ask(loaded, text="The small boat", count=12, **fields):
+    """Return the next tokens that the model finds likeliest, and what the request was charged."""
+    prompt = (loaded.tokenizer.bos_id, *loaded.tokenizer.encode(text))
+    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    done = loaded.engine.submit(Request(token_ids=prompt, params=params, **fields)).result()
+    return list(done.token_ids), done.usage
+
+
 def answer(**options):
     loaded = load_model(resolve(None), threads=1, context=128, threaded=False, **options)
     try:
-        prompt = (loaded.tokenizer.bos_id, *loaded.tokenizer.encode("The small boat"))
-        request = Request(
-            token_ids=prompt, params=SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-        )
-        return [token for delta in loaded.engine.submit(request) for token in delta.token_ids]
+        return ask(loaded)[0]
     finally:
         loaded.close()
 
@@ -57,10 +80,14 @@ def test_what_a_device_cannot_do_yet_is_refused(option):
 
 
 def test_weights_that_do_not_fit_the_device_are_refused_before_they_are_read(monkeypatch):
+    def never(*_):
+        raise AssertionError("a weight was read")
+
     monkeypatch.setattr("bise.engine.load.free_bytes", lambda placement: 1 << 20)
-    with pytest.raises(MemoryPlanError):
-        load_model(resolve(None), placement=Placement("cpu", "f32"))
-    assert free_bytes(Placement("cpu", "f32")) != 1 << 20
+    monkeypatch.setattr("bise.engine.device.stream_packed", never)
+    with pytest.raises(MemoryPlanError, match=r"on cpu, where 0\.0 GiB are free"):
+        load_model(resolve(None), placement=ON_TORCH)
+    assert free_bytes(ON_TORCH) != 1 << 20
 
 
 def test_a_fleet_plans_and_serves_a_model_on_a_device():
@@ -72,3 +99,130 @@ def test_a_fleet_plans_and_serves_a_model_on_a_device():
         with fleet.use("m") as loaded:
             assert loaded.ops is not None
             assert loaded.ops.name == "torch"
+
+
+def test_a_draft_model_guesses_on_the_device_and_changes_nothing():
+    plain = answer(quant="q8", placement=ON_TORCH)
+    assert answer(quant="q8", placement=ON_TORCH, draft=resolve(None)) == plain
+    assert answer(quant="q8", placement=SPLIT, draft=resolve(None)) == answer(quant="q8", placement=SPLIT)
+
+
+@pytest.mark.parametrize("placement", [ON_TORCH, SPLIT], ids=["whole", "split"])
+def test_prefixes_outlast_a_restart_on_a_device_and_serve_no_other_place(tmp_path, placement):
+    text = "The small boat went out on the big sea. " * 4
+    options = {"threads": 1, "context": 256, "threaded": False, "quant": "q8", "prefix_cache_dir": tmp_path}
+    found = []
+    for _ in range(2):
+        loaded = load_model(resolve(None), placement=placement, **options)
+        found.append(ask(loaded, text))
+        loaded.close()
+    (first, cold), (second, warm) = found
+    assert (cold.cached_tokens, second) == (0, first)
+    assert warm.cached_tokens >= 32
+    other = load_model(resolve(None), placement=Placement("cpu", "f32", layers=3), **options)
+    assert ask(other, text)[1].cached_tokens == 0
+    other.close()
+
+
+def test_a_block_of_keys_and_values_crosses_from_a_device_and_back():
+    from bise.kernels.torch import TorchOps
+
+    ops = TorchOps(torch.bfloat16)
+    pages = ops.pages(3, 2, 16, "bf16")
+    for tensor in (pages.k, pages.v):
+        tensor.normal_(generator=torch.Generator().manual_seed(0))
+    content = b"".join(part.tobytes() for part in ops.read_block(pages, 1))
+    ops.write_block(pages, 2, np.frombuffer(content, np.uint8))
+    for tensor in (pages.k, pages.v):
+        assert torch.equal(tensor[32:64], tensor[64:96])
+        assert not torch.equal(tensor[:32], tensor[64:96])
+
+
+def test_embeddings_of_a_device_that_computes_in_16_bits_are_unit_vectors():
+    loaded = load_model(
+        resolve(None), threads=1, context=128, threaded=False, placement=Placement("cpu", "bf16")
+    )
+    request = Request(token_ids=(1, 5, 6), params=SamplingParams(max_tokens=0), pooling="mean")
+    vector = loaded.engine.submit(request).result().embedding
+    loaded.close()
+    assert sum(x * x for x in vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_fleet_loads_a_model_with_the_split_that_it_planned():
+    spec = ModelSpec(name="m", path=resolve(None), quant="q8", context=128, placement=SPLIT, threads=1)
+    with Fleet([spec], 1 << 30) as fleet:
+        plan = fleet.cards()[0].plan
+        assert plan is not None
+        assert plan.split == Split(mode="layers", host_layers=4)
+        whole = Fleet([ModelSpec(name="m", path=resolve(None), quant="q8", context=128, placement=ON_TORCH)])
+        assert plan.size_bytes < whole.cards()[0].plan.size_bytes
+        with fleet.use("m") as loaded:
+            assert loaded.ops is not None
+            assert loaded.ops.name == "split"
+
+
+def test_no_tensor_of_64_bit_floats_is_made_on_a_device_that_computes_in_16():
+    """A Metal device has none: an op that made one would fail there."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoWideFloats(TorchDispatchMode):
+        """Fails like a device without float64, whose tensors come from RAM in a type that it has."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for each in out if isinstance(out, (tuple, list)) else [out]:
+                assert getattr(each, "dtype", None) != torch.float64, func
+            return out
+
+    with NoWideFloats():
+        assert len(answer(quant="q4", placement=Placement("cpu", "bf16"))) == 12
+    with NoWideFloats(), pytest.raises(AssertionError):
+        torch.ones(1).double()
+
+
+PEAK = """
+import numpy as np, torch
+from bise.config import ModelConfig
+from bise.engine.device import make_ops, place_weights
+from bise.engine.placement import Placement
+from bise.engine.split import Split
+from bise.model import stream
+from bise.model.source import ModelSource
+from bise.model.transformer import weight_shapes
+from pathlib import Path
+
+class Random:
+    format = "BF16"
+    def __init__(self, shape):
+        self.shape = shape
+        self.size_bytes = 2 * int(np.prod(shape))
+    def floats(self, start, stop):
+        values = np.random.default_rng(start).standard_normal((stop - start, *self.shape[1:]), np.float32)
+        return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+config = ModelConfig(family="mistral", dim=512, num_layers=30, num_heads=8, num_kv_heads=8, head_dim=64,
+                     hidden_dim=2048, vocab_size=1024, max_context=64)
+source = ModelSource(path=Path("x"), kind="shape", config=config, name="x",
+                     tensors={name: Random(shape) for name, shape in weight_shapes(config).items()})
+stream.CACHE_MINIMUM_BYTES = 1 << 40
+placement = Placement("cpu", "bf16")
+def peak():
+    status = Path("/proc/self/status").read_text()  # rusage begins with what the parent had
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+ops = make_ops(placement)
+ops.packed("bf16", 16, 32, np.zeros(1024, np.uint8))
+before = peak()
+weights = place_weights(source, "bf16", ops, Split(), 1, None)
+size = sum(w.numel() * w.element_size() for w in weights.values())
+print(size, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no record of the peak here")
+def test_weights_reach_a_device_without_a_second_copy_of_the_model_in_ram():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    size, growth = map(int, done.stdout.split())
+    assert size > 240 << 20
+    # The device is RAM here: the weights themselves, two on their way, and slices of 4 MiB being made.
+    assert size < growth < size + (40 << 20)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
 
 
-_WEB_OPTIONS = ("quant", "kv", "threads", "context", "device", "dtype")
+_WEB_OPTIONS = (
+    "quant", "kv", "threads", "context", "device", "dtype", "device_memory", "gpu_layers", "offload",
+)  # fmt: skip
 """What `--web` hands on to `bise serve`."""
 
 

@@ -72,7 +72,7 @@ def command(as_json: bool) -> None:
     Exits with 1 and one line when something is broken.
     """
     findings = Findings()
-    for check in (_software, _processor, _memory, _energy, _state, _embedded):
+    for check in (_software, _processor, _devices, _memory, _energy, _state, _embedded):
         check(findings)
     if as_json:
         write_json(findings.facts | {"ok": not findings.problems, "problems": findings.problems}, indent=2)
@@ -130,6 +130,20 @@ def _processor(findings: Findings) -> None:
         isa=isa,
         isa_available=available,
     )
+
+
+def _devices(findings: Findings) -> None:
+    from bise.engine.device import visible_devices
+
+    try:
+        found = visible_devices()
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        findings.tell("devices", f"PyTorch does not load: {reason}", devices=None)
+        return
+    absent = "PyTorch is not installed (pip install 'bise[torch]' for --device cuda or mps)"
+    told = absent if found is None else "; ".join(found) or "PyTorch sees no device but the processor"
+    findings.tell("devices", told, devices=None if found is None else list(found))
 
 
 def processor_name() -> str:

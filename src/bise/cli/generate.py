@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def command(model: str | None, **values: Any) -> None:
         max_tokens=values["max_tokens"], logprobs=values["logprobs"], ignore_eos=values["ignore_eos"]
     )
     receipt: Path | None = values["receipt"]
+    if receipt is not None and load.placement is not None and not load.placement.is_native:
+        raise click.UsageError("--receipt is for bise's own kernels; leave --device and --dtype away")
     _check_receipt(receipt, without_prompt=values["receipt_without_prompt"])
     if prompt == "-":
         prompt = read_stdin_text("--prompt")
@@ -105,6 +107,9 @@ def command(model: str | None, **values: Any) -> None:
             fields: dict[str, Any] = {"text": answer.text, "token_ids": answer.token_ids}
             if values["logprobs"] is not None:
                 fields["logprobs"] = logprob_rows(answer.logprobs)
+            counts = loaded.expert_counts()
+            if counts is not None:
+                fields["experts"] = asdict(counts) | {"hit_rate": counts.hit_rate}
             write_json(fields | answer.report() | {"model": model_name(loaded), "seed": sampling.seed})
             return
         write_text("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from collections.abc import Callable
@@ -15,9 +16,13 @@ from bise.errors import UserError
 
 if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
+    from bise.engine.placement import Placement
     from bise.engine.request import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}  # fmt: skip
 
 
 def text(value: str) -> str:
@@ -27,6 +32,36 @@ def text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise click.BadParameter("is not valid UTF-8 text") from error
     return value
+
+
+class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - generic only in stubs
+    """An amount of memory: `16GiB`, `8G`, `512MiB`, or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+        if size < 1:
+            self.fail(f"'{value}' is not an amount of memory such as 16GiB, 8G or 512MiB", param, ctx)
+        return size
+
+
+class LayerCount(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - generic only in stubs
+    """A number of layers, or `auto`: None."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Return the number."""
+        if value == "auto" or isinstance(value, int):
+            return None if value == "auto" else value
+        if not re.fullmatch(r"[0-9]{1,4}", str(value)):
+            self.fail(f"'{value}' is not a number of layers, nor auto", param, ctx)
+        return int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +76,8 @@ class LoadOptions:
     """Directory of a LoRA adapter that every request uses."""
     draft: str | None = None
     """A model that guesses tokens ahead."""
-    device: str = "cpu"
-    dtype: str = "auto"
+    placement: Placement | None = None
+    """The device that it runs on; None: this processor, natively."""
 
     @property
     def adapter_name(self) -> str | None:
@@ -122,7 +157,7 @@ def kv_option() -> Callable[[F], F]:
 
 
 def device_options(function: F) -> F:
-    """Add --device and --dtype."""
+    """Add the options that say on which device, and what stays in RAM; `pop_placement` gathers them."""
     decorators = [
         click.option(
             "--device",
@@ -139,8 +174,40 @@ def device_options(function: F) -> F:
             type=click.Choice(["auto", "f32", "f16", "bf16"]),
             help="Type of products on a device; with cpu it means PyTorch instead of bise's own kernels.",
         ),
+        click.option(
+            "--device-memory",
+            type=MemorySize(),
+            help="Most that a model may take on the device, such as 20GiB.  [default: what is free]",
+        ),
+        click.option(
+            "--gpu-layers",
+            type=LayerCount(),
+            metavar="N|auto",
+            help="Layers on the device, the last ones; the others stay in RAM.  [default: what fits]",
+        ),
+        click.option(
+            "--offload",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "none", "layers", "compute", "copy"]),
+            help="What stays in RAM of a model that the device cannot hold: layers, or experts that are "
+            "computed there or copied when wanted; none refuses it.",
+        ),
     ]
     return _apply(decorators, function)
+
+
+def pop_placement(values: dict[str, Any]) -> Placement:
+    """Take the device options out of a command's keyword arguments."""
+    from bise.engine.placement import Placement
+
+    return Placement(
+        values.pop("device"),
+        values.pop("dtype"),
+        offload=values.pop("offload"),
+        layers=values.pop("gpu_layers"),
+        memory=values.pop("device_memory"),
+    )
 
 
 def load_options(function: F) -> F:
@@ -233,12 +300,8 @@ def _apply(decorators: list[Callable[[F], F]], function: F) -> F:
 
 def pop_load_options(values: dict[str, Any]) -> LoadOptions:
     """Take the load options out of a command's keyword arguments."""
-    return LoadOptions(
-        **{
-            name: values.pop(name)
-            for name in ("quant", "kv", "threads", "context", "adapter", "draft", "device", "dtype")
-        }
-    )
+    names = ("quant", "kv", "threads", "context", "adapter", "draft")
+    return LoadOptions(placement=pop_placement(values), **{name: values.pop(name) for name in names})
 
 
 def pop_sampling_options(values: dict[str, Any]) -> SamplingOptions:

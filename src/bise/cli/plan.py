@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bise.cli.options import kv_option, quant_option, text
+from bise.cli.options import MemorySize, device_options, kv_option, pop_placement, quant_option, text
 from bise.cli.output import write_json, write_pairs
 
 if TYPE_CHECKING:
     from bise.model.source import ModelSource
     from bise.plan import MachineLimits, Plan
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
-          "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}  # fmt: skip
-
-
-class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - generic only in stubs
-    """An amount of memory: `16GiB`, `8G`, `512MiB`, or plain bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return bytes."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([kmgt]i?)?b?\s*", str(value).lower())
-        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-        if size < 1:
-            self.fail(f"'{value}' is not an amount of memory such as 16GiB, 8G or 512MiB", param, ctx)
-        return size
 
 
 @click.command("plan")
@@ -62,15 +42,26 @@ class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
     "--adapter", "adapters", multiple=True, type=text, metavar="DIR",
     help="A LoRA adapter loaded beside the model; may be repeated.",
 )  # fmt: skip
+@device_options
+@click.option(
+    "--device-bandwidth", type=click.FloatRange(min=0.1), metavar="GB/S",
+    help="With --device: how fast it reads its memory.  [default: measured, else 1000]",
+)  # fmt: skip
+@click.option(
+    "--bus-bandwidth", type=click.FloatRange(min=0.1), metavar="GB/S",
+    help="With --device: how fast weights reach it from RAM.  [default: measured, else 25]",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str, context: int | None, sequences: int, quant: str, kv: str, memory: int | None,
-    threads: int | None, adapters: tuple[str, ...], as_json: bool,
+    threads: int | None, adapters: tuple[str, ...], as_json: bool, **device: Any,
 ) -> None:  # fmt: skip
     """Tell what fits in memory and how fast it can be.
 
     MODEL is a directory, a .gguf file, or an alias, which need not be on this machine. Reads headers only.
-    Speeds are ceilings from this machine's measured memory and arithmetic rates.
+    Speeds are ceilings from this machine's measured memory and arithmetic rates. With --device the plan is
+    for a device, which need not be on this machine where --device-memory tells its size: what it holds, what
+    stays in RAM, and how fast it can decode.
     """
     from bise.bench.limits import measure_limits
     from bise.config import default_threads
@@ -84,6 +75,18 @@ def command(
     if grant is None:
         raise ConfigError("this system does not tell how much memory is free; give --memory", field="memory")
     limits = measure_limits(threads or default_threads())
+    bandwidths = device.pop("device_bandwidth"), device.pop("bus_bandwidth")
+    placement = pop_placement(device)
+    if not placement.is_native:
+        from bise.cli.device_plan import tell_device_plan
+
+        if adapters:
+            raise ConfigError("adapter is not planned for a device; leave it away", field="adapter")
+        wanted = {"quant": quant, "kv": kv, "context": context, "sequences": sequences}
+        tell_device_plan(source, placement, wanted, grant, bandwidths, limits.read_bytes_s, as_json=as_json)
+        return
+    if any(bandwidths):
+        raise ConfigError("device-bandwidth and bus-bandwidth need --device cuda", field="device")
     plan = make_plan(
         source,
         quant=quant,

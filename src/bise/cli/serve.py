@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bise.cli.logs import configure
-from bise.cli.options import device_options, kv_option, quant_option, text
+from bise.cli.options import device_options, kv_option, pop_placement, quant_option, text
 from bise.cli.output import aside
 
 if TYPE_CHECKING:
@@ -231,10 +231,9 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
 
     from bise.engine.device import require_device
     from bise.engine.model_spec import ModelSpec
-    from bise.engine.placement import Placement
     from bise.hub.registry import resolve
 
-    placement = Placement(values["device"], values["dtype"])
+    placement = pop_placement(values)
     require_device(placement)
     aliases: dict[str, list[str]] = {}
     for entry in values["aliases"]:

@@ -24,9 +24,8 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
 
     path = resolve(name)
     from bise.engine.load import load_model
-    from bise.engine.placement import Placement
+    from bise.engine.placement import NATIVE
 
-    placement = Placement(options.device, options.dtype)
     with ProgressBar() as bar:
         loaded = load_model(
             path,
@@ -35,7 +34,7 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
             threads=options.threads,
             context=options.context,
             draft=None if options.draft is None else resolve(options.draft),
-            placement=placement,
+            placement=options.placement or NATIVE,
             progress=bar,
         )
     try:

@@ -6,7 +6,9 @@ Everything above the ops is the same code for all of them: definition, scheduler
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from bise.engine.memory import available_memory
 from bise.engine.placement import Placement
-from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, with_longer_context
+from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, gibibytes, with_longer_context
 from bise.errors import ConfigError
 from bise.kernels import Array, Weight
 from bise.kernels.cpu import Bytes, CpuOps, arena, read_rate
@@ -55,6 +57,21 @@ def make_ops(placement: Placement, split: Split | None = None, threads: int = 1)
     from bise.kernels.split import SplitOps
 
     return SplitOps(CpuOps(threads), device, split.host_layers)
+
+
+def visible_devices() -> tuple[str, ...] | None:
+    """Return a line for each device that torch can drive here besides the processor; None without torch."""
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    found: list[str] = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        _, size = torch.cuda.mem_get_info(index)
+        found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {gibibytes(size)}")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return tuple(found)
 
 
 def require_device(placement: Placement) -> None:
@@ -197,15 +214,16 @@ def place_weights(
     threads: int,
     progress: Progress | None,
 ) -> dict[str, Weight | Array]:
-    """Return every weight by name where the split wants it; of those that go to the device there is one at a
-    time in RAM. A head that is the embeddings too has a second form, `output`, where the two are apart.
+    """Return every weight by name where the split wants it; of those that go to the device there are two at a
+    time in RAM: one on its way, and the next one, read meanwhile. A head that is the embeddings too has a
+    second form, `output`, where the two are apart.
     """
     from bise.kernels.experts import hold
 
     device: Any = device_ops(ops)
     host = CpuOps(threads)
     found: dict[str, Weight | Array] = {}
-    for slot, panels in stream_packed(source, quant, host, progress):
+    for slot, panels in _read_ahead(stream_packed(source, quant, host, progress)):
         place = split.place(slot.name)
         if place == "held":
             layer = int(slot.name.split(".")[1])
@@ -215,6 +233,16 @@ def place_weights(
         if slot.name == "tok_embeddings" and place == "host" and source.config.tied_embeddings:
             found["output"] = _weight(device, slot, panels)
     return found
+
+
+def _read_ahead(weights: Generator[tuple[Slot, Bytes]]) -> Generator[tuple[Slot, Bytes]]:
+    """Yield weights, the next one being read or packed in a thread while the caller has the one before."""
+    with closing(weights), ThreadPoolExecutor(1, thread_name_prefix="bise-weights") as reader:
+        coming = reader.submit(next, weights, None)
+        while (found := coming.result()) is not None:
+            coming = reader.submit(next, weights, None)
+            yield found
+            del found  # else it would stay in RAM beside the two that come
 
 
 def device_ops(ops: TorchOps | SplitOps) -> TorchOps:

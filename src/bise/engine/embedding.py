@@ -52,5 +52,5 @@ class Pooler:
 
 def _wide(hidden: Array) -> npt.NDArray[np.float64]:
     if hasattr(hidden, "detach"):
-        hidden = hidden.detach().cpu().numpy()
+        hidden = hidden.detach().cpu().double().numpy()  # numpy has no bfloat16
     return np.asarray(hidden, np.float64)

@@ -30,10 +30,12 @@ from bise.engine.memory import (
 from bise.engine.pace import Pace
 from bise.engine.placement import NATIVE, Placement
 from bise.engine.receipt import NUMERICS_VERSION
+from bise.engine.runner import Model
 from bise.engine.speculation import Speculation
 from bise.engine.split import Choice, Sizes, Split
 from bise.errors import ConfigError, MemoryPlanError, ModelFileError
 from bise.kernels import Array, Ops, Weight
+from bise.kernels.counts import ExpertCounts
 from bise.kernels.cpu import CpuOps
 from bise.model.checkpoint import open_model
 from bise.model.generation import PLAIN_TEMPERATURE, suggested_temperature
@@ -105,6 +107,10 @@ class LoadedModel:
         """Refuse the adapter from now on; requests that use it go on. Raises ModelNotFoundError."""
         self.engine.adapters.remove(name)
 
+    def expert_counts(self) -> ExpertCounts | None:
+        """Return how often wanted experts were on the device; None where all lie in one place."""
+        return getattr(self.ops, "expert_counts", None)
+
     def close(self) -> None:
         """Stop the engine and let the memory go."""
         self.engine.close()
@@ -153,8 +159,9 @@ def load_model(
     transformer = Transformer(source.config, weights, ops)
     prefix_file = _prefix_file(prefix_cache_dir, source, f"{quant}{device_name(placement, split)}", kv_format)
     guesser = None if guessing is None else guessing.load(ops, tokens, max_sequences, threads, progress)
+    seats = max(SEATS * max_sequences, 8)
     engine = Engine(
-        transformer,
+        _recorded(transformer, ops, seats, tokens),
         ops,
         config=source.config,
         tokenizer=tokenizer,
@@ -162,7 +169,7 @@ def load_model(
         kv_memory_bytes=kv_bytes(source.config, tokens, kv_format, max_sequences),
         max_context=tokens,
         max_step_tokens=STEP_TOKENS,
-        max_sequences=max(SEATS * max_sequences, 8),
+        max_sequences=seats,
         prefix_file=prefix_file,
         swap_bytes=swap_bytes,
         model_id=str(path) if prefix_file is None else prefix_file.model_id,
@@ -172,6 +179,19 @@ def load_model(
     )
     notes, temperature = notes + choice_notes, suggested_temperature(source.path)
     return LoadedModel(source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops)
+
+
+def _recorded(model: Transformer, ops: Ops, max_rows: int, context: int) -> Model:
+    """Return the model with its decode steps recorded where the device can do that, else as it is."""
+    if ops.name != "triton":
+        return model
+    from bise.engine.graphs import GraphedModel
+    from bise.kernels.triton.ops import TritonOps
+
+    assert isinstance(ops, TritonOps)
+    if ops.device.type != "cuda":
+        return model
+    return GraphedModel(model, ops.device, max_rows=max_rows, max_context=context)
 
 
 class Wanted(NamedTuple):

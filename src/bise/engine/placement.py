@@ -101,9 +101,11 @@ class Placement:
         if self.is_native:
             return checked_kv_format(kv, quant)
         chosen = self.compute_format if kv == "auto" else checked_kv_format(kv, quant)
-        if chosen not in _KV_FORMATS:
+        formats = (*_KV_FORMATS, "q8") if self.is_tiled else _KV_FORMATS
+        if chosen not in formats:
             raise ConfigError(
-                f"kv must be auto, f32, f16 or bf16 on {self.device} with PyTorch, got '{kv}'", field="kv"
+                f"kv must be one of auto, {', '.join(formats)} on {self.device} with PyTorch, got '{kv}'",
+                field="kv",
             )
         return chosen
 

@@ -132,6 +132,8 @@ class Sizes:
                 self.layers[int(name.split(".")[1])] += size
             elif ".experts.0." in name:
                 self.experts[int(name.split(".")[1])] += size
+                # Those of a layer are put behind one another, a matrix of each at a time.
+                self._largest = max(self._largest, config.num_experts * size.device)
 
     def _size(self, name: str, shape: tuple[int, ...]) -> _Bytes:
         if len(shape) == 1:
@@ -231,27 +233,30 @@ class Sizes:
         spread = tuple(low + (layer < more) for layer in range(count))
         return Split(mode=mode, experts=spread, num_experts=total)
 
-    def decode_seconds(self, split: Split, context: int, rates: Rates) -> float:
-        """Return the least time of one token of one sequence: weights, keys and values over their rates, one
-        after the other. Experts are taken to be wanted equally often.
+    def decode_seconds(self, split: Split, context: int, rates: Rates, sequences: int = 1) -> float:
+        """Return the least time of a step that gives each of `sequences` sequences a token: weights, keys and
+        values over their rates, one place after the other. Experts are taken to be wanted equally often.
         """
         config = self.config
         head = self.table if config.tied_embeddings else self.head
         device, host, bus = float(head.device), 0.0, 0.0
+        wanted = 0.0
+        if config.is_moe:
+            missed = (1 - config.experts_per_token / config.num_experts) ** sequences
+            wanted = config.num_experts * (1 - missed)
         for layer in range(config.num_layers):
-            kv, wanted = self.layer_kv(layer, context, 1), config.experts_per_token
+            kv, expert = self.layer_kv(layer, context, sequences), self.experts[layer]
             if layer < split.host_layers:
-                host += self.layers[layer].host + kv + wanted * self.experts[layer].host
+                host += self.layers[layer].host + kv + wanted * expert.host
                 continue
             found = split.experts[layer] / config.num_experts if split.experts else 1.0
-            missed, expert = wanted * (1 - found), self.experts[layer]
             device += self.layers[layer].device + kv
             if split.mode == "copy":
                 device += wanted * expert.device
-                bus += missed * expert.device
+                bus += wanted * (1 - found) * expert.device
             else:
                 device += wanted * found * expert.device
-                host += missed * expert.host
+                host += wanted * (1 - found) * expert.host
         return device / rates.device_bytes_s + bus / rates.bus_bytes_s + host / rates.host_bytes_s
 
 

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bise.kernels import Experts, Weight
+from bise.kernels import Array, Experts, Weight
+from bise.kernels.counts import ExpertCounts
 from bise.kernels.cpu import CpuOps, Packed
 from bise.kernels.torch import TorchOps
 
@@ -38,22 +39,6 @@ class Held:
     matrix: Any
     num_slots: int
     """Experts of its layer that the device holds at once, at least one."""
-
-
-@dataclass(slots=True)
-class ExpertCounts:
-    """What became of the experts that steps asked for: one count per expert, layer and step."""
-
-    wanted: int = 0
-    found: int = 0
-    """Of the wanted, those that were on the device."""
-    copied: int = 0
-    """Copies to the device, of wanted and of guessed ones."""
-    guessed: int = 0
-    """Of the copied, those that were guessed ahead."""
-    guessed_right: int = 0
-    """Of the guessed, those that were wanted before they gave way."""
-    copied_bytes: int = 0
 
 
 def with_tensors(matrix: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -76,7 +61,8 @@ def hold(matrix: Any, num_slots: int) -> Held:
     return Held(with_tensors(matrix, keep), num_slots)
 
 
-def _tensors(matrices: Iterable[Any]) -> list[Tensor]:
+def tensors_of(matrices: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors that matrices are made of, in a fixed order."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -123,7 +109,7 @@ class _Slot:
 
     def __init__(self, matrices: Matrices) -> None:
         self.matrices = matrices
-        self.tensors = _tensors(matrices)
+        self.tensors = tensors_of(matrices)
         self.arrived: Any = None
         self.used: Any = None
         self.is_guess = False
@@ -134,7 +120,7 @@ class ExpertSlots:
 
     def __init__(self, ops: TorchOps, held: Sequence[Matrices], num_slots: int, counts: ExpertCounts) -> None:
         """Take `num_slots` slots, empty at first; `held` are the matrices of each expert in RAM."""
-        self._held = [_tensors(matrices) for matrices in held]
+        self._held = [tensors_of(matrices) for matrices in held]
         self._size = sum(tensor.numel() * tensor.element_size() for tensor in self._held[0])
         self._lane = Lane(ops.device)
         self._counts = counts
@@ -248,9 +234,15 @@ class PlacedExperts:
                 return
 
 
-def run_experts(x: Tensor, router: Weight, bank: PlacedExperts, top_k: int) -> Tensor:
+def _tensor(x: Any) -> Tensor:
+    """Return rows as a tensor; those of Triton's kernels may wait for whoever takes them."""
+    return x if isinstance(x, Tensor) else x.tensor()
+
+
+def run_experts(x: Array, router: Weight, bank: PlacedExperts, top_k: int) -> Tensor:
     """Return what `Ops.moe` returns, of rows x [T, E] on the device."""
     device, follower = bank.device, bank.follower
+    x = _tensor(x)
     bank.router = router
     chosen, share = device.route(x, router, top_k)
     choices = [chosen]
@@ -270,7 +262,7 @@ def run_experts(x: Tensor, router: Weight, bank: PlacedExperts, top_k: int) -> T
 
     def run(expert: int, matrices: Experts) -> None:
         _, rows, ranks = places(expert)
-        parts[rows, ranks] = device.mlp(x[rows], matrices)
+        parts[rows, ranks] = _tensor(device.mlp(x[rows], matrices))
 
     bank.on_device([expert for expert in wanted if expert not in bank.in_ram], run)
     for expert in in_ram:

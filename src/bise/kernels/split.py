@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bise.kernels import Array, AttentionMeta, Experts, Lora, Pages, Rope, Weight
+from bise.kernels.counts import ExpertCounts
 from bise.kernels.cpu import CpuOps, CpuPages, Floats, Packed
 from bise.kernels.experts import Held, PlacedExperts, run_experts
 from bise.kernels.torch import TorchOps
@@ -43,6 +44,11 @@ class SplitOps:
     def layer(self, index: int) -> CpuOps | SplitOps:
         """See `Ops.layer`: the processor's or, where weights may be in both places, itself."""
         return self.host if index < self._host_layers else self
+
+    @property
+    def expert_counts(self) -> ExpertCounts | None:
+        """What became of the experts that were wanted so far; None where every layer has its own together."""
+        return ExpertCounts.total(bank.counts for bank in self.banks) if self.banks else None
 
     def carry(self, x: Array) -> Tensor:
         """Return rows of the residual stream on the device."""
@@ -100,10 +106,6 @@ class SplitOps:
             return at.add_norm(x, y, weight, eps)
         total = self.carry(x + y)  # the last layer of the host ends, the first one of the device begins
         return total, self.device.norm(total, weight, eps)
-
-    def together(self, weights: Sequence[Weight]) -> Sequence[Weight]:
-        """See `Ops.together`."""
-        return self._at(weights[0]).together(weights)
 
     def together(self, weights: Sequence[Weight]) -> Sequence[Weight]:
         """See `Ops.together`."""

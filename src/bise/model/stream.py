@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import cast
@@ -24,7 +24,7 @@ from bise.model.source import ModelSource
 
 def stream_packed(
     source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None
-) -> Iterator[tuple[Slot, Bytes]]:
+) -> Generator[tuple[Slot, Bytes]]:
     """Yield the panels of every weight of a source, each in memory of its own that the caller may keep.
 
     Read when packed or cached, else made, and on the way written to the cache when the model is large: the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -55,6 +56,12 @@ class Metrics:
                 "kv_blocks_free": "KV cache blocks that are free.",
                 "kv_bytes": "Bytes of the KV cache.",
                 "preemptions": "Sequences put back for want of memory.",
+                "experts_wanted": "Experts that steps wanted, where not all fit the device.",
+                "experts_found": "Of these, experts that were on the device.",
+                "experts_copied": "Experts copied to the device.",
+                "experts_guessed": "Of these, copied before they were wanted.",
+                "experts_guessed_right": "Of these, wanted before they gave way.",
+                "experts_copied_bytes": "Bytes of experts copied to the device.",
             }.items()
         }
         Gauge("bise_info", "Version of this server.", ["version"], registry=registry).labels(__version__).set(
@@ -101,6 +108,9 @@ class Metrics:
                 "kv_bytes": stats.kv_bytes,
                 "preemptions": stats.num_preemptions,
             }
+            counts = loaded.expert_counts()
+            if counts is not None:
+                values |= {f"experts_{name}": value for name, value in asdict(counts).items()}
             for name, value in values.items():
                 self._gauges[name].labels(model).set(value)
         return generate_latest(self._registry)
