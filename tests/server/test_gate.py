@@ -1,6 +1,8 @@
+import asyncio
 import itertools
 import logging
 import re
+import threading
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 from sqlalchemy import inspect, text
 
 from bise.errors import ConfigError
-from bise.server.access import Access, check_bind
+from bise.server.access import Access, Caller, check_bind
 from bise.store.database import DatabaseDownError
 from bise.store.energy import Shares
 from bise.store.keys import KeyLimits
@@ -101,6 +103,35 @@ def test_this_machine_needs_no_key_until_the_first_one_is_made(site):
     assert site.get("/v1/models").status_code == 401
     site.store.keys.revoke(info.id)
     assert site.get("/v1/models").status_code == 401  # revoking a key must not open the door
+
+
+def test_a_key_whose_requests_wait_for_the_store_keeps_no_other_key_waiting(site, monkeypatch):
+    (large, _), (small, _) = site.key("large"), site.key("small")
+    reserve, let_go, waiting = site.store.limits.reserve, threading.Event(), []
+
+    def slowly(key):
+        if key.id == large.id:
+            waiting.append(key)
+            assert let_go.wait(20)
+        return reserve(key)
+
+    monkeypatch.setattr(site.store.limits, "reserve", slowly)
+
+    async def both():
+        def admit(info):
+            caller = Caller(owner=info.id, scopes=info.scopes, key=info)
+            return site.gate.admit_caller(caller, model=None, endpoint="/x", request_id="r")
+
+        crowd = [asyncio.ensure_future(admit(large)) for _ in range(50)]
+        await asyncio.sleep(0)
+        ticket = await asyncio.wait_for(admit(small), 10)
+        assert 0 < len(waiting) < 8  # of eight threads
+        let_go.set()
+        return ticket, await asyncio.gather(*crowd)
+
+    ticket, tickets = site.loop.run_until_complete(both())
+    assert ticket.reservation is not None
+    assert len({entry.reservation.id for entry in tickets}) == 50
 
 
 def test_another_machine_always_needs_a_key(site):

@@ -6,12 +6,14 @@ import threading
 from decimal import Decimal
 
 import pytest
+from sqlalchemy import event
 
 from bise.errors import RateLimitError
+from bise.store import limits as limits_module
 from bise.store.database import Database
 from bise.store.keys import KeyLimits
 from bise.store.limits import Limits, count_open
-from bise.store.schema import SpendRecord
+from bise.store.schema import ReservationRecord, SpendRecord
 from bise.store.worker import LEASE_S
 
 
@@ -235,3 +237,42 @@ def test_settled_requests_add_up_exactly(keys, limits, database):
         assert count_open(session) == 0
     for record in (day, month):
         assert (record.requests, record.tokens, record.cost) == (7, 28, Decimal("28e-12"))
+
+
+def test_a_thousand_open_requests_are_added_up_without_looking_at_each(keys, database, clock, monkeypatch):
+    asked = []
+    monkeypatch.setattr(limits_module, "is_dead", lambda worker: bool(asked.append(worker)))
+    limits = Limits(database, clock, worker="here:1:1")
+    key = _key(keys, tokens_per_day=2001, concurrency=1001)
+    with database.writing() as session:
+        session.add_all(
+            ReservationRecord(
+                id=f"r{number}", key_id=key.id, at=clock(), tokens=2, cost=Decimal("0.000000000001"),
+                is_open=True, worker="here:1:1", lease_until=clock() + LEASE_S,
+            )
+            for number in range(1000)
+        )  # fmt: skip
+    read = []
+
+    def note(record, _):
+        read.append(record)
+
+    event.listen(ReservationRecord, "load", note)
+    try:
+        limits.reserve(key, tokens=1)
+        with pytest.raises(RateLimitError, match="requests at the same time"):
+            limits.reserve(key)
+        clock.pass_(LEASE_S / 2)
+        limits.renew([f"r{number}" for number in range(1000)])
+        clock.pass_(LEASE_S / 2 + 1)
+        assert limits.used(key) | {"requests_per_minute": 0, "tokens_per_minute": 0} == {
+            "requests_per_minute": 0,
+            "tokens_per_minute": 0,
+            "tokens_per_day": 2000,
+            "money_per_month": "0.000000001000",
+            "concurrency": 1000,
+        }
+    finally:
+        event.remove(ReservationRecord, "load", note)
+    assert not read
+    assert len(asked) == 3

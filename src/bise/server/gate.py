@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from weakref import WeakValueDictionary
 
 from bise.errors import (
     AuthenticationError,
@@ -34,6 +35,7 @@ from bise.store.energy import MachineMeter, Shares
 from bise.store.keys import KEY_PREFIX, KeyInfo
 from bise.store.ledger import LedgerRow
 from bise.store.limits import UNPLACED, Reservation
+from bise.store.prices import Price
 from bise.store.rules import Guard
 from bise.store.secret import keyed_hash
 from bise.store.worker import LEASE_S
@@ -56,6 +58,9 @@ INTERNAL = "bise.caller"
 PASS_COOKIE = "bise_pass"  # noqa: S105  # a name
 """Cookie of the operator's browser; see `bise.server.entry`."""
 _THREADS = 8
+_CALLS_PER_KEY = 2
+"""Calls to the store that one key's new requests make at once: if it has a thousand, the others wait behind
+these, and not before another key's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +100,7 @@ class StoreGate:
         logger.info("event=energy sources=%s", "+".join(meter.sources) or "none")
         self._shares = shares or Shares(meter.joules)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="bise-store")
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._unwritten: deque[_Unwritten] = deque()
         self._writing_late = threading.Lock()
         self._open: dict[str, Reservation] = {}
@@ -128,6 +134,16 @@ class StoreGate:
         """Run a call to the store in a thread; it goes on to its end even when the caller is cancelled."""
         loop = asyncio.get_running_loop()
         return await asyncio.shield(loop.run_in_executor(self._pool, lambda: function(*args, **kwargs)))
+
+    async def offload_for(
+        self, key_id: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Run a call to the store as `offload` does, but few of a key at a time, in the order of arrival."""
+        turn = self._turns.get(key_id)
+        if turn is None:
+            turn = self._turns[key_id] = asyncio.Semaphore(_CALLS_PER_KEY)
+        async with turn:
+            return await self.offload(function, *args, **kwargs)
 
     async def authenticate(self, request: Request) -> None:
         """Refuse a request without a good key. Every route calls it first."""
@@ -190,7 +206,7 @@ class StoreGate:
             reservation = Reservation(id=UNPLACED, key_id=key.id, requests=None, tokens=None)
         elif key is not None:
             try:
-                reservation = await self.offload(self.store.limits.reserve, key)
+                reservation = await self.offload_for(key.id, self.store.limits.reserve, key)
             except RateLimitError:
                 self.metrics.refuse("rate_limit")
                 raise
@@ -233,11 +249,38 @@ class StoreGate:
             check = partial(self.store.limits.check, is_new=False)
             await self.offload(check, caller.key, prompt + most, cost or Decimal(0))
 
+    async def check_training(self, caller: Caller, model: str) -> None:
+        """Raise PermissionDeniedError when the caller may not use the model, or has a limit in money and the model
+        no price; RateLimitError when nothing is left of the caller's tokens or money.
+        """
+        key = caller.key
+        if key is None:
+            return
+        if not key.allows_model(self._name_of(model)):
+            self.metrics.refuse("forbidden")
+            raise PermissionDeniedError("this key may not use that model", field="model")
+        _require_price(key, await self.offload(self.store.prices.get, model))
+        await self.check_tokens(caller, model, 1, 0)
+
+    def record_training(self, row: LedgerRow, share: str) -> LedgerRow:
+        """Write what a fine-tuning job has used: its tokens are input tokens of its model, and count against the
+        days and months of the key that made it.
+        """
+        key_id = row.key_id
+        reservation = (
+            None if key_id is None else Reservation(id=UNPLACED, key_id=key_id, requests=None, tokens=None)
+        )
+        return self.record(row, reservation, share)
+
     def begin_share(self) -> str:
         """Begin to count a request's part of the machine's time and energy; `record` ends it."""
         share = secrets.token_hex(8)
         self._shares.enter(share)
         return share
+
+    def end_share(self, share: str) -> None:
+        """End a share of what made no row."""
+        self._shares.leave(share)
 
     def cost(self, model: str, prompt: int, cached: int, completion: int) -> Decimal | None:
         """Return what tokens cost by the price book; None for a model without a price."""
@@ -257,12 +300,7 @@ class StoreGate:
         key has a limit in money and the model has no price.
         """
         price = self.store.prices.get(model)
-        if price is None and key.limits.money_per_month is not None:
-            raise PermissionDeniedError(
-                "this key has a limit in money, and the model has no price; an admin can set one with "
-                "`bise prices set`",
-                field="model",
-            )
+        _require_price(key, price)
         try:
             return self.store.limits.extend(
                 reservation,
@@ -412,6 +450,16 @@ class StoreGate:
                 await self.offload(self.store.replays.renew)
             except StoreError:
                 continue
+
+
+def _require_price(key: KeyInfo, price: Price | None) -> None:
+    """Raise PermissionDeniedError for a key with a limit in money where nothing says what a model costs."""
+    if price is None and key.limits.money_per_month is not None:
+        raise PermissionDeniedError(
+            "this key has a limit in money, and the model has no price; an admin can set one with "
+            "`bise prices set`",
+            field="model",
+        )
 
 
 def _endpoint(request: Request) -> str:

@@ -63,10 +63,10 @@ class StoreTicket:
         """Book the most that the request can use; return how many tokens its answer may have."""
         if self.reservation is None or self.caller.key is None:
             return max_tokens
-        held = self.reservation
+        held, key = self.reservation, self.caller.key
         try:
-            self.reservation = await self.gate.offload(
-                self.gate.extend, held, self.caller.key, model, prompt_tokens, max_tokens, least
+            self.reservation = await self.gate.offload_for(
+                key.id, self.gate.extend, held, key, model, prompt_tokens, max_tokens, least
             )
         except RateLimitError:
             self.reservation = None  # the place is given up

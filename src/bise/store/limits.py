@@ -25,6 +25,8 @@ from bise.store.schema import KeyRecord, ReservationRecord, SpendRecord
 from bise.store.worker import LEASE_S, is_dead, this_worker
 
 MINUTE_S = 60.0
+_AT_ONCE = 500
+"""Reservations named in one statement: databases bound the parameters of one."""
 BUSY_RETRY_S = 1.0
 """What a key at its concurrency is told: nobody knows when its running requests end."""
 
@@ -146,7 +148,7 @@ class Limits:
         now = self._clock()
         with self._database.writing() as session:
             _lock(session, key.id)
-            state = self._state(session, key, now)
+            state = self._state(session, key, now, is_whole=True)
         return {
             "requests_per_minute": len(state.recent),
             "tokens_per_minute": sum(tokens for _, tokens in state.recent),
@@ -190,42 +192,41 @@ class Limits:
 
     def renew(self, reservation_ids: Sequence[str]) -> None:
         """Say that this process is still at work on these; call it every LEASE_S / 3."""
+        held, until = ReservationRecord, self._clock() + LEASE_S
         with self._database.writing() as session:
-            for reservation_id in reservation_ids:
-                _update(session, reservation_id, {"lease_until": self._clock() + LEASE_S})
+            for first in range(0, len(reservation_ids), _AT_ONCE):
+                some = reservation_ids[first : first + _AT_ONCE]
+                session.execute(update(held).where(held.id.in_(some)).values(lease_until=until))
 
-    def _state(self, session: Session, key: KeyInfo, now: float) -> _State:
-        """Return what the key holds and has used; forgets what no limit counts any more."""
-        records = session.scalars(
-            select(ReservationRecord)
-            .where(ReservationRecord.key_id == key.id)
-            .order_by(ReservationRecord.at, ReservationRecord.id)
-        ).all()
-        open_records: list[ReservationRecord] = []
-        recent: list[ReservationRecord] = []
-        for record in records:
-            # A time ahead of now was written before the clock was set back; it would block the key till then.
-            is_recent = now - MINUTE_S < record.at <= now + MINUTE_S
-            is_alive = record.is_open and record.lease_until > now and not is_dead(record.worker)
-            if is_recent:
-                recent.append(record)
-            if is_alive:
-                open_records.append(record)
-            elif record.is_open:
-                record.is_open = False  # its process is gone: nobody will ever settle it
-            elif not is_recent:
-                session.delete(record)
+    def _state(self, session: Session, key: KeyInfo, now: float, *, is_whole: bool = False) -> _State:
+        """Return what the key holds and has used; forgets what no limit counts any more.
+
+        A key may have thousands of requests open: the database adds them up, and the last minute's are read
+        one by one only where a limit, or `is_whole`, asks for them.
+        """
+        held = ReservationRecord
+        # A time ahead of now was written before the clock was set back; it would block the key till then.
+        is_recent = (held.at > now - MINUTE_S) & (held.at <= now + MINUTE_S)
+        session.execute(delete(held).where(held.key_id == key.id, ~held.is_open, ~is_recent))
+        num_open, open_tokens, open_cost = _take_stock(session, key, now)
+        limits = key.limits
+        recent: list[tuple[float, int]] = []
+        if is_whole or limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
+            found = session.execute(
+                select(held.at, held.tokens)
+                .where(held.key_id == key.id, is_recent)
+                .order_by(held.at, held.id)
+            )
+            recent = [(at, tokens) for at, tokens in found]
         day, month = periods(now)
         spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in (day, month))
         return _State(
             key=key,
             now=now,
-            recent=[(record.at, record.tokens) for record in recent],
-            num_open=len(open_records),
-            day_tokens=(spend_day.tokens if spend_day else 0) + sum(record.tokens for record in open_records),
-            month_cost=sum(
-                (record.cost for record in open_records), spend_month.cost if spend_month else Decimal(0)
-            ),
+            recent=recent,
+            num_open=num_open,
+            day_tokens=(spend_day.tokens if spend_day else 0) + open_tokens,
+            month_cost=(spend_month.cost if spend_month else Decimal(0)) + open_cost,
         )
 
 
@@ -236,7 +237,7 @@ class _State:
     key: KeyInfo
     now: float
     recent: list[tuple[float, int]]
-    """(time, tokens) of the requests of the last minute, oldest first."""
+    """(time, tokens) of the requests of the last minute, oldest first; empty where nobody asked for them."""
     num_open: int
     day_tokens: int
     month_cost: Decimal
@@ -355,6 +356,29 @@ def _lock(session: Session, key_id: str) -> None:
     found = session.execute(query).one_or_none()
     if found is None:
         raise PermissionDeniedError("the key is not in the database any more")
+
+
+def _take_stock(session: Session, key: KeyInfo, now: float) -> tuple[int, int, Decimal]:
+    """Return (requests, tokens, cost) that a key has open, and close what nobody will ever settle, since its
+    process is gone.
+    """
+    held = ReservationRecord
+    is_held = (held.key_id == key.id) & held.is_open
+    sums = session.execute(
+        select(held.worker, func.count(), func.sum(held.tokens), func.sum(held.cost))
+        .where(is_held, held.lease_until > now)
+        .group_by(held.worker)
+    ).all()
+    dead = [worker for worker, *_ in sums if is_dead(worker)]
+    session.execute(
+        update(held).where(is_held, (held.lease_until <= now) | held.worker.in_(dead)).values(is_open=False)
+    )
+    alive = [row for row in sums if row[0] not in dead]
+    return (
+        sum(count for _, count, _, _ in alive),
+        sum(int(tokens) for _, _, tokens, _ in alive),
+        sum((cost for *_, cost in alive), Decimal(0)),
+    )
 
 
 def _update(session: Session, reservation_id: str, values: Mapping[str, object]) -> None:
