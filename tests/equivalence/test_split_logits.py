@@ -89,7 +89,7 @@ class Runs:
             logit_rows=np.arange(len(ids), dtype=np.int32),
         )
         found = self.model.logits(self.model.forward(batch, self.cache))
-        return torch.as_tensor(found).double()
+        return torch.as_tensor(found).cpu().double()
 
     def chunks(self, tokens, sizes):
         """Return the logits of all tokens, computed in steps of some sizes."""
@@ -167,3 +167,17 @@ def test_a_fixed_split_gives_a_row_the_same_bits_in_any_batch_and_chunk(
     runs.rows([(2, other[:20], 0), (0, tokens[:9], 0)])
     beside = runs.rows([(0, tokens[9:], 9), (2, other[20:], 20)])[:15]
     assert torch.equal(beside, alone[9:])
+
+
+@pytest.mark.parametrize(("host_layers", "places"), [(1, {}), (0, {"num_slots": 2}), (0, {"num_fixed": 3})])
+def test_the_kernels_of_a_gpu_share_a_model_with_the_processor(host_layers, places, tiny_model):
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    from bise.kernels.triton.ops import TritonOps
+
+    config, weights = tiny_model("8 experts")
+    tokens = tokens_of(config, 12)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops = SplitOps(CpuOps(1), TritonOps(torch.float32, device), host_layers)
+    runs = Runs(config, split_weights(config, weights, ops, **places), ops)
+    assert_close(runs.chunks(tokens, [10, 1, 1]), oracle(config, weights, tokens))

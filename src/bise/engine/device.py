@@ -218,12 +218,17 @@ def place_weights(
     time in RAM: one on its way, and the next one, read meanwhile. A head that is the embeddings too has a
     second form, `output`, where the two are apart.
     """
-    from bise.kernels.experts import hold
+    from bise.kernels.experts import hold, staging
 
     device: Any = device_ops(ops)
     host = CpuOps(threads)
     found: dict[str, Weight | Array] = {}
-    for slot, panels in _read_ahead(stream_packed(source, quant, host, progress)):
+
+    def allocate(slot: Slot) -> Bytes:
+        is_kept = split.place(slot.name) == "host"
+        return arena(slot.size_bytes) if is_kept else staging(slot.size_bytes, device.device)
+
+    for slot, panels in _read_ahead(stream_packed(source, quant, host, progress, allocate)):
         place = split.place(slot.name)
         if place == "held":
             layer = int(slot.name.split(".")[1])

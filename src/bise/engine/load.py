@@ -81,6 +81,8 @@ class LoadedModel:
 
     ops: Ops | None = None
     """The backend that the model lies on; None: it cannot take adapters."""
+    placement: Placement = NATIVE
+    """The device that it runs on."""
 
     def load_adapter(self, name: str, path: Path) -> Adapter:
         """Let requests name the LoRA adapter in directory `path` as `name`, while others run.
@@ -92,7 +94,7 @@ class LoadedModel:
             raise ConfigError("this model was not loaded in a way that lets it take adapters")
         file = open_adapter(path, self.source.config)
         check_base(file, lambda: content_hash(self.source))
-        free = available_memory()
+        free = available_memory() if self.placement.is_native else free_bytes(self.placement)
         if free is not None and file.size_bytes > free:
             raise MemoryPlanError(
                 f"{path} needs {file.size_bytes >> 20} MiB, {free >> 20} MiB of memory are free; unload "
@@ -178,7 +180,9 @@ def load_model(
         threaded=threaded,
     )
     notes, temperature = notes + choice_notes, suggested_temperature(source.path)
-    return LoadedModel(source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops)
+    return LoadedModel(
+        source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops, placement
+    )
 
 
 def _recorded(model: Transformer, ops: Ops, max_rows: int, context: int) -> Model:

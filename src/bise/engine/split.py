@@ -319,11 +319,9 @@ class Chooser:
         config, placement = self.sizes.config, self.placement
         tokens = min(config.max_context, OFFLOAD_CONTEXT) if context is None else context
         if placement.layers is None:
-            choice = self.whole(tokens)
-            if self.fits(choice.need):
+            choice = self._whole(tokens, is_fixed=context is not None)
+            if choice is not None:
                 return choice
-            if not placement.may_offload:
-                raise self._refusal(choice, "--offload auto leaves a part in RAM")
         if placement.offload in ("compute", "copy") and not config.is_moe:
             raise ConfigError(
                 f"offload {placement.offload} is for mixtures of experts, this model is none; "
@@ -340,6 +338,21 @@ class Chooser:
             return found[0]
         rates = self.rates()
         return min(found, key=lambda each: self.sizes.decode_seconds(each.split, tokens, rates))
+
+    def _whole(self, tokens: int, *, is_fixed: bool) -> Choice | None:
+        """Return everything on the device; None where a part of it should stay in RAM. Where nothing may, a
+        context that nobody asked for is halved first.
+        """
+        choice = self.whole(tokens)
+        while not self.fits(choice.need):
+            if self.placement.may_offload:
+                return None
+            if is_fixed or choice.context <= STEP_TOKENS:
+                is_ram = self.placement.shares_memory and self.placement.offload != "none"
+                reason = "its memory is RAM" if is_ram else "--offload auto leaves a part in RAM"
+                raise self._refusal(choice, reason)
+            choice = self.whole(choice.context // 2)
+        return choice
 
     def check(self, split: Split, context: int) -> Choice:
         """Return a split that was chosen before; MemoryPlanError when it does not fit any more."""

@@ -61,6 +61,14 @@ def hold(matrix: Any, num_slots: int) -> Held:
     return Held(with_tensors(matrix, keep), num_slots)
 
 
+def staging(size_bytes: int, device: torch.device) -> npt.NDArray[np.uint8]:
+    """Return memory for bytes on their way to a device, from where a CUDA device fetches them itself. It is
+    used again once nobody holds it.
+    """
+    memory = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return memory.numpy()  # pyright: ignore[reportUnknownMemberType]
+
+
 def tensors_of(matrices: Iterable[Any]) -> list[Tensor]:
     """Return the tensors that matrices are made of, in a fixed order."""
     found: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import cast
@@ -23,9 +23,14 @@ from bise.model.source import ModelSource
 
 
 def stream_packed(
-    source: ModelSource, quant: str, ops: CpuOps, progress: Progress | None = None
+    source: ModelSource,
+    quant: str,
+    ops: CpuOps,
+    progress: Progress | None = None,
+    allocate: Callable[[Slot], Bytes] | None = None,
 ) -> Generator[tuple[Slot, Bytes]]:
-    """Yield the panels of every weight of a source, each in memory of its own that the caller may keep.
+    """Yield the panels of every weight of a source, each in memory of its own that the caller may keep: where
+    they are read, in what `allocate` returns.
 
     Read when packed or cached, else made, and on the way written to the cache when the model is large: the
     same bytes, in the same file, as `load_packed` has. A cache that cannot be written is done without; one
@@ -33,7 +38,7 @@ def stream_packed(
     """
     require_unpacked(source, quant)
     if source.kind == "packed":
-        yield from _read(source, progress)
+        yield from _read(source, progress, allocate)
         return
     plan = plan_packing(source, quant)
     if sum(tensor.size_bytes for tensor in source.tensors.values()) < CACHE_MINIMUM_BYTES:
@@ -44,7 +49,7 @@ def stream_packed(
     if cached is not None:
         brought: set[str] = set()
         try:
-            for slot, panels in _read(cached, progress):
+            for slot, panels in _read(cached, progress, allocate):
                 brought.add(slot.name)
                 yield slot, panels
         except ModelFileError:
@@ -59,11 +64,17 @@ def stream_packed(
     yield from _made(source, plan, ops, progress, writer)
 
 
-def _read(source: ModelSource, progress: Progress | None) -> Iterator[tuple[Slot, Bytes]]:
+def _read(
+    source: ModelSource, progress: Progress | None, allocate: Callable[[Slot], Bytes] | None
+) -> Iterator[tuple[Slot, Bytes]]:
     total, done = sum(tensor.size_bytes for tensor in source.tensors.values()), 0
     for each in source.tensors.values():
         tensor = cast(PackedTensor, each)
-        panels = tensor.panels()
+        if allocate is None:
+            panels = tensor.panels()
+        else:
+            panels = allocate(tensor.slot)
+            tensor.file.read_into(tensor.file.entries[tensor.slot.name], 0, panels)
         require_finite(source, tensor.slot, panels)
         yield tensor.slot, panels
         done += tensor.size_bytes
