@@ -78,6 +78,7 @@ def chromium():
     if not (STATIC / "index.html").is_file():
         pytest.skip("the page is not built; make web")
     with playwright.sync_playwright() as driver:
+        playwright.expect.set_options(timeout=20_000)
         browser = driver.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
         )

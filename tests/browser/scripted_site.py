@@ -1,7 +1,8 @@
 """A server with scripted models and the real page, for browser tests: PORT DATABASE [PACE_S [PIECE]].
 
 The question chooses the answer: `slow` writes for a long time, `payload N` answers with an attack, `count N`
-with N numbered tokens, `think` thinks first, `cite` names two sources, anything else with a page of Markdown.
+with N numbered tokens, `think` thinks first (`think long`: for long), `cite` names two sources, anything
+else with a page of Markdown.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ class Thinkers(ScriptedModels):
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
         """Yield thoughts, then the prepared answer."""
-        if str(job.messages[-1]["content"]).startswith("think"):
-            for word in ["First", "the", "pressure,", "then", "the", "mountains."]:
+        question = str(job.messages[-1]["content"])
+        if question.startswith("think"):
+            words = ["First", "the", "pressure,", "then", "the", "mountains."]
+            for word in words * (4000 if question.startswith("think long") else 1):
                 yield Piece(thought=f"{word} ", tokens=1)
                 await asyncio.sleep(self.pace_s)
         async for piece in super().stream(job):

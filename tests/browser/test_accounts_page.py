@@ -10,9 +10,10 @@ PASSWORD = "correct horse battery"
 
 def sign_in(page, name, password):
     """Fill the sign-in dialog."""
-    page.get_by_role("textbox", name="Name").fill(name)
-    page.get_by_role("textbox", name="Password").fill(password)
-    page.get_by_role("dialog").get_by_role("button", name="Sign in").click()
+    dialog = page.get_by_role("dialog", name="Sign in")
+    dialog.get_by_role("textbox", name="Name").fill(name)
+    dialog.get_by_role("textbox", name="Password").fill(password)
+    dialog.get_by_role("button", name="Sign in").click()
 
 
 def make_first_account(page):
@@ -75,18 +76,20 @@ def test_a_draft_outlives_a_session_that_ended(own_site, visit, ask):
 
 
 def test_an_admin_sets_roles_and_quotas_and_deletes_an_account(served, visit):
-    page = visit(served().url, expects=("401", "409", "429"))
+    page = visit(served("--example", "Who tames the wind?").url, expects=("401", "409", "429"))
+    page.get_by_role("button", name="Who tames the wind?").click()
+    assert page.get_by_role("textbox", name="Message").input_value() == "Who tames the wind?"
     make_first_account(page)
     add(page, "ben")
     row(page, "ben").get_by_text("Nothing used this month").wait_for()
     row(page, "ben").get_by_role("combobox", name="Role of ben").select_option("admin")
     row(page, "ben").get_by_role("combobox", name="Role of ben").select_option("user")
     quota = page.get_by_role("spinbutton", name="Tokens per day for ben")
-    quota.fill("5")
-    quota.press("Tab")
     money = page.get_by_role("spinbutton", name="Money per month for ben")
-    money.fill("2.50")
-    money.press("Tab")
+    for field, value in ((quota, "5"), (money, "2.50")):
+        field.fill(value)
+        with page.expect_response(lambda answer: "/limits/" in answer.url and answer.ok):
+            field.press("Tab")
     page.get_by_role("button", name="Sign out").click()
     sign_in(page, "ben", PASSWORD)
     expect(page.get_by_role("dialog")).to_have_count(0)

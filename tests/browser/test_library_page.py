@@ -108,6 +108,46 @@ def test_thoughts_are_folded_away_timed_and_still_there_after_a_reload(site, vis
     page.get_by_text("then the mountains").wait_for()
 
 
+def test_thoughts_can_be_watched_while_they_come(site, visit, ask):
+    page = visit(site.url)
+    ask(page, "think long about it", wait=False)
+    page.get_by_text("Thinking", exact=True).click()
+    thoughts = page.get_by_role("article", name="Assistant").locator("details")
+    expect(thoughts).to_contain_text("mountains. First the pressure")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text(re.compile(r"^Thought for \d")).wait_for()
+    expect(thoughts).to_contain_text("mountains. First the pressure")
+
+
+def test_tool_calls_are_shown_as_text_with_their_arguments_and_results(site, visit, ask):
+    page = visit(site.url)
+    call = {"type": "tool_call", "name": "weather", "arguments": '{"place": "Genève", "days": 3}'}
+    result = {"type": "tool_result", "name": "weather", "text": "<b onclick=alert(1)>windy</b>"}
+    events = [
+        ("state", {"status": "running", "before": 0}),
+        ("parts", {"parts": [call]}),
+        ("parts", {"parts": [call, result]}),
+        ("message", {"choices": [{"index": 0, "delta": {"content": "It is windy."}}]}),
+        ("end", {"status": "complete", "finish_reason": "stop", "error": None}),
+    ]
+    stream = "".join(
+        f"id: {number}\nevent: {kind}\ndata: {json.dumps(body)}\n\n"
+        for number, (kind, body) in enumerate(events, 1)
+    )
+    page.route(
+        re.compile("/api/v1/runs/.*/events"),
+        lambda route: route.fulfill(body=stream, content_type="text/event-stream"),
+    )
+    ask(page, "slow weather")
+    answer = page.get_by_role("article", name="Assistant")
+    answer.get_by_text("It is windy.").wait_for()
+    answer.get_by_text("Tool call weather").click()
+    answer.get_by_text('"place": "Genève"').wait_for()
+    answer.get_by_text("Result of weather").click()
+    answer.get_by_text(result["text"]).wait_for()
+    assert answer.locator("b").count() == 0
+
+
 def test_an_answer_says_what_it_cost(site, visit, ask):
     page = visit(site.url)
     ask(page, "count 3")
@@ -177,3 +217,63 @@ def test_a_question_that_does_not_fit_can_go_without_the_oldest_turns(site, visi
     page.get_by_role("button", name="Ask without the oldest turns").click()
     expect(page.get_by_role("article")).to_have_count(6)
     page.get_by_text("2 older messages were left out, as you asked").wait_for()
+
+
+def test_a_chat_goes_on_in_a_new_one_that_begins_with_a_summary(site, visit, ask):
+    page = visit(site.url)
+    ask(page, "count 3 " + "word " * 23_000)
+    page.get_by_role("button", name="What fills the window").click()
+    page.get_by_role("dialog", name="What fills the window").get_by_role("button").click()
+    page.get_by_role("button", name="Regenerate").wait_for()
+    expect(page.get_by_role("article")).to_have_count(1)
+    page.get_by_role("article").get_by_text("Summary of 2 messages of").wait_for()
+    page.get_by_role("article").get_by_role("link").first.click()
+    expect(page.get_by_role("article")).to_have_count(2)
+    field = page.get_by_role("textbox", name="Message")
+    field.fill("second " + "word " * 11_000)
+    page.get_by_role("button", name="Start afresh with a summary").click()
+    page.get_by_text("Summary of 2 messages of").wait_for()
+    assert field.input_value().startswith("second word")
+
+
+def test_a_mouse_over_the_ribbon_shows_its_table(site, visit):
+    page = visit(site.url)
+    page.get_by_role("meter", name="Context").hover()
+    page.get_by_role("dialog", name="What fills the window").wait_for()
+    page.get_by_role("textbox", name="Message").hover()
+    expect(page.get_by_role("dialog", name="What fills the window")).to_have_count(0)
+
+
+def test_the_palette_renames_what_is_open_and_print_shows_the_transcript_alone(site, visit, ask):
+    page = visit(site.url)
+    ask(page, "count 3")
+    page.keyboard.press("Control+k")
+    page.get_by_role("combobox", name="Command").fill("rename")
+    page.keyboard.press("Enter")
+    page.get_by_role("textbox", name="Title").fill("Numbers in a row")
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Numbers in a row").wait_for()
+    page.get_by_role("link", name="Numbers in a row").first.wait_for()
+    page.emulate_media(media="print", color_scheme="dark")
+    expect(page.get_by_role("textbox", name="Message")).to_be_hidden()
+    expect(page.get_by_role("searchbox", name="Search")).to_be_hidden()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_hidden()
+    expect(page.get_by_role("article")).to_have_count(2)
+    assert page.evaluate("getComputedStyle(document.body).overflow") == "visible"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(19, 33, 43)"
+
+
+def test_a_model_that_is_being_loaded_says_how_far_it_is(site, visit):
+    page = visit(site.url)
+
+    def loading(route):
+        answer = route.fetch()
+        body = answer.json()
+        body["models"][0] |= {"state": "loading", "loaded": 0.62}
+        route.fulfill(response=answer, json=body)
+
+    page.route(re.compile("/api/v1/(bootstrap|models)$"), loading)
+    page.reload()
+    page.get_by_text("scripted-24b is loading, 62 %").wait_for()
+    page.unroute_all()
+    page.get_by_text("scripted-24b is here").wait_for()
