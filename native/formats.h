@@ -1,13 +1,17 @@
 // Byte layout of packed weights; mirrors the packed formats of src/bise/kernels/pack.py.
 //
 // A weight [N, K] is stored as panels of 16 rows. Quantised panels are a sequence of 32-column blocks (for K-type
-// formats eight blocks follow a header of per-256 scales). Inside a block the codes of one 4-column group lie as
+// formats up to eight blocks follow a header of per-256 scales). Inside a block the codes of one 4-column group lie as
 // 16 rows x 4 columns = 64 bytes, the operand order of a four-way int8 dot product with one row per lane:
 //
 //   low nibbles   4 x 64 B: byte [g][row][c] holds column 4g + c in its low and column 16 + 4g + c in its high half
 //   2-bit plane   2 x 64 B: byte [h][row][c] holds columns 16h + 4g + c at bits 2g, g = 0..3
 //   1-bit plane   1 x 64 B: byte [row][c] holds column 4g + c at bit g, g = 0..7
 //   bytes         8 x 64 B: byte [g][row][c] is column 4g + c
+//
+// The header of kQ4K and kQ5K holds all their scales, so that blocks are whole cache lines: half scale [16 rows], half
+// min [16], then three 32-bit words [word][16]. Of the sixteen 6-bit fields of a row, field 2b is the scale and 2b + 1
+// the min of block b; field f < 15 lies in word f / 5 at bit 6 (f % 5), field 15 in bits 30 and 31 of the three words.
 //
 // Rows are padded to 16 and columns to 32 with zero values.
 #pragma once
@@ -25,14 +29,14 @@ enum Format : int {
   kF16 = 1,   // [K][16] half
   kBF16 = 2,  // [K][16] bfloat16
   kQ8 = 3,    // bytes (code - 128), half scale per 32: 8.5 bits; holds Q8_0 and our own 8-bit
-  kQ4 = 4,    // nibbles (code - 8), half scale per 32: 4.5 bits; holds Q4_0 and our own 4-bit
+  kQ4 = 4,    // nibbles (code - 8), half scale per 32: 4.5 bits; holds Q4_0
   kQ41 = 5,   // nibbles, half scale and half min per 32: 5.0 bits; holds Q4_1
   kQ5 = 6,    // nibbles + 1 bit (code - 16), half scale: 5.5 bits; holds Q5_0
   kQ51 = 7,   // nibbles + 1 bit, half scale and min: 6.0 bits; holds Q5_1
   kN4 = 8,    // nibbles through the IQ4 codebook, half scale per 32: 4.5 bits; holds IQ4_NL
   kN4K = 9,   // as kN4 with half scale per 256 x int8 per 32: 4.31 bits; holds IQ4_XS
-  kQ4K = 10,  // nibbles, (half scale, half min) per 256 x (uint8, uint8) per 32: 4.63 bits; holds Q4_K
-  kQ5K = 11,  // as kQ4K + 1 bit: 5.63 bits; holds Q5_K
+  kQ4K = 10,  // nibbles, (half scale, half min) per 256 x (6 bits, 6 bits) per 32: 4.5 bits; holds Q4_K and our own 4-bit
+  kQ5K = 11,  // as kQ4K + 1 bit: 5.5 bits; holds Q5_K
   kQ6K = 12,  // nibbles + 2 bits (code - 32), half scale per 256 x int8 per 16: 6.56 bits; holds Q6_K
   kQ3K = 13,  // 2 bits + 1 bit (code - 4), half scale per 256 x int8 per 16: 3.56 bits; holds Q3_K
   kQ2K = 14,  // 2 bits, (half, half) per 256 x (4 bit scale, 4 bit min) per 16: 2.63 bits; holds Q2_K
@@ -51,7 +55,7 @@ struct FormatInfo {
 constexpr FormatInfo kFormatInfo[kFormats] = {
     {"f32", 0, 64},    {"f16", 0, 32},    {"bf16", 0, 32},   {"q8", 0, 544},    {"q4", 0, 288},
     {"q4_1", 0, 320},  {"q5", 0, 352},    {"q5_1", 0, 384},  {"n4", 0, 288},    {"n4k", 32, 272},
-    {"q4k", 64, 288},  {"q5k", 64, 352},  {"q6k", 32, 416},  {"q3k", 32, 224},  {"q2k", 64, 160},
+    {"q4k", 256, 256}, {"q5k", 256, 320},  {"q6k", 32, 416},  {"q3k", 32, 224},  {"q2k", 64, 160},
 };
 
 inline bool is_float(int format) { return format <= kBF16; }
@@ -62,7 +66,7 @@ inline int64_t panel_bytes(int format, int64_t k) {
   const FormatInfo& info = kFormatInfo[format];
   if (is_float(format)) return k * info.block_bytes;
   const int64_t blocks = round_up(k, kBlockCols) / kBlockCols;
-  return blocks * info.block_bytes + (info.header_bytes ? blocks / kSuperBlocks * info.header_bytes : 0);
+  return blocks * info.block_bytes + round_up(blocks, kSuperBlocks) / kSuperBlocks * info.header_bytes;
 }
 
 inline int64_t packed_bytes(int format, int64_t n, int64_t k) {

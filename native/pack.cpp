@@ -42,7 +42,8 @@ bool finite_half(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 bool has_min(int format) {
   return format == kQ41 || format == kQ51 || format == kQ4K || format == kQ5K || format == kQ2K;
 }
-bool has_sub_min(int format) { return format == kQ4K || format == kQ5K || format == kQ2K; }
+// Scales and mins of 6 bits, all in the header.
+bool has_six_bits(int format) { return format == kQ4K || format == kQ5K; }
 int sub_cols(int format) { return format == kQ6K || format == kQ3K || format == kQ2K ? 16 : 32; }
 int zero_point(int format) {
   switch (format) {
@@ -195,6 +196,23 @@ int get_bits(const uint8_t* plane, int bits, int lane, int column) {
   return (plane[at] >> g) & 1;
 }
 
+// Field f of a lane in the words of a header of 6-bit scales and mins (formats.h).
+uint32_t word_at(const uint8_t* header, int lane, int word) { return read32(header + 64 + 64 * word + 4 * lane); }
+int get_six_bits(const uint8_t* header, int lane, int f) {
+  if (f < 15) return int(word_at(header, lane, f / 5) >> (6 * (f % 5)) & 63);
+  int value = 0;
+  for (int word = 0; word < 3; ++word) value |= int(word_at(header, lane, word) >> 30) << (2 * word);
+  return value;
+}
+// `fields` holds 16 values below 64.
+void put_six_bits(uint8_t* header, int lane, const uint8_t* fields) {
+  for (int word = 0; word < 3; ++word) {
+    uint32_t bits = uint32_t(fields[15] >> (2 * word) & 3) << 30;
+    for (int i = 0; i < 5; ++i) bits |= uint32_t(fields[5 * word + i]) << (6 * i);
+    std::memcpy(header + 64 + 64 * word + 4 * lane, &bits, 4);
+  }
+}
+
 void write_lane(int format, const Row& row, int lane, int64_t k, uint8_t* panel) {
   const FormatInfo& info = kFormatInfo[format];
   const Planes planes = planes_of(format);
@@ -205,6 +223,14 @@ void write_lane(int format, const Row& row, int lane, int64_t k, uint8_t* panel)
     if (super && b % kSuperBlocks == 0) {
       std::memcpy(w + 2 * lane, &row.scale[size_t(b / 8)], 2);
       if (has_min(format)) std::memcpy(w + 32 + 2 * lane, &row.min[size_t(b / 8)], 2);
+      if (has_six_bits(format)) {
+        uint8_t fields[2 * kSuperBlocks];
+        for (size_t i = 0; i < kSuperBlocks; ++i) {
+          fields[2 * i] = row.sub[size_t(b) + i];
+          fields[2 * i + 1] = row.sub_min[size_t(b) + i];
+        }
+        put_six_bits(w, lane, fields);
+      }
       w += info.header_bytes;
     }
     for (int j = 0; j < 32; ++j) {
@@ -222,9 +248,8 @@ void write_lane(int format, const Row& row, int lane, int64_t k, uint8_t* panel)
         tail[16 * h + lane] = uint8_t(row.sub[size_t(2 * b + h)] | row.sub_min[size_t(2 * b + h)] << 4);
     } else if (sub_cols(format) == 16) {
       for (int h = 0; h < 2; ++h) tail[16 * h + lane] = row.sub[size_t(2 * b + h)];
-    } else {
+    } else if (!has_six_bits(format)) {
       tail[lane] = row.sub[size_t(b)];
-      if (has_sub_min(format)) tail[16 + lane] = row.sub_min[size_t(b)];
     }
     w += info.block_bytes;
   }
@@ -345,12 +370,13 @@ void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* ou
   const FormatInfo& info = kFormatInfo[format];
   const Planes planes = planes_of(format);
   const bool super = info.header_bytes != 0, codebook = format == kN4 || format == kN4K;
-  const uint8_t* w = panel;
+  const uint8_t *w = panel, *header = panel;
   float super_scale = 0, super_min = 0;
   for (int64_t b = 0; b * 32 < k; ++b) {
     if (super && b % kSuperBlocks == 0) {
       super_scale = half_to_float(read16(w + 2 * lane));
       super_min = has_min(format) ? half_to_float(read16(w + 32 + 2 * lane)) : 0.0f;
+      header = w;
       w += info.header_bytes;
     }
     const uint8_t* tail = w + plane_bytes(planes.low) + plane_bytes(planes.high);
@@ -367,9 +393,10 @@ void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* ou
         min = super_min * float(tail[16 * (j / 16) + lane] >> 4);
       } else if (sub_cols(format) == 16) {
         scale = super_scale * float(int8_t(tail[16 * (j / 16) + lane]));
-      } else if (has_sub_min(format)) {
-        scale = super_scale * float(tail[lane]);
-        min = super_min * float(tail[16 + lane]);
+      } else if (has_six_bits(format)) {
+        const int field = int(b % kSuperBlocks) * 2;
+        scale = super_scale * float(get_six_bits(header, lane, field));
+        min = super_min * float(get_six_bits(header, lane, field + 1));
       } else {
         scale = super_scale * float(int8_t(tail[lane]));
       }

@@ -4,10 +4,6 @@
 // enters the float accumulator with one fused multiply-add (two for formats with scales per 16, one more for a min),
 // blocks in ascending order: the result of a row depends on nothing but that row and the weight.
 
-struct Header {
-  R::F d, dmin;
-};
-
 // How codes are stored. `pair<G>` returns the codes of column groups G and G + 4 (G < 4) of R::L rows; `w` points at
 // the block's bytes of the first of these rows.
 struct Bytes8 {
@@ -88,18 +84,20 @@ struct NibblesPlusTwo {
   }
 };
 
-// How scales are stored behind the codes (`w` points there). kSubs scales per block; kMin: a min per scale too.
+// How scales are stored. `header` reads what the eight blocks behind it share, `scales` what lies at `w` behind the codes
+// of block `b` of them. kSubs scales per block; kMin: a min per scale too.
 struct HalfScale {
   static constexpr int kHeader = 0, kSubs = 1;
   static constexpr bool kMin = false;
+  struct Header {};
   static void header(const uint8_t*, int, Header&) {}
-  static void scales(const uint8_t* w, int at, const Header&, R::F (&s)[2], R::F (&)[2]) {
+  static void scales(const uint8_t* w, int at, const Header&, int, R::F (&s)[2], R::F (&)[2]) {
     s[0] = R::loadh(w + 2 * at);
   }
 };
 struct HalfScaleAndMin : HalfScale {
   static constexpr bool kMin = true;
-  static void scales(const uint8_t* w, int at, const Header&, R::F (&s)[2], R::F (&m)[2]) {
+  static void scales(const uint8_t* w, int at, const Header&, int, R::F (&s)[2], R::F (&m)[2]) {
     s[0] = R::loadh(w + 2 * at);
     m[0] = R::loadh(w + 32 + 2 * at);
   }
@@ -107,33 +105,63 @@ struct HalfScaleAndMin : HalfScale {
 struct ByteScale {
   static constexpr int kHeader = 32, kSubs = 1;
   static constexpr bool kMin = false;
+  struct Header {
+    R::F d;
+  };
   static void header(const uint8_t* w, int at, Header& h) { h.d = R::loadh(w + 2 * at); }
-  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&)[2]) {
+  static void scales(const uint8_t* w, int at, const Header& h, int, R::F (&s)[2], R::F (&)[2]) {
     s[0] = R::mul(h.d, R::from_s8(w + at));
   }
 };
 struct TwoByteScales : ByteScale {
   static constexpr int kSubs = 2;
-  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&)[2]) {
+  static void scales(const uint8_t* w, int at, const Header& h, int, R::F (&s)[2], R::F (&)[2]) {
     s[0] = R::mul(h.d, R::from_s8(w + at));
     s[1] = R::mul(h.d, R::from_s8(w + 16 + at));
   }
 };
-struct ByteScaleAndMin {
-  static constexpr int kHeader = 64, kSubs = 1;
+struct SixBitScaleAndMin {
+  static constexpr int kHeader = 256, kSubs = 1;
   static constexpr bool kMin = true;
+  struct Header {
+    R::F scale[kSuperBlocks], min[kSuperBlocks];
+  };
+  static void header(const uint8_t* w, int at, Header& h) {
+    const R::F d = R::loadh(w + 2 * at), dmin = R::loadh(w + 32 + 2 * at);
+    R::I words[3];
+    for (int i = 0; i < 3; ++i) words[i] = R::loadi(w + 64 + 64 * i + 4 * at);
+    block<0>(words, d, dmin, h);
+  }
+  template <int B>
+  static BISE_INLINE void block(const R::I (&words)[3], R::F d, R::F dmin, Header& h) {
+    h.scale[B] = R::mul(d, R::from_i(field<2 * B>(words)));
+    h.min[B] = R::mul(dmin, R::from_i(field<2 * B + 1>(words)));
+    if constexpr (B + 1 < kSuperBlocks) block<B + 1>(words, d, dmin, h);
+  }
+  template <int F>
+  static BISE_INLINE R::I field(const R::I (&words)[3]) {
+    if constexpr (F < 15) return R::band(R::template sar32<6 * (F % 5)>(words[F / 5]), R::set1i(63));
+    R::I value = R::set1i(0);  // two bits of each word, of the last the highest
+    for (int i = 2; i >= 0; --i)
+      value = R::bor(R::template shl32<2>(value), R::band(R::template sar32<30>(words[i]), R::set1i(3)));
+    return value;
+  }
+  static void scales(const uint8_t*, int, const Header& h, int b, R::F (&s)[2], R::F (&m)[2]) {
+    s[0] = h.scale[b];
+    m[0] = h.min[b];
+  }
+};
+struct TwoNibbleScalesAndMins {
+  static constexpr int kHeader = 64, kSubs = 2;
+  static constexpr bool kMin = true;
+  struct Header {
+    R::F d, dmin;
+  };
   static void header(const uint8_t* w, int at, Header& h) {
     h.d = R::loadh(w + 2 * at);
     h.dmin = R::loadh(w + 32 + 2 * at);
   }
-  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&m)[2]) {
-    s[0] = R::mul(h.d, R::from_u8(w + at));
-    m[0] = R::mul(h.dmin, R::from_u8(w + 16 + at));
-  }
-};
-struct TwoNibbleScalesAndMins : ByteScaleAndMin {
-  static constexpr int kSubs = 2;
-  static void scales(const uint8_t* w, int at, const Header& h, R::F (&s)[2], R::F (&m)[2]) {
+  static void scales(const uint8_t* w, int at, const Header& h, int, R::F (&s)[2], R::F (&m)[2]) {
     uint8_t part[16];
     for (int half = 0; half < 2; ++half) {
       const uint8_t* both = w + 16 * half + at;
@@ -172,9 +200,9 @@ struct LayoutOf<kN4> : Layout<Codebook, HalfScale, 128, 255> {};
 template <>
 struct LayoutOf<kN4K> : Layout<Codebook, ByteScale, 128, 255> {};
 template <>
-struct LayoutOf<kQ4K> : Layout<Nibbles, ByteScaleAndMin, 0, 15> {};
+struct LayoutOf<kQ4K> : Layout<Nibbles, SixBitScaleAndMin, 0, 15> {};
 template <>
-struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, ByteScaleAndMin, 0, 31> {};
+struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, SixBitScaleAndMin, 0, 31> {};
 template <>
 struct LayoutOf<kQ6K> : Layout<NibblesPlusTwo, TwoByteScales, 32, 63> {};
 template <>
@@ -200,6 +228,7 @@ constexpr int kWidestTile = R::kRegisters >= 32 ? 8 : 6;
 template <int kFormat, int MT, int kPanels>
 struct Block {
   using Form = LayoutOf<kFormat>;
+  using Header = Form::Scales::Header;
   static constexpr int kSubs = Form::Scales::kSubs;
   static constexpr bool kSplit = R::kShortSums && Form::kWide;
   // Two sums instead of one: of two sub-blocks, of low and high nibbles, or for few rows, whose products would wait for
@@ -248,8 +277,9 @@ struct Block {
     }
   }
 
-  // acc += the block of 32 columns at w (codes of lane `at` onward) times the tile's block at a.
-  static void add(const uint8_t* const (&w)[kPanels], int at, const Header (&header)[kPanels], const uint8_t* a,
+  // acc += the block of 32 columns at w (codes of lane `at` onward), the b-th under its header, times the tile's block
+  // at a.
+  static void add(const uint8_t* const (&w)[kPanels], int at, const Header (&header)[kPanels], int b, const uint8_t* a,
                   R::F (&acc)[kPanels][MT]) {
     const int32_t* n8 = reinterpret_cast<const int32_t*>(a + MT * 32);
     const float* scale = reinterpret_cast<const float*>(a + MT * 36);
@@ -271,7 +301,7 @@ struct Block {
     add_groups<3>(codes, a, sum);
     for (int p = 0; p < kPanels; ++p) {
       R::F s[2], min[2];
-      Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], s, min);
+      Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], b, s, min);
       BISE_UNROLL(8)
       for (int m = 0; m < MT; ++m) {
         if constexpr (kSplit) {
@@ -323,20 +353,20 @@ inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a,
   constexpr int kBlockBytes = kFormatInfo[kFormat].block_bytes, kParts = kWalkLanes<MT> / R::L;
   const uint8_t* w[kPanels];
   R::F acc[kParts][kPanels][MT];
-  Header header[kParts][kPanels];
+  typename Scales::Header header[kParts][kPanels];
   Fetch f = fetch;
   for (int p = 0; p < kPanels; ++p) {
     w[p] = panel + p * stride;
-    for (int part = 0; part < kParts; ++part) {
-      header[part][p] = {R::set1(0.0f), R::set1(0.0f)};
+    for (int part = 0; part < kParts; ++part)
       for (int m = 0; m < MT; ++m) acc[part][p][m] = R::set1(0.0f);
-    }
   }
   for (int64_t b = 0; b < blocks; ++b) {
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (Scales::kHeader != 0) {
         if (b % kSuperBlocks == 0) {
           for (int part = 0; part < kParts; ++part) Scales::header(w[p], at + part * R::L, header[part][p]);
+          if constexpr (MT == 1)
+            for (int line = 0; line < Scales::kHeader; line += 64) R::prefetch(w[p] + kAhead + line);
           w[p] += Scales::kHeader;
         }
       }
@@ -347,7 +377,7 @@ inline void matmul_lanes(const uint8_t* panel, int64_t stride, const uint8_t* a,
       for (f.due += f.step; f.next < f.due; f.next += 64) R::prefetch_far(f.next);
     }
     for (int part = 0; part < kParts; ++part)
-      Block<kFormat, MT, kPanels>::add(w, at + part * R::L, header[part], a, acc[part]);
+      Block<kFormat, MT, kPanels>::add(w, at + part * R::L, header[part], int(b % kSuperBlocks), a, acc[part]);
     for (int p = 0; p < kPanels; ++p) w[p] += kBlockBytes;
     a += MT * kTileRowBytes;
   }
@@ -372,7 +402,7 @@ template <int kFormat, int MT>
 void matmul_tile(const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, float* out, int64_t ldo,
                  const uint8_t* next, int64_t next_bytes) {
   using Scales = LayoutOf<kFormat>::Scales;
-  const int64_t stride = blocks * kFormatInfo[kFormat].block_bytes + blocks / kSuperBlocks * Scales::kHeader;
+  const int64_t stride = panel_bytes(kFormat, blocks * kBlockCols);
   constexpr int kTogether = Scales::kSubs == 1 && R::kRegisters >= 32 && MT != 1 && MT <= 6 ? 2 : 1;
   const int64_t step = next_bytes * kTogether / (panels * blocks);
   Fetch fetch = {next, next, step};

@@ -54,7 +54,7 @@ def test_the_values_on_the_device_are_those_of_the_panels_bit_for_bit(packed_for
     assert torch.equal(grouped.rows(picked).values(torch.float32), grouped.values(torch.float32)[picked])
 
 
-@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4"])
+@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "q4k"])
 def test_columns_of_a_padded_block_are_left_out(packed_format):
     ops = CpuOps(1)
     values = np.random.default_rng(0).standard_normal((5, 45)).astype(np.float32)

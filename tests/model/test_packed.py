@@ -221,7 +221,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, home):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=99), "was packed in version 99, this bise reads 1"),
+        (lambda m: m.update(version=99), "was packed in version 99, this bise reads 2"),
         (lambda m: m["formats"].update(norm="q9"), "unknown format 'q9'"),
         (lambda m: m["formats"].pop("norm"), "do not match its configuration"),
         (lambda m: m["config"].update(num_layers=2), "1 windows given for 2 layers"),

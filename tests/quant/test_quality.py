@@ -124,7 +124,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize(("packed_format", "most"), [("q4", 0.95), ("n4", 0.80)])
+@pytest.mark.parametrize(("packed_format", "most"), [("q4", 0.95), ("n4", 0.80), ("q4k", 0.76)])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_the_search_beats_rounding_to_nearest(draw, packed_format, most):
     x = (0.02 * DRAWS[draw](np.random.default_rng(4), (64, 1024))).astype(np.float32)
@@ -133,13 +133,13 @@ def test_the_search_beats_rounding_to_nearest(draw, packed_format, most):
     assert relative_error(x, found) < most * relative_error(x, rounded_to_nearest(x))
 
 
-@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4"])
+@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "q4k"])
 def test_packed_bytes_do_not_depend_on_threads(packed_format):
     x = np.random.default_rng(5).standard_normal((100, 331)).astype(np.float32)
     assert packed_values(packed_format, x)[1] == packed_values(packed_format, x, threads=3)[1]
 
 
-@pytest.mark.parametrize("packed_format", ["q4", "n4"])
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "q4k"])
 def test_an_important_column_gets_the_smaller_error(packed_format):
     x = np.random.default_rng(6).standard_normal((256, 64)).astype(np.float32)
     importance = np.ones(64, np.float32)
@@ -150,7 +150,7 @@ def test_an_important_column_gets_the_smaller_error(packed_format):
     assert relative_error(x[:, 7], weighted[:, 7]) < 0.5 * relative_error(x[:, 7], plain[:, 7])
 
 
-@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4"])
+@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "q4k"])
 def test_zeros_stay_zero_and_what_no_scale_can_hold_is_refused(packed_format):
     x = np.zeros((17, 40), np.float32)
     assert (packed_values(packed_format, x)[0] == 0).all()

@@ -110,14 +110,22 @@ def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: T
 
 
 def _split_headers(panels: Tensor, layout: PanelFormat, blocks: int) -> tuple[Tensor, Tensor | None]:
-    """Return the blocks [P, B, bytes] and the headers [P, B / 8, bytes] of panels [P, bytes]."""
+    """Return the blocks [P, B, bytes] and the headers [P, B / 8 rounded up, bytes] of panels [P, bytes]."""
     if not layout.header_bytes:
         return panels.view(len(panels), blocks, layout.block_bytes), None
     per_super = SUPER_COLUMNS // BLOCK_COLUMNS
-    supers = panels.view(len(panels), blocks // per_super, -1)
-    header = supers[..., : layout.header_bytes]
-    body = supers[..., layout.header_bytes :].reshape(len(panels), blocks, layout.block_bytes)
-    return body, header
+    full = blocks // per_super * (layout.header_bytes + per_super * layout.block_bytes)
+    headers: list[Tensor] = []
+    bodies: list[Tensor] = []
+    for part, count in (
+        (panels[:, :full], blocks // per_super),
+        (panels[:, full:], 1),
+    ):  # the last may be short
+        if part.shape[1]:
+            supers = part.reshape(len(panels), count, -1)
+            headers.append(supers[..., : layout.header_bytes])
+            bodies.append(supers[..., layout.header_bytes :].reshape(len(panels), -1, layout.block_bytes))
+    return torch.cat(bodies, 1), torch.cat(headers, 1)
 
 
 def _plane(plane: Tensor, bits: int, panels: int, blocks: int) -> Tensor:
@@ -146,17 +154,26 @@ def _scales(
     per_super = SUPER_COLUMNS // layout.group
     scale = _halves(header[..., :32]).float().repeat_interleave(per_super, 1)
     minimum = _halves(header[..., 32:64]).float().repeat_interleave(per_super, 1) if layout.has_min else None
-    sub = tail.reshape(
-        panels, -1, PANEL_ROWS
-    )  # s8: [P, B, row]; x2: [P, 2B, row]; u8 u8: scale, minimum, ...
-    if layout.sub == "u8 u8":
+    if layout.sub == "u6 in header":
         assert minimum is not None
-        pairs = tail.reshape(panels, blocks, 2, PANEL_ROWS)
-        return scale * pairs[:, :, 0].float(), minimum * pairs[:, :, 1].float()
+        fields = _six_bits(header)
+        return (scale * fields[:, ::2].float())[:, :blocks], (minimum * fields[:, 1::2].float())[:, :blocks]
+    sub = tail.reshape(panels, -1, PANEL_ROWS)  # s8: [P, B, row]; x2: [P, 2B, row]
     if layout.sub == "u4 x2":
         assert minimum is not None
         return scale * (sub & 15).float(), minimum * (sub >> 4).float()
     return scale * sub.view(torch.int8).float(), None
+
+
+def _six_bits(header: Tensor) -> Tensor:
+    """Return the six-bit fields [P, 16 S, row] of headers [P, S, bytes]: scale and minimum of block after
+    block.
+    """
+    words = header[..., 4 * PANEL_ROWS :].contiguous().view(torch.int32)
+    first, second, third = words.view(*header.shape[:2], 3, PANEL_ROWS).unbind(2)
+    fields = [word >> shift & 63 for word in (first, second, third) for shift in range(0, 30, 6)]
+    fields.append((first >> 30 & 3) | (second >> 30 & 3) << 2 | (third >> 30 & 3) << 4)
+    return torch.stack(fields, 2).flatten(1, 2)
 
 
 def _by_row(scales: Tensor, num_rows: int) -> Tensor:

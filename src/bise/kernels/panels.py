@@ -23,8 +23,8 @@ class PanelFormat:
     has_min: bool = False
     sub: str = ""
     """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
-    `u8 u8` (a byte of scale, a byte of minimum), `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2`
-    (scale and minimum in the halves of a byte, one per 16 columns)."""
+    `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and minimum in the halves of a byte, one
+    per 16 columns); or `u6 in header` (six bits of scale and of minimum per block, all in the header)."""
     codebook: bool = False
 
     @property
@@ -40,6 +40,8 @@ class PanelFormat:
     @property
     def header_bytes(self) -> int:
         """Bytes of scales per panel and 256 columns."""
+        if self.sub == "u6 in header":
+            return PANEL_ROWS * (2 + 2 + 12)
         return (2 * PANEL_ROWS if self.sub else 0) * (2 if self.has_min else 1)
 
     @property
@@ -48,7 +50,7 @@ class PanelFormat:
         codes = 64 * (self.low_bits + self.high_bits)
         if not self.sub:
             return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
-        return codes + PANEL_ROWS * (1 if self.sub == "s8" else 2)
+        return codes + PANEL_ROWS * {"s8": 1, "s8 x2": 2, "u4 x2": 2, "u6 in header": 0}[self.sub]
 
 
 PANEL_FORMATS: dict[str, PanelFormat] = {
@@ -59,8 +61,8 @@ PANEL_FORMATS: dict[str, PanelFormat] = {
     "q5_1": PanelFormat(4, 1, has_min=True),
     "n4": PanelFormat(4, codebook=True),
     "n4k": PanelFormat(4, sub="s8", codebook=True),
-    "q4k": PanelFormat(4, has_min=True, sub="u8 u8"),
-    "q5k": PanelFormat(4, 1, has_min=True, sub="u8 u8"),
+    "q4k": PanelFormat(4, has_min=True, sub="u6 in header"),
+    "q5k": PanelFormat(4, 1, has_min=True, sub="u6 in header"),
     "q6k": PanelFormat(4, 2, zero=32, sub="s8 x2"),
     "q3k": PanelFormat(2, 1, zero=4, sub="s8 x2"),
     "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),

@@ -27,6 +27,12 @@ _FLOATS_AS = {"q4": "n4"}
 """Packed format of floats where it is not the quant's own: 4-bit codes into the IQ4 codebook take the same
 bits as evenly spaced ones and lose a fifth less (docs/quality.md)."""
 
+_CALIBRATED_AS = {"q4": "n4"}
+"""The same where a `Rounding` makes the codes: into the IQ4 codebook."""
+
+_FOUR_BITS = ("q4", "q4k", "n4", "n4k")
+"""Packed formats that a file's own blocks keep when `q4` is asked for."""
+
 Rounding = Callable[[str, npt.NDArray[np.float32]], Bytes | None]
 """Rounds rows [n, K] of the named matrix to IQ4_NL blocks [n, bytes per row]; None leaves it to
 the search.
@@ -98,24 +104,26 @@ def plan_slots(formats: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[tupl
     return tuple(slots), offset
 
 
-def plan_packing(source: ModelSource, quant: str) -> PackPlan:
+def plan_packing(source: ModelSource, quant: str, is_calibrated: bool = False) -> PackPlan:
     """Choose a packed format per weight for `quant` (see `QUANTS`) and name what changes.
 
     `none` keeps the values (a GGUF's dequantised ones as float32); `auto` keeps GGUF blocks as they are and
-    packs floats to the source's own default. Norms and routers stay float32.
+    packs floats to the source's own default. Norms and routers stay float32. `is_calibrated`: a `Rounding`
+    makes the 4-bit codes.
     """
     if quant not in QUANTS:
         raise ConfigError(f"quant must be one of {', '.join(QUANTS)}, got '{quant}'", field="quant")
     chosen: dict[str, tuple[tuple[int, ...], str]] = {}
     changes: dict[tuple[str, str], int] = {}
+    floats_as = _CALIBRATED_AS if is_calibrated else _FLOATS_AS
     for name, tensor in source.tensors.items():
-        packed_format = _packed_format(name, tensor, quant, source.default_quant)
+        packed_format = _packed_format(name, tensor, quant, source.default_quant, floats_as)
         chosen[name] = (tensor.shape, packed_format)
         if len(tensor.shape) == 2 and not _keeps_values(tensor.format, packed_format):
             key = (tensor.format, packed_format)
             changes[key] = changes.get(key, 0) + 1
     slots, size = plan_slots(chosen)
-    names = {packed: quant for quant, packed in _FLOATS_AS.items()}
+    names = {packed: quant for quant, packed in floats_as.items()}
     notes = tuple(
         f"{count} {'matrix' if count == 1 else 'matrices'} converted from {old} to {names.get(new, new)}"
         for (old, new), count in changes.items()
@@ -123,7 +131,9 @@ def plan_packing(source: ModelSource, quant: str) -> PackPlan:
     return PackPlan(slots, size, notes)
 
 
-def _packed_format(name: str, tensor: SourceTensor, quant: str, default: str) -> str:
+def _packed_format(
+    name: str, tensor: SourceTensor, quant: str, default: str, floats_as: Mapping[str, str]
+) -> str:
     stored = FORMATS[tensor.format]
     if len(tensor.shape) == 1 or name.endswith(".router"):
         return "f32"
@@ -138,9 +148,9 @@ def _packed_format(name: str, tensor: SourceTensor, quant: str, default: str) ->
         quant = (
             "q8"  # one row per token is read of the table, and the head decides the token: 8 bits cost little
         )
-    if own is not None and stored.is_quantised and own in (quant, _FLOATS_AS.get(quant)):
+    if own is not None and stored.is_quantised and (own == quant or (quant == "q4" and own in _FOUR_BITS)):
         return own
-    return _FLOATS_AS.get(quant, quant)
+    return floats_as.get(quant, quant)
 
 
 def _keeps_values(stored: str, packed_format: str) -> bool:
@@ -161,14 +171,14 @@ def pack_weights(
 
     Raises ModelFileError naming the tensor when a value is NaN or infinite or does not fit its format.
     """
-    plan = plan_packing(source, quant)
+    plan = plan_packing(source, quant, rounding is not None)
     memory = arena(plan.size_bytes)
     done = 0
     total = sum(tensor.size_bytes for tensor in source.tensors.values())
     for slot in plan.slots:
         tensor = source.tensors[slot.name]
         out = memory[slot.offset : slot.offset + slot.size_bytes]
-        pack_tensor(source, slot, tensor, ops, out, rounding if slot.packed_format == "n4" else None)
+        pack_tensor(source, slot, tensor, ops, out, rounding if slot.packed_format == _CALIBRATED_AS["q4"] else None)
         done += tensor.size_bytes
         if progress is not None:
             progress("packing weights", done / max(total, 1))

@@ -15,7 +15,7 @@ from bise.kernels.cpu import Bytes
 from bise.model.pack import PackedWeights, Slot
 from bise.model.source import ModelSource
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 """Raised when the panel layout changes: files of another version are refused (model) or made anew (cache)."""
 
 
