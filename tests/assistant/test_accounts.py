@@ -129,3 +129,57 @@ def test_only_argon2id_is_kept_of_a_password_and_a_hash_of_a_cookie():
     assert stored.startswith("$argon2id$")
     assert token not in kept
     assert PASSWORD not in stored
+
+
+def test_an_admin_deletes_an_account_with_all_it_had_once_its_name_was_repeated():
+    async def scenario(browser):
+        ana, bob = browser(), browser()
+        await ana.post("/first-account", json={"name": "ana", "password": PASSWORD})
+        made = (await ana.post("/accounts", json={"name": "bob", "password": PASSWORD})).json()
+        await bob.post("/sign-in", json={"name": "bob", "password": PASSWORD})
+        await bob.post("/conversations", json={"title": "Mine"})
+        await bob.post("/conversations", json={"title": "Passing", "temporary": True})
+        await bob.post("/personas", json={"name": "Poet"})
+        await bob.patch("/settings", json={"theme": "dark"})
+        path = f"/accounts/{made['id']}"
+        assert (await bob.delete(f"{path}?name=bob")).status_code == 403
+        for query in ("", "?name=ana"):
+            refused = await ana.delete(path + query)
+            assert (refused.status_code, "cannot be undone" in refused.text) == (400, True)
+        assert (await bob.get("/bootstrap")).status_code == 200
+        gone = await ana.delete(f"{path}?name=Bob")
+        assert (gone.status_code, gone.json()) == (200, {"id": made["id"], "conversations": 1})
+        assert (await bob.get("/bootstrap")).status_code == 401
+        assert (await ana.delete(f"{path}?name=bob")).status_code == 404
+        await ana.post("/accounts", json={"name": "bob", "password": PASSWORD})
+        await bob.post("/sign-in", json={"name": "bob", "password": PASSWORD})
+        boot = (await bob.get("/bootstrap")).json()
+        assert (boot["conversations"], boot["personas"], boot["settings"]) == ([], [], {})
+
+    household(scenario)
+
+
+def test_the_last_admin_cannot_be_deleted_and_stays_signed_in():
+    async def scenario(browser):
+        ana = browser()
+        await ana.post("/first-account", json={"name": "ana", "password": PASSWORD})
+        (account,) = (await ana.get("/accounts")).json()["accounts"]
+        assert (await ana.delete(f"/accounts/{account['id']}?name=ana")).status_code == 409
+        assert (await ana.get("/bootstrap")).json()["person"] == {"name": "ana", "role": "admin"}
+
+    household(scenario)
+
+
+def test_a_role_that_changes_counts_from_the_next_request_on():
+    async def scenario(browser):
+        ana, bob = browser(), browser()
+        await ana.post("/first-account", json={"name": "ana", "password": PASSWORD})
+        made = (await ana.post("/accounts", json={"name": "bob", "password": PASSWORD})).json()
+        await bob.post("/sign-in", json={"name": "bob", "password": PASSWORD})
+        assert (await bob.get("/accounts")).status_code == 403
+        changed = await ana.patch(f"/accounts/{made['id']}", json={"role": "admin"})
+        assert changed.json()["role"] == "admin"
+        assert (await bob.get("/accounts")).status_code == 200
+        assert (await ana.patch(f"/accounts/{made['id']}", json={"role": "king"})).status_code == 400
+
+    household(scenario)

@@ -343,3 +343,48 @@ def test_a_run_tells_who_waits_before_it_and_what_the_model_thinks(run):
         assert (answer["usage"]["cost"], answer["usage"]["currency"]) == ("0.25", "CHF")
 
     run(scenario)
+
+
+def test_a_branch_that_is_not_on_screen_can_be_read_and_stays_off_it(run):
+    async def scenario(site):
+        conversation, asked = await site.ask()
+        first = await site.ended(asked["answer"])
+        again = (await site.post(f"/api/v1/messages/{first['id']}/regenerate", json={})).json()
+        await site.ended(again)
+        shown = [message["id"] for message in (await site.page(conversation))["messages"]]
+        other = [message["id"] for message in (await site.page(conversation, leaf=first["id"]))["messages"]]
+        assert (shown[1], other[1]) == (again["id"], first["id"])
+        assert [message["id"] for message in (await site.page(conversation))["messages"]] == shown
+        path = f"/api/v1/conversations/{conversation}"
+        assert (await site.get(path, params={"leaf": "0" * 36})).status_code == 404
+
+    run(scenario)
+
+
+def test_stopping_what_is_over_long_ago_does_nothing(run):
+    async def scenario(site):
+        _, asked = await site.ask()
+        answer = await site.ended(asked["answer"])
+        site.assistant.runs._runs.clear()  # as two minutes later
+        assert (await site.delete(f"/api/v1/runs/{answer['run_id']}")).status_code == 204
+        assert (await site.delete(f"/api/v1/runs/{'0' * 36}")).status_code == 404
+        assert (await site.get(f"/api/v1/messages/{answer['id']}")).json() == answer
+
+    run(scenario)
+
+
+def test_what_was_deleted_long_enough_ago_goes_while_the_server_runs(run, monkeypatch):
+    monkeypatch.setattr("bise.assistant.service.PURGE_S", 0.01)
+    monkeypatch.setattr("bise.assistant.conversations.KEEP_DELETED_S", 0.0)
+
+    async def scenario(site):
+        made = (await site.post("/api/v1/conversations", json={})).json()["id"]
+        house = asyncio.create_task(site.assistant.keep_house())
+        await site.delete(f"/api/v1/conversations/{made}")
+        async with asyncio.timeout(10):
+            while (await site.post(f"/api/v1/conversations/{made}/restore")).status_code == 200:
+                await site.delete(f"/api/v1/conversations/{made}")
+                await asyncio.sleep(0.02)
+        house.cancel()
+
+    run(scenario)

@@ -22,14 +22,18 @@ def read(name, content):
     return asyncio.run(DocumentReader().read(name, content))[1]
 
 
-def word_file(*paragraphs):
+def word_file(*paragraphs, notes=()):
     space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
-    body = "".join(f"<w:p><w:r><w:t>{paragraph}</w:t></w:r></w:p>" for paragraph in paragraphs)
+
+    def part(tag, inside, texts):
+        body = "".join(f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>" for text in texts)
+        return f'<w:{tag} xmlns:w="{space}"><w:{inside}>{body}</w:{inside}></w:{tag}>'
+
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr(
-            "word/document.xml", f'<w:document xmlns:w="{space}"><w:body>{body}</w:body></w:document>'
-        )
+        archive.writestr("word/document.xml", part("document", "body", paragraphs))
+        if notes:
+            archive.writestr("word/footnotes.xml", part("footnotes", "footnote", notes))
     return content.getvalue()
 
 
@@ -64,6 +68,7 @@ def pdf_file(text):
         ),
         ("a.csv", b"name;age\nAna;3\nBob;4\n", "name | age\nAna | 3\nBob | 4"),
         ("a.docx", word_file("First", "Second"), "First\nSecond"),
+        ("a.docx", word_file("First", notes=["So said Ann."]), "First\nSo said Ann."),
         ("a.pdf", pdf_file("Wind from the north"), "[page 1]\nWind from the north"),
         ("a", pdf_file("No ending"), "[page 1]\nNo ending"),
         ("a.md", b"# One\r\n\r\n\r\n\r\n* two", "# One\n\n* two"),
@@ -264,6 +269,32 @@ def test_a_document_goes_in_whole_where_it_fits_else_by_passages(size, has_sourc
         await assistant.close()
 
     asyncio.run(scenario())
+
+
+def test_an_answer_goes_on_with_the_passages_it_was_begun_with_and_the_context_counts_them(run, listening):
+    async def scenario(site):
+        made = await site.post("/api/v1/conversations", json={"params": {"max_tokens": 2}})
+        path = f"/api/v1/conversations/{made.json()['id']}"
+        content = ("The ridge is windy. " * 4000 + "The code is 4711.").encode()
+        kind = {"content-type": "application/octet-stream"}
+        document = (await site.post(f"{path}/documents?name=a.txt", content=content, headers=kind)).json()[
+            "id"
+        ]
+        _, asked = await site.ask("What is the code?", made.json()["id"], documents=[document])
+        cut = await site.ended(asked["answer"])
+        assert cut["finish_reason"] == "length"
+        assert cut["sources"]
+        view = (await site.post(f"{path}/context", json={})).json()
+        files = next(segment["tokens"] for segment in view["segments"] if segment["kind"] == "files")
+        assert files > 100
+        assert view["used"] >= cut["usage"]["prompt_tokens"]
+        more = (await site.post(f"/api/v1/messages/{cut['id']}/continue")).json()
+        whole = await site.ended(more)
+        assert whole["sources"] == cut["sources"]
+        assert site.models.asked[-1][:1] == site.models.asked[0]
+        assert site.models.asked[-1][1] == cut["text"]
+
+    run(scenario, models=listening(lambda _: "The code is 4711, says the document.", context=4096))
 
 
 class Site:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
-import zipfile
+import re
+import tracemalloc
 
 import pytest
 from sqlalchemy import text
 
 from bise.assistant.conversations import Conversations
 from bise.assistant.documents import Documents
-from bise.assistant.exchange import as_json, as_markdown, store_imported
-from bise.assistant.imports import read_export
+from bise.assistant.exchange import as_json, as_markdown, import_file
+from bise.assistant.export_file import PIECE, entries
 from bise.assistant.messages import Messages
 from bise.assistant.reader import ReadText
 from bise.assistant.storage import Memory
@@ -74,7 +76,7 @@ LIBRECHAT = {
 
 def imported(document, storage=None):
     storage = storage or Memory()
-    report = store_imported(storage, "ana", read_export(json.dumps(document).encode()))
+    report = import_file(storage, "ana", io.BytesIO(json.dumps(document).encode()))
     conversations = Conversations(storage).listing("ana")
     return report, conversations, Messages(storage)
 
@@ -115,23 +117,114 @@ def test_what_goes_out_comes_back_the_same():
         ({"chat": {"history": {"messages": {"a": {"role": 3}}}}}, "role is 3"),
     ],
 )
-def test_one_bad_conversation_is_named_and_nothing_of_the_file_is_kept(bad, reason):
+def test_one_bad_conversation_is_named_and_the_others_are_kept(bad, reason):
     storage = Memory()
-    with pytest.raises(RequestError, match=f"{reason}.*nothing was imported") as caught:
-        imported([*CHATGPT, bad], storage)
-    assert "\n" not in str(caught.value)
-    assert Conversations(storage).listing("ana") == []
+    report, kept, _ = imported([*CHATGPT, bad, *CHATGPT], storage)
+    assert (report.conversations, report.num_skipped, len(kept)) == (2, 1, 2)
+    assert re.search(reason, report.skipped[0])
+    assert report.skipped[0].startswith("conversation 2 ")
+    assert "\n" not in report.skipped[0]
 
 
-def test_what_cannot_be_stored_undoes_the_whole_import():
+def test_a_conversation_that_cannot_be_stored_leaves_nothing_of_itself():
     storage = Memory()
     bad = {"format": "bise-conversation-1", "title": "T", "params": {"temperature": 99},
            "messages": [{"id": "a", "role": "user", "text": "x"}]}  # fmt: skip
-    with pytest.raises(RequestError, match=r"conversation 2 .*temperature.*nothing was imported"):
-        imported([*CHATGPT, bad], storage)
+    with pytest.raises(RequestError, match=r"conversation 1 .*temperature.*nothing was imported"):
+        imported(bad, storage)
     assert Conversations(storage).listing("ana") == []
     with storage.reading() as session:
         assert session.execute(text("SELECT count(*) FROM message_search")).scalar() == 0
+
+
+def test_a_file_that_breaks_off_keeps_what_came_before_and_says_where():
+    whole = json.dumps([*CHATGPT, *CHATGPT, *CHATGPT]).encode()
+    for cut in (len(whole) - 1, len(whole) - 40):
+        storage = Memory()
+        report = import_file(storage, "ana", io.BytesIO(whole[:cut]))
+        assert report.conversations == (3 if cut == len(whole) - 1 else 2)
+        assert f"after conversation {report.conversations}: the file is no JSON" in report.skipped[-1]
+
+
+def test_many_bad_conversations_are_told_by_number_and_the_first_of_them_by_name():
+    report, _, _ = imported([*CHATGPT, *[{"title": "T"}] * 250])
+    assert (report.num_skipped, len(report.skipped)) == (250, 100)
+
+
+def test_what_a_model_did_on_the_way_to_an_answer_that_is_missing_is_counted():
+    nodes = dict(
+        [
+            chatgpt_node("q", None, "user", "text", {"parts": ["How far?"]}),
+            chatgpt_node("t", "q", "assistant", "thoughts", {"thoughts": [{"summary": "Hm", "content": ""}]}),
+        ]
+    )
+    report, _, _ = imported({"title": "T", "mapping": nodes, "current_node": "t"})
+    assert (report.messages, report.left_out) == (1, {"steps without an answer": 1})
+
+
+def test_a_message_that_was_a_picture_alone_says_so():
+    picture = {"content_type": "image_asset_pointer", "asset_pointer": "x"}
+    nodes = dict([chatgpt_node("q", None, "user", "multimodal_text", {"parts": [picture]})])
+    report, (conversation,), messages = imported({"title": "T", "mapping": nodes})
+    assert report.left_out == {"pictures": 1}
+    assert [message.text for message in messages.branch("ana", conversation.id)] == ["[picture]"]
+
+
+class Slowly(io.RawIOBase):
+    """A file of many conversations that is never whole in memory; counts what was read of it."""
+
+    def __init__(self, pieces):
+        self.pieces, self.rest, self.num_read = pieces, b"", 0
+
+    def read(self, size=-1):
+        while len(self.rest) < size and (piece := next(self.pieces, None)) is not None:
+            self.rest += piece
+        found, self.rest = self.rest[:size], self.rest[size:]
+        self.num_read += len(found)
+        return found
+
+    def seek(self, place, whence=0):
+        assert (place, self.num_read) == (0, 4)
+        self.rest, self.num_read = b'[{"a' + self.rest, 0
+
+
+def test_a_large_file_is_read_as_it_is_needed():
+    entry = json.dumps({"a": "wind " * 20_000}).encode()  # 100 kB
+    file = Slowly(itertools.chain([b"[" + entry], itertools.repeat(b"," + entry, 600), [b"]"]))
+    tracemalloc.start()
+    for number, _ in enumerate(entries(file), 1):
+        assert file.num_read <= number * len(entry) + 3 * PIECE
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (number, file.num_read > 60e6, peak < 12e6) == (601, True, True)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (b'[{"a": "\\u00e9\xc3\xa9"}, 7, "x"]', [{"a": "éé"}, 7, "x"]),
+        (b'{"a": 1}\n\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        (b'\xef\xbb\xbf {"conversations": [1, 23]}', [1, 23]),
+        (b"[]", []),
+        (b"[ ]\n[12]", [12]),
+        (b'["\\ud83d\\ude00", "\\ud83d", "a\\u0000b"]', ["\U0001f600", "\ufffd", "a\ufffdb"]),
+    ],
+)
+def test_values_are_the_same_however_the_file_is_cut(monkeypatch, size, content, values):
+    monkeypatch.setattr("bise.assistant.export_file.PIECE", size)
+    assert list(entries(io.BytesIO(content))) == values
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[1 2]", b"[1,]", b'[{"a": 1}', b'{"a": }', b'["' + b"x" * 100 + b'\n"]', b"[1", b'{"a', b"]"],
+)
+def test_what_is_no_json_is_refused_however_the_file_is_cut(monkeypatch, content):
+    for size in (1, 7, 1 << 20):
+        monkeypatch.setattr("bise.assistant.export_file.PIECE", size)
+        with pytest.raises(RequestError, match="is no JSON"):
+            list(entries(io.BytesIO(content)))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +239,7 @@ def test_what_cannot_be_stored_undoes_the_whole_import():
 )
 def test_a_file_of_no_known_kind_is_refused_in_one_line(content, reason):
     with pytest.raises(RequestError, match=reason) as caught:
-        read_export(content)
+        import_file(Memory(), "ana", io.BytesIO(content))
     assert "\n" not in str(caught.value)
 
 
@@ -253,15 +346,6 @@ def test_reasoning_in_open_webui_and_librechat_becomes_a_part():
     assert conversation.system == "Be kind."
 
 
-def test_the_archive_of_chatgpt_is_read_with_all_its_parts():
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("export/conversations-000.json", json.dumps(CHATGPT))
-        archive.writestr("export/conversations-001.json", json.dumps(CHATGPT))
-        archive.writestr("export/user.json", "{}")
-    assert len(read_export(out.getvalue())) == 2
-
-
 def test_everything_of_a_conversation_survives_the_way_out_and_in():
     storage = Memory()
     shelf = Conversations(storage), Messages(storage), Documents(storage)
@@ -295,7 +379,7 @@ def test_everything_of_a_conversation_survives_the_way_out_and_in():
 
     first = out(shelf[0].get("ana", made.id))
     text = json.dumps(first)
-    report = store_imported(storage, "ana", read_export(text.encode()))
+    report = import_file(storage, "ana", io.BytesIO(text.encode()))
     assert (report.conversations, report.messages) == (1, 2)
     (copy,) = [found for found in shelf[0].listing("ana") if found.id != made.id]
     second = out(copy)
@@ -309,7 +393,7 @@ def test_everything_of_a_conversation_survives_the_way_out_and_in():
 def test_imports_are_found_by_search():
     storage = Memory()
     imported(OPEN_WEBUI, storage)
-    assert len(Conversations(storage).search("ana", "hello")) == 1
+    assert len(Conversations(storage).search("ana", "hello").found) == 1
 
 
 def test_senseless_details_of_our_own_form_do_no_harm():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from bise.assistant.models import FleetModels, Job
 from bise.engine.fleet import Fleet
-from bise.engine.model_spec import ModelSpec
+from bise.engine.model_spec import ModelSpec, load_planned
 from bise.hub.registry import resolve
 
 
@@ -26,11 +27,56 @@ def test_an_answer_tells_its_prefill_and_what_it_used(brise):
         params = {"max_tokens": 6, "seed": 1}
         job = Job(model="brise", messages=({"role": "user", "content": "Hello!"},), params=params)
         pieces = [piece async for piece in FleetModels(brise).stream(job)]
-        assert pieces[0].prefill == (0, pieces[-1].usage.prompt_tokens)
+        told = next(piece for piece in pieces if piece.prefill is not None)
+        assert told.prefill == (0, pieces[-1].usage.prompt_tokens)
         assert "".join(piece.text for piece in pieces)
         assert pieces[-1].finish_reason in ("stop", "length")
 
     asyncio.run(scenario())
+
+
+def loaded_on_demand(told):
+    """Return a fleet whose model is half read until `told` is set."""
+
+    def load(spec, plan, progress):
+        progress("reading weights", 0.5)
+        assert told.wait(20)
+        return load_planned(spec, plan, progress)
+
+    return Fleet([ModelSpec(name="brise", path=resolve(None), context=256, sequences=1)], loader=load)
+
+
+def test_an_answer_tells_how_much_of_its_model_is_read():
+    told = threading.Event()
+
+    async def scenario(fleet):
+        shares = []
+        job = Job(model="brise", messages=({"role": "user", "content": "Hi"},), params={"max_tokens": 1})
+        async for piece in FleetModels(fleet).stream(job):
+            if piece.loaded is not None:
+                shares.append(piece.loaded)
+                told.set()
+        assert shares
+        assert set(shares) <= {0.5, 1.0}
+
+    with loaded_on_demand(told) as fleet:
+        asyncio.run(scenario(fleet))
+
+
+def test_a_model_whose_answer_was_stopped_while_it_was_read_has_no_user_left():
+    told = threading.Event()
+
+    async def scenario(fleet):
+        pieces = FleetModels(fleet).stream(Job(model="brise", messages=({"role": "user", "content": "Hi"},)))
+        assert (await anext(pieces)).loaded == 0.5
+        await pieces.aclose()
+        told.set()
+        async with asyncio.timeout(20):
+            while fleet.card("brise").state != "ready" or fleet.card("brise").users:
+                await asyncio.sleep(0.01)
+
+    with loaded_on_demand(told) as fleet:
+        asyncio.run(scenario(fleet))
 
 
 def test_passages_that_say_the_same_lie_nearer_than_those_that_do_not(brise):

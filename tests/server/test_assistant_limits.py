@@ -49,13 +49,17 @@ def ask(site, text="How?", key=None, conversation=None):
     posted = call(site, "POST", f"/conversations/{conversation}/messages", key, json={"text": text})
     if posted.status_code != 201:
         return posted.status_code, posted.json()
-    message = posted.json()["answer"]
+    return 201, ended(site, posted.json()["answer"], key)
+
+
+def ended(site, message, key=None):
+    """Wait for an answer and return it."""
     until = time.monotonic() + 10
     while message["status"] not in ("complete", "error", "stopped", "interrupted"):
         assert time.monotonic() < until
         site.loop.run_until_complete(asyncio.sleep(0.01))
         message = call(site, "GET", f"/messages/{message['id']}", key).json()
-    return 201, message
+    return message
 
 
 def test_the_routes_that_begin_an_answer_are_still_called_so(place):
@@ -297,6 +301,20 @@ def test_accounts_limits_are_the_admins_over_the_api_too(place):
     assert "requests_per_minute" not in lifted.json()["limits"]
     refused = place.request("PATCH", f"{path}/ann", key, json={"limits": {"requests_per_week": 1}})
     assert (refused.status_code, "requests_per_week" in refused.text) == (400, True)
+
+
+def test_a_summary_is_limited_and_recorded_like_an_answer(place):
+    sign_up(place)
+    _, message = ask(place)
+    place.store.allowances.change("ann", {"requests_per_minute": 2})
+    path = f"/conversations/{message['conversation_id']}/summary"
+    made = call(place, "POST", path, json={})
+    assert made.status_code == 201, made.text
+    answer = ended(place, made.json()["answer"])
+    assert (answer["status"], answer["usage"]["prompt_tokens"] > 0) == ("complete", True)
+    counted = [row.prompt_tokens for row in place.store.ledger.rows() if row.endpoint == "assistant"]
+    assert answer["usage"]["prompt_tokens"] in counted
+    assert call(place, "POST", path, json={}).status_code == 429
 
 
 def test_an_allowance_is_no_key(place):

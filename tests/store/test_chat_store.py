@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -9,9 +10,8 @@ import pytest
 from bise.assistant.accounts import Accounts
 from bise.assistant.conversations import Conversations, cursor_after
 from bise.assistant.documents import Documents
-from bise.assistant.exchange import as_json, store_imported
+from bise.assistant.exchange import as_json, import_file
 from bise.assistant.folders import change_many, folders_of, rename_folder
-from bise.assistant.imports import read_export
 from bise.assistant.messages import Messages
 from bise.assistant.personas import Personas
 from bise.assistant.reader import ReadText
@@ -32,7 +32,7 @@ def test_words_are_found_without_accents_and_case_and_while_they_are_typed(datab
     wanted, _, _ = asked(database, "Où passer l'été au bord du lac ?")
     asked(database, "Something else entirely")
     asked(database, "Où passer l'été au bord du lac ?", owner="bob")
-    (found,) = Conversations(database).search("ana", query)
+    (found,) = Conversations(database).search("ana", query).found
     assert found.id == wanted
     assert "été" in found.snippet
 
@@ -41,9 +41,9 @@ def test_a_title_ranks_before_a_text_and_deleted_ones_are_not_found(database):
     conversations = Conversations(database)
     in_text, _, _ = asked(database, "the wind and the wind and the wind")
     in_title, _, _ = asked(database, "nothing", title="Wind")
-    assert [found.id for found in conversations.search("ana", "wind")] == [in_title, in_text]
+    assert [found.id for found in conversations.search("ana", "wind").found] == [in_title, in_text]
     conversations.delete("ana", [in_title])
-    assert [found.id for found in conversations.search("ana", "wind")] == [in_text]
+    assert [found.id for found in conversations.search("ana", "wind").found] == [in_text]
     assert conversations.purge(before=9e12) == 1
     with pytest.raises(NotFoundError):
         conversations.restore("ana", in_title)
@@ -61,8 +61,12 @@ def test_an_answer_is_found_by_its_last_words_only(database):
     messages.save(answer, {"text": "zephyr", "status": "complete"}, is_final=True)
     messages.save(answer, {"text": "mistral", "status": "complete"}, is_final=True)
     search = Conversations(database).search
-    assert [search("ana", word) != [] for word in ("draft", "zephyr", "mistral")] == [False, False, True]
-    assert search("ana", "mistral")[0].id == conversation
+    assert [search("ana", word).found != () for word in ("draft", "zephyr", "mistral")] == [
+        False,
+        False,
+        True,
+    ]
+    assert search("ana", "mistral").found[0].id == conversation
 
 
 def test_half_written_answers_of_a_dead_process_are_interrupted(database):
@@ -71,7 +75,7 @@ def test_half_written_answers_of_a_dead_process_are_interrupted(database):
     assert messages.interrupt_all() == 1
     found = messages.branch("ana", conversation)[1]
     assert (found.status, found.text) == ("interrupted", "half")
-    assert Conversations(database).search("ana", "half")
+    assert Conversations(database).search("ana", "half").found
 
 
 def test_the_list_is_paged_without_gaps_and_folders_and_archive_are_kept_apart(database):
@@ -109,9 +113,33 @@ def test_documents_with_their_embeddings_personas_and_exports_are_kept(database)
         messages.all("ana", conversation),
         [documents.get("ana", conversation, added.id)],
     )
-    assert store_imported(database, "bob", read_export(json.dumps(whole).encode())).messages == 1
+    assert import_file(database, "bob", io.BytesIO(json.dumps(whole).encode())).messages == 1
     (copy,) = Conversations(database).listing("bob")
     assert [found.name for found in documents.listing("bob", copy.id)] == ["a.pdf"]
+
+
+def test_a_talkative_conversation_hides_no_other_and_pages_of_a_search_miss_nothing(database):
+    conversations, messages = Conversations(database), Messages(database)
+    talkative = conversations.create("ana").id
+    parent = None
+    for number in range(200):
+        message, _, _ = messages.ask(
+            "ana", talkative, text=f"wind wind {number}", parent_id=parent, client_id=None, model="m",
+            params={}, with_answer=False,
+        )  # fmt: skip
+        parent = message.id
+    others = [conversations.create("ana", title=f"Wind {number}").id for number in range(6)]
+    seen, cursor = [], None
+    while True:
+        page = conversations.search("ana", "wind", limit=3, cursor=cursor)
+        assert len({found.id for found in page.found}) == len(page.found) <= 3
+        seen += [found.id for found in page.found]
+        if (cursor := page.cursor) is None:
+            break
+    assert sorted(seen) == sorted([talkative, *others])
+    assert seen[-1] == talkative  # titles come first
+    with pytest.raises(RequestError, match="cursor"):
+        conversations.search("ana", "wind", cursor="-1")
 
 
 def test_nul_is_refused_by_name_and_a_bad_import_leaves_nothing(database):
@@ -125,9 +153,9 @@ def test_nul_is_refused_by_name_and_a_bad_import_leaves_nothing(database):
     }
     bad = good | {"params": {"seed": -1}}
     with pytest.raises(RequestError, match="nothing was imported"):
-        store_imported(database, "bob", read_export(json.dumps([good, bad]).encode()))
+        import_file(database, "bob", io.BytesIO(json.dumps(bad).encode()))
     assert Conversations(database).listing("bob") == []
-    store_imported(database, "bob", read_export(json.dumps(good).encode()))
+    import_file(database, "bob", io.BytesIO(json.dumps([bad, good]).encode()))
     assert Conversations(database).listing("bob")[0].title == "A\ufffdB"
 
 

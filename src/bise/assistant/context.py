@@ -60,7 +60,8 @@ async def view_context(
     asked = [message for message in branch if message.role == "user"]
     shown = [entry for entry in prompt if entry["role"] == "user"]
     for message, entry in zip(asked, shown[-len(asked) :] if asked else [], strict=False):
-        if message.documents and len(entry["content"]) > len(message.text):
+        may_have_files = message.documents or message is asked[-1]  # passages stand before the last question
+        if may_have_files and len(entry["content"]) > len(message.text):
             extra = entry["content"].replace(message.text, "", 1)
             counted["files"] += await models.count_text(facts.id, extra)
     history = max(0, used - sum(counted.values()))

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, or_, select, text, update
 from sqlalchemy.orm import Session
@@ -62,6 +62,13 @@ class Conversation:
     updated_at: float
     snippet: str | None = None
     """Where a search matched."""
+
+
+class Matches(NamedTuple):
+    """What a search found, the best first, and where the next page begins."""
+
+    found: tuple[Conversation, ...]
+    cursor: str | None
 
 
 class Conversations:
@@ -200,43 +207,64 @@ class Conversations:
             found = [*pinned, *session.scalars(rest.order_by(*order).limit(limit))]
             return [as_conversation(record) for record in found]
 
-    def search(self, owner: str, query: str, *, limit: int = PAGE) -> list[Conversation]:
+    def search(self, owner: str, query: str, *, limit: int = PAGE, cursor: str | None = None) -> Matches:
         """Return conversations whose title or text has all words of `query` (the last may be unfinished).
 
-        Case and accents do not count. Best matches first, each with a snippet.
+        Case and accents do not count. Best matches first, each with a snippet of its best message; `cursor`
+        is that of the page before.
         """
         words = re.findall(r"\w+", folded(query))
+        first = 0 if cursor is None else _read_place(cursor)
         if not words:
-            return []
+            return Matches((), None)
         with self._storage.reading() as session:
             postgres = session.get_bind().dialect.name == "postgresql"
             statement = _SEARCH_POSTGRES if postgres else _SEARCH_SQLITE
             match = " & ".join(words) + ":*" if postgres else " ".join(f'"{word}"' for word in words) + "*"
-            binds = {"match": match, "owner": owner, "most": limit * 4}
+            binds = {"match": match, "owner": owner, "most": limit + 1, "first": first}
             if postgres:
-                binds["first"] = words[0]
+                binds["word"] = words[0]
             rows = session.execute(text(statement), binds).all()
-            snippets: dict[str, str] = {}
-            for conversation_id, snippet in rows:
-                snippets.setdefault(conversation_id, snippet)
-            ids = list(snippets)[:limit]
-            records = session.scalars(select(ConversationRecord).where(ConversationRecord.id.in_(ids)))
+            snippets: dict[str, str] = {row[0]: row[1] for row in rows[:limit]}
+            records = session.scalars(select(ConversationRecord).where(ConversationRecord.id.in_(snippets)))
             by_id = {record.id: record for record in records}
-            return [as_conversation(by_id[key], snippets[key]) for key in ids if key in by_id]
+            found = tuple(as_conversation(by_id[key], snippets[key]) for key in snippets if key in by_id)
+        return Matches(found, f"{first + limit}" if len(rows) > limit else None)
 
 
 _SEARCH_SQLITE = """
-SELECT s.conversation_id, snippet(message_search, 2, '', '', '…', 12)
-FROM message_search s JOIN conversations c ON c.id = s.conversation_id
-WHERE message_search MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
-ORDER BY (s.message_id = '') DESC, bm25(message_search) LIMIT :most
+WITH hits AS MATERIALIZED (
+    SELECT s.rowid AS place, s.conversation_id AS conversation,
+        bm25(message_search) - 1e6 * (s.message_id = '') AS score
+    FROM message_search s JOIN conversations c ON c.id = s.conversation_id
+    WHERE message_search MATCH :match AND c.owner = :owner AND c.deleted_at IS NULL
+), best AS MATERIALIZED (
+    SELECT place, conversation, score FROM (
+        SELECT place, conversation, score,
+            row_number() OVER (PARTITION BY conversation ORDER BY score, place) AS number FROM hits
+    ) WHERE number = 1 ORDER BY score, place LIMIT :most OFFSET :first
+)
+SELECT best.conversation, snippet(message_search, 2, '', '', '…', 12)
+FROM best JOIN message_search ON message_search.rowid = best.place
+WHERE message_search MATCH :match ORDER BY best.score, best.place
 """
 _SEARCH_POSTGRES = """
-SELECT s.conversation_id, substr(s.text, greatest(1, position(:first in s.folded) - 60), 160)
-FROM message_search s JOIN conversations c ON c.id = s.conversation_id
-WHERE s.words @@ to_tsquery('simple', :match) AND c.owner = :owner AND c.deleted_at IS NULL
-ORDER BY (s.message_id = '') DESC, ts_rank(s.words, to_tsquery('simple', :match)) DESC LIMIT :most
+SELECT conversation_id, snippet FROM (
+    SELECT DISTINCT ON (s.conversation_id) s.conversation_id, s.message_id,
+        substr(s.text, greatest(1, position(:word in s.folded) - 60), 160) AS snippet,
+        (s.message_id = '') AS is_title, ts_rank(s.words, to_tsquery('simple', :match)) AS score
+    FROM message_search s JOIN conversations c ON c.id = s.conversation_id
+    WHERE s.words @@ to_tsquery('simple', :match) AND c.owner = :owner AND c.deleted_at IS NULL
+    ORDER BY s.conversation_id, is_title DESC, score DESC, s.message_id
+) AS best
+ORDER BY is_title DESC, score DESC, conversation_id LIMIT :most OFFSET :first
 """
+
+
+def _read_place(cursor: str) -> int:
+    if not cursor.isdecimal() or len(cursor) > 9:
+        raise RequestError("cursor is none that this server gave", field="cursor")
+    return int(cursor)
 
 
 def cursor_after(page: Sequence[Conversation], limit: int = PAGE) -> str | None:

@@ -23,6 +23,7 @@ MAX_UNPACKED = 128 << 20
 MAX_CHARS = 8_000_000
 """Characters of one document's text, about 2,500 pages."""
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_NOTES = {"word/footnotes.xml", "word/endnotes.xml"}
 _SKIPPED = ("script", "style", "noscript", "template", "title", "svg")
 _BREAKS = (
     "p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "table",
@@ -157,20 +158,25 @@ def _pdf_pages(content: bytes) -> list[tuple[int, str]]:
 
 
 def _docx(content: bytes) -> str:
+    """Return the text of a Word document, its notes after it."""
+    lines: list[str] = []
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entry = archive.getinfo("word/document.xml")
-            if entry.file_size > MAX_UNPACKED:
-                raise ValueError(f"the document's text is larger than {MAX_UNPACKED >> 20} MiB")
-            root = ElementTree.fromstring(archive.read(entry))  # noqa: S314 (limited process)
+            there = set(archive.namelist())
+            for name in ("word/document.xml", *sorted(_NOTES & there)):
+                entry = archive.getinfo(name)
+                if entry.file_size > MAX_UNPACKED:
+                    raise ValueError(f"the document's text is larger than {MAX_UNPACKED >> 20} MiB")
+                root = ElementTree.fromstring(archive.read(entry))  # noqa: S314 (limited process)
+                body = root.find(f"{_WORD}body")
+                lines += _blocks(root if body is None else body)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, EOFError, NotImplementedError) as error:
         raise ValueError("it is not a Word document") from error
     except ElementTree.ParseError as error:
         raise ValueError("the Word document is damaged") from error
     except RuntimeError as error:  # what zipfile says of an encrypted entry
         raise ValueError("the Word document asks for a password; save it without one") from error
-    body = root.find(f"{_WORD}body")
-    return "\n".join(_blocks(root if body is None else body))
+    return "\n".join(lines)
 
 
 def _blocks(parent: ElementTree.Element) -> Iterator[str]:

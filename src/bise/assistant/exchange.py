@@ -1,6 +1,6 @@
-"""Conversations in and out: Markdown and JSON out, and what `bise.assistant.imports` read into the storage.
+"""Conversations in and out: Markdown and JSON out, and files of exports into the storage.
 
-An import is one transaction: all of a file or nothing. It keeps every branch and says what it left out.
+An import reads one conversation after the other, each in a transaction of its own, and says what it left out.
 """
 
 from __future__ import annotations
@@ -8,20 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from sqlalchemy.orm import Session
 
 from bise.assistant.conversations import MAX_SYSTEM, MAX_TITLE, Conversation, checked_changes, index_text
 from bise.assistant.documents import WholeDocument
-from bise.assistant.imports import FORMAT, Imported, Turn
+from bise.assistant.export_file import KNOWN, BrokenFileError, entries
+from bise.assistant.imported import BadError, Imported, Turn, object_of, text_of
+from bise.assistant.imports import FORMAT, conversation_of
 from bise.assistant.messages import LIVE, Message, new_row
 from bise.assistant.storage import Storage, new_id
-from bise.errors import RequestError
+from bise.errors import RequestError, quoted
 from bise.store.chat_schema import ConversationRecord, DocumentRecord
 
 MAX_IMPORTED = 20_000
 """Messages of one imported conversation."""
+MAX_TOLD = 100
+"""Conversations that were not taken and are told of with the reason; the rest is a number."""
 _KEPT = ("complete", "stopped", "interrupted", "error")
 
 
@@ -31,8 +35,18 @@ class Report:
 
     conversations: int = 0
     messages: int = 0
+    num_skipped: int = 0
+    """Conversations that were not taken."""
     skipped: list[str] = field(default_factory=list[str])
-    """What was left out, a line each: conversations without any text."""
+    """The first of them, a line each: which one, and why."""
+    left_out: dict[str, int] = field(default_factory=dict[str, int])
+    """What was not taken of the conversations that were: pictures, recordings, files, hidden messages..."""
+
+    def skip(self, line: str) -> None:
+        """Note a conversation that was not taken."""
+        self.num_skipped += 1
+        if len(self.skipped) < MAX_TOLD:
+            self.skipped.append(line)
 
 
 def as_markdown(conversation: Conversation, branch: Sequence[Message]) -> str:
@@ -91,28 +105,53 @@ def as_json(
     }
 
 
-def store_imported(storage: Storage, owner: str, found: Sequence[Imported]) -> Report:
-    """Keep imported conversations, all of them or, when one cannot be kept, none; return what happened.
+def import_file(storage: Storage, owner: str, file: IO[bytes]) -> Report:
+    """Keep the conversations of an export; return what was taken and what was not.
 
-    Raises RequestError naming the conversation and what is wrong with it.
+    A conversation that makes no sense is left out whole and the next one read; a file that is at fault half
+    way is told of after what came before. Raises RequestError, in one line, when nothing can be taken.
     """
     report = Report()
-    with storage.writing() as session:
-        for number, conversation in enumerate(found, 1):
-            turns = [turn for turn in conversation.turns if turn.role and (turn.text.strip() or turn.parts)]
-            if not turns:
-                report.skipped.append(f"conversation {number} ('{conversation.title[:40]}') has no messages")
-                continue
+    number = faults = 0
+    try:
+        for number, entry in enumerate(entries(file), 1):
             try:
-                _store(session, owner, conversation, turns)
-            except RequestError as error:
-                raise RequestError(
-                    f"conversation {number} ('{conversation.title[:40]}'): {error}; nothing was imported",
-                    field="file",
-                ) from None
-            report.conversations += 1
-            report.messages += len(turns)
+                _take(storage, owner, number, conversation_of(entry), report)
+            except (BadError, RequestError) as error:
+                faults += 1
+                title = quoted(text_of(object_of(entry).get("title")), 40)
+                report.skip(f"conversation {number} ({title}): {error}")
+    except BrokenFileError as error:
+        if not report.conversations:
+            raise
+        report.skip(f"after conversation {number}: {error}")
+    if not number:
+        raise RequestError(f"the file has no conversation; {KNOWN}", field="file")
+    if faults and not report.conversations:
+        raise RequestError(f"{report.skipped[0]}; nothing was imported", field="file")
     return report
+
+
+def _take(storage: Storage, owner: str, number: int, found: Imported, report: Report) -> None:
+    turns: list[Turn] = []
+    empty = 0
+    for turn in found.turns:
+        if turn.role and not turn.text.strip() and not turn.parts:
+            turn.text = turn.missing
+        if turn.role and (turn.text.strip() or turn.parts or turn.extra.get("error")):
+            turns.append(turn)
+        else:
+            empty += bool(turn.role)
+    if not turns:
+        report.skip(f"conversation {number} ({quoted(found.title, 40)}) has no messages")
+        return
+    found.leave_out("empty messages", empty)
+    with storage.writing() as session:
+        _store(session, owner, found, turns)
+    report.conversations += 1
+    report.messages += len(turns)
+    for kind, left in found.left_out.items():
+        report.left_out[kind] = report.left_out.get(kind, 0) + left
 
 
 def _store(session: Session, owner: str, source: Imported, turns: list[Turn]) -> None:
@@ -150,14 +189,19 @@ def _store(session: Session, owner: str, source: Imported, turns: list[Turn]) ->
     if len(keys) < len(turns):
         raise RequestError("two of its messages have the same id", field="file")
     links = _Links(source.turns, keys)
+    taken = 0
     for index, turn in enumerate(turns):
         row = new_row(record.id, links.parent(turn), turn.role, turn.text, status="complete")
         row.id, row.model = keys[turn.key], turn.model
         row.created_at = turn.at or record.created_at + index * 1e-6  # branches are in order of time
-        row.parts = [*links.parts_before(turn), *turn.parts]
+        before = links.parts_before(turn)
+        taken += len(before)
+        row.parts = [*before, *turn.parts]
         _fill(row, turn.extra, documents)
         session.add(row)
         index_text(session, record.id, row.id, row.text)
+    steps = sum(len(turn.parts) for turn in source.turns if turn.key not in keys)
+    source.leave_out("steps without an answer", steps - taken)
     record.leaf_id = links.nearest(source.leaf) or keys[turns[-1].key]
 
 

@@ -1,393 +1,320 @@
-"""Exports of bise, ChatGPT, open-webui, LibreChat and llama.cpp, read into one form.
+"""Conversations as bise, open-webui, LibreChat and llama.cpp export them, read into one form (ChatGPT's:
+`chatgpt_export`).
 
-A field that is missing is no fault; one that makes no sense is, and is named with its conversation. What a
-model thought, called and was told by tools becomes parts of the answer that follows.
+A field that is missing is no fault; one that makes no sense is, and is named. What a model thought, called
+and was told by tools becomes parts of the answer that follows. What has no place here is counted.
 """
 
 from __future__ import annotations
 
-import io
+import html
 import json
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from bise.errors import RequestError, quoted
+from bise.assistant.chatgpt_export import from_chatgpt
+from bise.assistant.export_file import KNOWN
+from bise.assistant.imported import (
+    BadError,
+    Imported,
+    Json,
+    Turn,
+    call_part,
+    list_of,
+    object_of,
+    result_part,
+    text_of,
+    text_or_none,
+    thought_part,
+    time_of,
+)
+from bise.errors import quoted
 
 FORMAT = "bise-conversation-1"
-MAX_UNPACKED = 1 << 30
-"""Bytes of all conversations in an archive."""
-KNOWN = "known are exports of bise, ChatGPT, open-webui, LibreChat and llama.cpp"
 _ROOT = "00000000-0000-0000-0000-000000000000"
-_REASONING = re.compile(
-    r'<details type="reasoning"([^>]*)>\s*(?:<summary>.*?</summary>)?(.*?)</details>\s*', re.DOTALL
+_DETAILS = re.compile(
+    r'<details type="(reasoning|tool_calls)"([^>]*)>\s*(?:<summary>.*?</summary>)?(.*?)</details>\s*',
+    re.DOTALL,
 )
-_DURATION = re.compile(r'duration="(\d+)"')
-_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
-_SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])|\0")
-
-Json = Mapping[str, Any]
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 
 
-@dataclass(slots=True)
-class Turn:
-    """A message on its way in; one without a text and role only links others."""
-
-    key: str
-    parent: str | None
-    role: str
-    text: str
-    model: str | None = None
-    at: float | None = None
-    parts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Further columns of the message, from an export of our own."""
-
-
-@dataclass(slots=True)
-class Imported:
-    """A conversation on its way in."""
-
-    title: str
-    turns: list[Turn]
-    leaf: str | None = None
-    at: float | None = None
-    system: str = ""
-    extra: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Further columns of the conversation, from an export of our own."""
-    documents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-
-class _BadError(Exception):
-    """Something in a conversation makes no sense."""
-
-
-def read_export(content: bytes) -> list[Imported]:
-    """Return the conversations of an export. Raises RequestError, in one line, for what is not whole."""
-    entries = list(_entries(content))
-    found: list[Imported] = []
-    for number, entry in enumerate(entries, 1):
-        try:
-            found.append(_conversation(entry))
-        except _BadError as error:
-            title = quoted(_text(_object(entry).get("title")), 40)
-            raise RequestError(
-                f"conversation {number} ({title}): {error}; nothing was imported", field="file"
-            ) from None
-    if not found:
-        raise RequestError(f"the file has no conversation; {KNOWN}", field="file")
-    return found
-
-
-def _entries(content: bytes) -> Iterator[Any]:
-    """Yield what may be conversations: from a list, from lines, from one object, from an archive."""
-    for part in _files(content):
-        document = _json(part)
-        listed = _object(document).get("conversations")
-        if isinstance(listed, list):
-            document = cast("list[Any]", listed)
-        yield from cast("list[Any]", document) if isinstance(document, list) else [document]
-
-
-def _files(content: bytes) -> Iterator[bytes]:
-    if content[:4] != b"PK\x03\x04":
-        yield content
-        return
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = [
-                name for name in archive.namelist() if re.search(r"(^|/)conversations[^/]*\.json$", name)
-            ]
-            if not names:
-                raise RequestError(f"the archive has no conversations.json; {KNOWN}", field="file")
-            if sum(archive.getinfo(name).file_size for name in names) > MAX_UNPACKED:
-                raise RequestError(
-                    f"its conversations are larger than {MAX_UNPACKED >> 30} GiB", field="file"
-                )
-            for name in sorted(names):
-                yield archive.read(name)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise RequestError("the archive is damaged or asks for a password", field="file") from error
-
-
-def _json(content: bytes) -> Any:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the file is no UTF-8 (byte {error.start}); {KNOWN}", field="file") from error
-    try:
-        value = _parsed(text)
-        return _clean(value) if _SUSPECT.search(text) else value
-    except RecursionError as error:
-        raise RequestError("the file is nested too deeply", field="file") from error
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as whole:
-        try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError:
-            reason = str(whole)[:100]
-            raise RequestError(f"the file is no JSON ({reason}); {KNOWN}", field="file") from whole
-
-
-def _clean(value: Any) -> Any:
-    """Return a value with U+FFFD for what no database keeps: NUL, and halves of surrogate pairs."""
-    if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [_clean(part) for part in cast("list[Any]", value)]
-    if isinstance(value, dict):
-        return {_clean(name): _clean(part) for name, part in cast("dict[str, Any]", value).items()}
-    return value
-
-
-def _conversation(entry: Any) -> Imported:
+def conversation_of(entry: Any) -> Imported:
+    """Return a conversation of a known form. Raises BadError saying what makes no sense in it."""
     if not isinstance(entry, dict):
-        raise _BadError("is no object")
+        raise BadError("is no object")
     known = cast("dict[str, Any]", entry)
     chat = known.get("chat")
     reader: Callable[[Json], Imported] | None = None
     if known.get("format") == FORMAT:
         reader = _from_bise
     elif isinstance(known.get("mapping"), dict):
-        reader = _from_chatgpt
+        reader = from_chatgpt
     elif isinstance(chat, dict) and ("history" in chat or "messages" in chat):
         reader = _from_open_webui
     elif isinstance(known.get("conv"), dict) and "messages" in known:
         reader = _from_llama
-    elif "messages" in known and ({"conversationId", "recursive", "endpoint", "exportAt"} & known.keys()):
+    elif {"messages", "messagesTree"} & known.keys() and (
+        {"conversationId", "recursive", "endpoint", "exportAt"} & known.keys()
+    ):
         reader = _from_librechat
     if reader is None:
-        raise _BadError(f"is of no known form; {KNOWN}")
+        raise BadError(f"is of no known form; {KNOWN}")
     return reader(known)
 
 
 def _from_bise(entry: Json) -> Imported:
-    turns: list[Turn] = []
-    for index, node in enumerate(_list(entry, "messages")):
+    found = Imported(
+        text_of(entry.get("title")),
+        leaf=text_or_none(entry.get("leaf")),
+        at=time_of(entry.get("created_at")),
+        system=text_of(entry.get("system")),
+    )
+    for index, node in enumerate(list_of(entry, "messages")):
         turn = _turn(node, f"messages[{index}]", key="id", parent="parent", text="text")
-        turn.model, turn.at = _text_or_none(node.get("model")), _time(node.get("created_at"))
-        turn.parts = [cast("dict[str, Any]", part) for part in _list(node, "parts") if isinstance(part, dict)]
+        turn.model, turn.at = text_or_none(node.get("model")), time_of(node.get("created_at"))
+        turn.parts = [
+            cast("dict[str, Any]", part) for part in list_of(node, "parts") if isinstance(part, dict)
+        ]
         names = (
             "status", "finish_reason", "error", "usage", "timings", "feedback", "params", "sources",
             "documents",
         )  # fmt: skip
         turn.extra = {name: node[name] for name in names if node.get(name) is not None}
-        turns.append(turn)
-    extra = {
-        name: entry[name] for name in ("pinned", "archived", "folder", "model", "params") if name in entry
-    }
-    return Imported(
-        _text(entry.get("title")),
-        turns,
-        _text_or_none(entry.get("leaf")),
-        _time(entry.get("created_at")),
-        _text(entry.get("system")),
-        extra | {"updated_at": _time(entry.get("updated_at"))},
-        [cast("dict[str, Any]", found) for found in _list(entry, "documents") if isinstance(found, dict)],
-    )
-
-
-def _from_chatgpt(entry: Json) -> Imported:
-    turns: list[Turn] = []
-    system: list[str] = []
-    for key, node in cast("dict[str, Any]", entry["mapping"]).items():
-        if not isinstance(node, dict):
-            raise _BadError(f"mapping.{key[:40]} is no object")
-        shown = cast("dict[str, Any]", node)
-        message = _object(shown.get("message"))
-        details, content = _object(message.get("metadata")), _object(message.get("content"))
-        turn = Turn(key, _text_or_none(shown.get("parent")), "", "", at=_time(message.get("create_time")))
-        turn.model = _text_or_none(details.get("model_slug"))
-        role = _text(_object(message.get("author")).get("role"))
-        kind = _text(content.get("content_type")) or "text"
-        text = _chatgpt_text(content)
-        hidden = bool(details.get("is_visually_hidden_from_conversation"))
-        if role == "user" and kind == "user_editable_context":
-            system += [_text(content.get(name)) for name in ("user_profile", "user_instructions")]
-        elif role == "user" and not hidden:
-            turn.role, turn.text = "user", text
-        elif role == "assistant" and kind == "thoughts":
-            turn.parts = [{"type": "thinking", "text": text}] if text else []
-        elif role == "assistant" and (kind == "code" or message.get("recipient") not in (None, "all")):
-            name = _text(message.get("recipient")) or "code"
-            turn.parts = [{"type": "tool_call", "name": name, "arguments": text}]
-        elif role == "assistant" and not hidden and kind in ("text", "multimodal_text"):
-            turn.role, turn.text = "assistant", text
-        elif role == "tool" and text:
-            name = _text(_object(message.get("author")).get("name")) or "tool"
-            turn.parts = [{"type": "tool_result", "name": name, "text": text}]
-        turns.append(turn)
-    title, at = _text(entry.get("title")), _time(entry.get("create_time"))
-    extra = {"archived": entry.get("is_archived") is True, "updated_at": _time(entry.get("update_time"))}
-    instructions = "\n\n".join(part for part in system if part.strip())
-    return Imported(title, turns, _text_or_none(entry.get("current_node")), at, instructions, extra)
-
-
-def _chatgpt_text(content: Json) -> str:
-    """Return the words of a message: its parts' texts, transcripts included; pictures are left out."""
-    found = [_text(content.get(name)) for name in ("text", "result")]
-    for part in [*_list(content, "parts"), *_list(content, "thoughts")]:
-        if isinstance(part, str):
-            found.append(part)
-        elif isinstance(part, dict):
-            inner = cast("dict[str, Any]", part)
-            found += [_text(inner.get(name)) for name in ("summary", "text", "content")]
-    return "\n".join(text for text in found if text)
+        found.turns.append(turn)
+    names = ("pinned", "archived", "folder", "model", "params")
+    found.extra = {name: entry[name] for name in names if name in entry}
+    found.extra["updated_at"] = time_of(entry.get("updated_at"))
+    documents = list_of(entry, "documents")
+    found.documents = [cast("dict[str, Any]", part) for part in documents if isinstance(part, dict)]
+    return found
 
 
 def _from_open_webui(entry: Json) -> Imported:
-    chat = _object(entry["chat"])
-    history = _object(chat.get("history"))
-    turns: list[Turn] = []
+    chat = object_of(entry["chat"])
+    history = object_of(chat.get("history"))
     nodes = history.get("messages")
     if isinstance(nodes, dict) and nodes:
         pairs = list(cast("dict[str, Any]", nodes).items())
     else:
-        listed = _list(chat, "messages")
+        listed = list_of(chat, "messages")
         pairs = [
-            (str(index), {"parentId": str(index - 1), **_object(node)}) for index, node in enumerate(listed)
+            (str(index), {"parentId": str(index - 1), **object_of(node)}) for index, node in enumerate(listed)
         ]
-    system = _text(chat.get("system")) or _text(_object(chat.get("params")).get("system"))
+    found = Imported(
+        text_of(entry.get("title")) or text_of(chat.get("title")),
+        leaf=text_or_none(history.get("currentId")),
+        at=time_of(entry.get("created_at")) or time_of(chat.get("timestamp")),
+        system=text_of(chat.get("system")) or text_of(object_of(chat.get("params")).get("system")),
+    )
     for key, node in pairs:
-        shown = _object(node)
+        shown = object_of(node)
         if shown.get("role") == "system":
-            system = system or _joined(shown.get("content"))
-            turns.append(Turn(key, _text_or_none(shown.get("parentId")), "", ""))
+            found.system = found.system or found.words(shown.get("content"))
+            found.turns.append(Turn(key, text_or_none(shown.get("parentId"))))
             continue
-        turn = _turn(shown | {"id": key}, f"message {key[:40]}", key="id", parent="parentId", text="content")
-        turn.model, turn.at = _text_or_none(shown.get("model")), _time(shown.get("timestamp"))
-        for attributes, thought in _REASONING.findall(turn.text):
-            words = "\n".join(line.removeprefix("> ") for line in thought.strip().splitlines())
-            duration = _DURATION.search(attributes)
-            seconds = None if duration is None else float(duration[1])
-            turn.parts.append({"type": "thinking", "text": words, "seconds": seconds})
-        turn.text = _REASONING.sub("", turn.text)
-        turns.append(turn)
-    title = _text(entry.get("title")) or _text(chat.get("title"))
-    extra: dict[str, Any] = {name: entry[name] is True for name in ("pinned", "archived") if name in entry}
-    extra["updated_at"] = _time(entry.get("updated_at"))
-    at = _time(entry.get("created_at")) or _time(chat.get("timestamp"))
-    return Imported(title, turns, _text_or_none(history.get("currentId")), at, system, extra)
+        turn = _turn(shown | {"id": key}, f"message {key[:40]}", key="id", parent="parentId", into=found)
+        turn.model, turn.at = text_or_none(shown.get("model")), time_of(shown.get("timestamp"))
+        _open_webui_output(turn, shown)
+        turn.text = _DETAILS.sub(lambda match, turn=turn: _detail(turn, match), turn.text)
+        rating = object_of(shown.get("annotation")).get("rating")
+        error = object_of(shown.get("error"))
+        turn.extra = {"feedback": rating} | (
+            {"status": "error", "error": text_of(error.get("content"))} if error else {}
+        )
+        found.leave_out("files", len(list_of(shown, "files")))
+        found.leave_out("sources", len(list_of(shown, "sources")))
+        found.turns.append(turn)
+    found.extra = {name: entry[name] is True for name in ("pinned", "archived") if name in entry}
+    found.extra["updated_at"] = time_of(entry.get("updated_at"))
+    return found
+
+
+def _open_webui_output(turn: Turn, node: Json) -> None:
+    """Take parts and text from the steps of an answer, which newer versions write beside its content."""
+    texts: list[str] = []
+    names: dict[str, str] = {}
+    for step in map(object_of, list_of(node, "output")):
+        kind = step.get("type")
+        words = "\n".join(text_of(object_of(part).get("text")) for part in list_of(step, "content"))
+        if kind == "message":
+            texts.append(words)
+        elif kind == "reasoning":
+            summary = step.get("summary") or []
+            said = words or "\n".join(text_of(object_of(part).get("text")) for part in summary)
+            turn.parts.append(thought_part(said, step.get("duration")))
+        elif kind == "function_call":
+            names[text_of(step.get("call_id"))] = text_of(step.get("name"))
+            turn.parts.append(call_part(step.get("name"), step.get("arguments")))
+        elif kind == "function_call_output":
+            output = step.get("output")
+            given = output if isinstance(output, list) else [{"text": output}]
+            said = "\n".join(text_of(object_of(part).get("text")) for part in cast("list[Any]", given))
+            turn.parts.append(result_part(names.get(text_of(step.get("call_id"))), said))
+    if any(texts):
+        turn.text = "\n\n".join(text for text in texts if text)
+
+
+def _detail(turn: Turn, match: re.Match[str]) -> str:
+    """Take what a model thought or called out of a text; return what stays in its place: nothing."""
+    given = {name: html.unescape(value) for name, value in _ATTRIBUTE.findall(match[2])}
+    inside = html.unescape(match[3].strip())
+    if match[1] == "reasoning":
+        words = "\n".join(line.removeprefix(">").removeprefix(" ") for line in inside.splitlines())
+        duration = given.get("duration", "")
+        turn.parts.append(thought_part(words, float(duration) if duration.isdecimal() else None))
+    else:
+        turn.parts.append(call_part(given.get("name"), given.get("arguments")))
+        turn.parts.append(result_part(given.get("name"), given.get("result") or inside))
+    return ""
 
 
 def _from_librechat(entry: Json) -> Imported:
-    turns: list[Turn] = []
-    is_tree = entry.get("recursive") is True
-    waiting = [(node, None) for node in reversed(_list(entry, "messages"))]
+    options = object_of(entry.get("options"))
+    found = Imported(
+        text_of(entry.get("title")),
+        at=time_of(entry.get("exportAt")),
+        system=text_of(options.get("promptPrefix")) or text_of(options.get("system")),
+    )
+    nodes = list_of(entry, "messagesTree") or list_of(entry, "messages")
+    is_tree = entry.get("recursive") is True or "messagesTree" in entry
+    waiting = [(node, None) for node in reversed(nodes)]
     while waiting:
         node, above = waiting.pop()
-        shown = _object(node)
-        key = _text(shown.get("messageId"))
+        shown = object_of(node)
+        key = text_of(shown.get("messageId"))
         if not key:
-            raise _BadError("a message has no messageId")
-        parent = above if is_tree else _text_or_none(shown.get("parentMessageId"))
+            raise BadError("a message has no messageId")
+        parent = above if is_tree else text_or_none(shown.get("parentMessageId"))
         mine = shown.get("isCreatedByUser")
-        role = "user" if mine is True or (mine is None and shown.get("sender") == "User") else "assistant"
-        turn = Turn(key, None if parent == _ROOT else parent, role, _text(shown.get("text")))
-        turn.model, turn.at = _text_or_none(shown.get("model")), _time(shown.get("createdAt"))
-        _librechat_parts(turn, _list(shown, "content"))
-        turns.append(turn)
-        waiting += [(child, key) for child in reversed(_list(shown, "children"))]
-    options = _object(entry.get("options"))
-    system = _text(options.get("promptPrefix")) or _text(options.get("system"))
-    return Imported(_text(entry.get("title")), turns, None, _time(entry.get("exportAt")), system)
+        is_mine = mine is True or (mine is None and text_of(shown.get("sender")).lower() == "user")
+        turn = Turn(key, None if parent == _ROOT else parent, "user" if is_mine else "assistant")
+        turn.text, turn.at = text_of(shown.get("text")), time_of(shown.get("createdAt"))
+        turn.model = (
+            None if is_mine else text_or_none(shown.get("model")) or text_or_none(options.get("model"))
+        )
+        _librechat_parts(found, turn, list_of(shown, "content"))
+        _librechat_state(turn, shown)
+        files = [object_of(file) for file in list_of(shown, "files")]
+        pictures = sum(text_of(file.get("type")).startswith("image/") for file in files)
+        found.leave_out("pictures", pictures, turn)
+        found.leave_out("files", len(files) - pictures, turn)
+        found.turns.append(turn)
+        waiting += [(child, key) for child in reversed(list_of(shown, "children"))]
+    times = [turn.at for turn in found.turns if turn.at is not None]
+    found.at = found.at or min(times, default=None)  # `exportAt` has been a time of day without a date
+    found.extra = {"updated_at": max(times, default=None)}
+    return found
 
 
-def _librechat_parts(turn: Turn, content: Sequence[Any]) -> None:
+def _librechat_parts(found: Imported, turn: Turn, content: Sequence[Any]) -> None:
     texts: list[str] = []
     for part in content:
-        shown = _object(part)
-        if shown.get("type") == "text":
+        shown = object_of(part)
+        kind = text_of(shown.get("type"))
+        if kind == "text":
             text = shown.get("text")
-            texts.append(_text(_object(text).get("value")) if isinstance(text, dict) else _text(text))
-        elif shown.get("type") == "think":
-            turn.parts.append({"type": "thinking", "text": _text(shown.get("think"))})
-        elif shown.get("type") == "tool_call":
-            call = _object(shown.get("tool_call"))
-            name = _text(call.get("name")) or "tool"
-            turn.parts.append({"type": "tool_call", "name": name, "arguments": call.get("args")})
+            texts.append(text_of(object_of(text).get("value")) if isinstance(text, dict) else text_of(text))
+        elif kind == "think":
+            turn.parts.append(thought_part(text_of(shown.get("think"))))
+        elif kind == "tool_call":
+            call = object_of(shown.get("tool_call"))
+            turn.parts.append(call_part(call.get("name"), call.get("args")))
             if call.get("output"):
-                turn.parts.append({"type": "tool_result", "name": name, "text": _text(call["output"])})
+                turn.parts.append(result_part(call.get("name"), text_of(call["output"])))
+        elif kind == "error":
+            texts.append(text_of(shown.get("error")))
+        elif kind.startswith("image"):
+            found.leave_out("pictures", 1, turn)
+        else:
+            found.leave_out("parts of unknown kind", 1)
     turn.text = turn.text or "\n".join(text for text in texts if text)
 
 
+def _librechat_state(turn: Turn, node: Json) -> None:
+    rating = object_of(node.get("feedback")).get("rating")
+    turn.extra = {"feedback": {"thumbsUp": 1, "thumbsDown": -1}.get(text_of(rating))}
+    if node.get("error") is True:
+        turn.extra |= {"status": "error", "error": turn.text}
+    elif node.get("unfinished") is True:
+        turn.extra |= {"status": "interrupted"}
+    if node.get("finish_reason") in ("incomplete", "length"):
+        turn.extra |= {"finish_reason": "length"}
+
+
 def _from_llama(entry: Json) -> Imported:
-    conv = _object(entry["conv"])
-    turns: list[Turn] = []
-    system = ""
-    for index, node in enumerate(_list(entry, "messages")):
-        shown = _object(node)
-        key, parent = str(shown.get("id", index)), _text_or_none(shown.get("parent"))
-        if shown.get("type") == "root" or shown.get("role") == "system":
-            system = system or _joined(shown.get("content"))
-            turns.append(Turn(key, parent, "", ""))
+    conv = object_of(entry["conv"])
+    found = Imported(
+        text_of(conv.get("name")),
+        leaf=text_or_none(conv.get("currNode")),
+        at=time_of(conv.get("lastModified")),
+    )
+    calls: dict[str, str] = {}
+    for index, node in enumerate(list_of(entry, "messages")):
+        shown = object_of(node)
+        key, parent = str(shown.get("id", index)), text_or_none(shown.get("parent"))
+        if shown.get("type") in ("root", "system") or shown.get("role") == "system":
+            found.system = found.system or found.words(shown.get("content"))
+            found.turns.append(Turn(key, parent))
             continue
-        turn = _turn(shown | {"id": key}, f"messages[{index}]", key="id", parent="parent", text="content")
-        turn.model, turn.at = _text_or_none(shown.get("model")), _time(shown.get("timestamp"))
-        thought = _text(shown.get("reasoningContent")) or _text(shown.get("thinking"))
-        turn.parts = [{"type": "thinking", "text": thought}] if thought else []
-        turns.append(turn)
-    at = _time(conv.get("lastModified"))
-    return Imported(_text(conv.get("name")), turns, _text_or_none(conv.get("currNode")), at, system)
+        if shown.get("role") == "tool":
+            name = calls.get(text_of(shown.get("toolCallId")))
+            part = result_part(name, found.words(shown.get("content")))
+            found.turns.append(Turn(key, parent, parts=[part]))
+            continue
+        turn = _turn(shown | {"id": key}, f"messages[{index}]", key="id", parent="parent", into=found)
+        turn.model, turn.at = text_or_none(shown.get("model")), time_of(shown.get("timestamp"))
+        thought = text_of(shown.get("reasoningContent")) or text_of(shown.get("thinking"))
+        turn.parts = [thought_part(thought)] if thought else []
+        for call in map(object_of, _llama_calls(shown.get("toolCalls"))):
+            asked = object_of(call.get("function"))
+            calls[text_of(call.get("id"))] = text_of(asked.get("name"))
+            turn.parts.append(call_part(asked.get("name"), asked.get("arguments")))
+        if turn.role == "assistant" and not turn.text.strip() and calls:
+            turn.role = ""  # a step on the way to the answer, which gets its parts
+        _llama_files(found, turn, list_of(shown, "extra"))
+        found.turns.append(turn)
+    found.extra = {"updated_at": found.at, "pinned": conv.get("pinned") is True}
+    return found
 
 
-def _turn(node: Any, place: str, *, key: str, parent: str, text: str) -> Turn:
-    shown = _object(node)
+def _llama_calls(calls: Any) -> list[Any]:
+    """Return tool calls, which have been text and a list."""
+    if isinstance(calls, str) and calls:
+        try:
+            calls = json.loads(calls)
+        except ValueError:
+            return []
+    return cast("list[Any]", calls) if isinstance(calls, list) else []
+
+
+def _llama_files(found: Imported, turn: Turn, files: Sequence[Any]) -> None:
+    """Keep attached texts as documents; pictures and recordings have no place here."""
+    for file in map(object_of, files):
+        content, name = file.get("content"), text_of(file.get("name")) or "file"
+        if isinstance(content, str) and content.strip():
+            key = f"{turn.key}-{len(found.documents)}"
+            found.documents.append({"id": key, "name": name, "kind": "text", "text": content})
+            turn.extra.setdefault("documents", []).append(key)
+        elif "base64Url" in file:
+            found.leave_out("pictures", 1, turn)
+        else:
+            found.leave_out("recordings" if "base64Data" in file else "files", 1, turn)
+
+
+def _turn(
+    node: Any, place: str, *, key: str, parent: str, text: str = "content", into: Imported | None = None
+) -> Turn:
+    """Return a message that says who it is by and what it says; pictures in it are counted in `into`."""
+    shown = object_of(node)
     role = shown.get("role")
     if role not in ("user", "assistant"):
-        raise _BadError(f"{place}.role is {quoted(role, 30)}, not user or assistant")
+        raise BadError(f"{place}.role is {quoted(role, 30)}, not user or assistant")
     found = shown.get(key)
     if not isinstance(found, str | int):
-        raise _BadError(f"{place} has no {key}")
-    return Turn(str(found), _text_or_none(shown.get(parent)), role, _joined(shown.get(text)))
-
-
-def _joined(content: Any) -> str:
-    """Return a content that is a text, or the texts among its parts."""
-    if isinstance(content, list):
-        parts = [_object(part) for part in cast("list[Any]", content)]
-        return "\n".join(_text(part.get("text")) for part in parts if part.get("type") == "text")
-    return _text(content)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
-def _list(entry: Json, name: str) -> list[Any]:
-    value = entry.get(name)
-    if value is not None and not isinstance(value, list):
-        raise _BadError(f"{name} is no list")
-    return cast("list[Any]", value or [])
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _text_or_none(value: Any) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return _text(value) or None
-
-
-def _time(value: Any) -> float | None:
-    """Return seconds since 1970 from seconds, milli- or nanoseconds, or a date; None for anything else."""
-    if isinstance(value, str):
-        try:
-            return datetime.fromisoformat(value).timestamp()
-        except (ValueError, OverflowError):
-            return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e20:
-        return None
-    for limit, scale in ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3)):
-        if value > limit:
-            return value / scale
-    return float(value)
+        raise BadError(f"{place} has no {key}")
+    turn = Turn(str(found), text_or_none(shown.get(parent)), role)
+    content = shown.get(text)
+    turn.text = text_of(content) if into is None else into.words(content, turn)
+    return turn

@@ -84,12 +84,24 @@ class Messages:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def page(self, owner: str, conversation_id: str, *, before: str | None = None, limit: int = PAGE) -> Page:
-        """Return the last `limit` messages of the branch on screen, or those before the message `before`."""
+    def page(
+        self,
+        owner: str,
+        conversation_id: str,
+        *,
+        leaf: str | None = None,
+        before: str | None = None,
+        limit: int = PAGE,
+    ) -> Page:
+        """Return the last `limit` messages of the branch that ends at `leaf` (None: the one on screen), or
+        those before the message `before`. Raises NotFoundError for a message that is not there.
+        """
         with self._storage.reading() as session:
             record = owned(session, owner, conversation_id)
             tree = _Tree(session, conversation_id)
-            path = tree.path(record.leaf_id)
+            path = tree.path(record.leaf_id if leaf is None else leaf)
+            if leaf is not None and not path:
+                raise NotFoundError("leaf names no message of this conversation", field="leaf")
             end = len(path)
             if before is not None:
                 if before not in path:
@@ -229,6 +241,16 @@ class Messages:
             row.status, row.run_id, row.seq, row.error, row.finish_reason = "queued", new_id(), 0, None, None
             session.flush()
             return as_message(row, _Tree(session, conversation.id).siblings(row.id))
+
+    def has_run(self, owner: str, run_id: str) -> bool:
+        """Return True when an answer of `owner` was written by this run."""
+        query = (
+            select(MessageRecord.id)
+            .join(ConversationRecord, ConversationRecord.id == MessageRecord.conversation_id)
+            .where(MessageRecord.run_id == run_id, ConversationRecord.owner == owner)
+        )
+        with self._storage.reading() as session:
+            return session.scalar(query.limit(1)) is not None
 
     def turn(self, owner: str, message_id: str) -> Turn:
         """Return an answer with the messages that lead to it, root first."""

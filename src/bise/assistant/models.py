@@ -75,6 +75,8 @@ class Piece:
     tokens: int = 0
     before: int | None = None
     """Requests that wait before this one."""
+    loaded: float | None = None
+    """How much of the model is read, 0 to 1, while the answer waits for that."""
     prefill: tuple[int, int] | None = None
     """Prompt tokens done, and all."""
     finish_reason: str | None = None
@@ -145,7 +147,16 @@ class FleetModels:
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
         """Yield the pieces of an answer; the model is loaded first if need be."""
-        lease = await _acquired(self._fleet, job.model)
+        pending = asyncio.ensure_future(_acquired(self._fleet, job.model))
+        try:
+            while not (await asyncio.wait([pending], timeout=PROGRESS_S))[0]:
+                if (share := self._fleet.card(job.model).loaded) is not None:
+                    yield Piece(loaded=share)
+        except BaseException:  # nobody waits for the model any more
+            pending.cancel()
+            pending.add_done_callback(_let_go)
+            raise
+        lease = await pending
         try:
             ids = await asyncio.to_thread(_prompt, lease.loaded, job)
             params: dict[str, Any] = {"temperature": lease.loaded.temperature, **job.params}
@@ -216,13 +227,13 @@ async def _acquired(fleet: Fleet, model: str) -> Lease:
     try:
         return await asyncio.shield(pending)
     except asyncio.CancelledError:
-
-        def let_go(done: asyncio.Future[Lease]) -> None:
-            with suppress(BaseException):
-                done.result().release()
-
-        pending.add_done_callback(let_go)
+        pending.add_done_callback(_let_go)
         raise
+
+
+def _let_go(done: asyncio.Future[Lease]) -> None:
+    with suppress(BaseException):
+        done.result().release()
 
 
 def _prompt(loaded: LoadedModel, job: Job) -> list[int]:

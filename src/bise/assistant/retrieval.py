@@ -58,9 +58,11 @@ class Retrieval:
         history: Sequence[Message],
         texts: list[str],
         *,
+        begun: Sequence[dict[str, Any]] = (),
         progress: Progress | None = None,
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the texts with their documents in them, and the passages used where they were too long.
+        """Return the texts with their documents in them, and the passages used where they were too long:
+        `begun` where an answer was begun with these, for it cites them by number.
 
         All documents go in whole when together they take at most half of the window; else the last question
         gets the passages that fit it best, numbered, within the same share. Without `progress` nothing is
@@ -78,7 +80,9 @@ class Retrieval:
         if sum(document.tokens for found in attached for document in found) <= room:
             whole = ["".join(_whole(document) for document in found) for found in attached]
             return [part + text for part, text in zip(whole, texts, strict=True)], []
-        sources = await self._sources(documents, facts, everything, texts[-1], room, owner, progress)
+        sources = [*begun] or await self._sources(
+            documents, facts, everything, texts[-1], room, owner, progress
+        )
         parts = [f"[{source['number']}] from {_place(source)}:\n{source['text']}" for source in sources]
         lead = "Passages from documents; cite them by number, like [1]:\n\n" + "\n\n".join(parts) + "\n\n"
         return [*texts[:-1], lead + texts[-1]], sources

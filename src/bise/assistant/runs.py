@@ -78,6 +78,7 @@ class Run:
         self._started = time.perf_counter()
         self._prefill: tuple[int, int] | None = None
         self._before: int = 0
+        self._loaded: float | None = None
         self._thinking_since: float | None = None
         self._told_thought = 0.0
         self._first: float | None = None
@@ -137,6 +138,8 @@ class Run:
 
     def take(self, piece: Piece) -> None:
         """Add a piece to the text and tell it."""
+        if piece.loaded is not None:
+            self._load(round(piece.loaded, 2))
         if piece.before:
             self._wait(piece.before)
         elif piece.prefill is not None and self._first is None:
@@ -218,6 +221,11 @@ class Run:
         if before != self._before or self.status != "queued":
             self.status, self._before = "queued", before
             self.tell("state", {"status": "queued", "before": before})
+
+    def _load(self, share: float) -> None:
+        if share != self._loaded:
+            self._loaded = share
+            self.tell("state", {"status": self.status, "before": 0, "loaded": share})
 
     def _enter(self, status: str) -> None:
         if self.status != status:

@@ -14,17 +14,18 @@ from typing import Any
 from bise.assistant.conversations import Conversation, checked_params
 from bise.assistant.documents import Document
 from bise.assistant.events import Hub
-from bise.assistant.left_out import dropped_part, left_out
+from bise.assistant.left_out import dropped_part
 from bise.assistant.messages import LIVE, Message, Page, Turn
 from bise.assistant.models import ChatModels, Job, ModelFacts
 from bise.assistant.personas import Personas
 from bise.assistant.preferences import change_preferences, preferences_of
+from bise.assistant.prompting import build_prompt
 from bise.assistant.reader import DocumentReader
 from bise.assistant.retrieval import Progress, Retrieval
 from bise.assistant.runs import Run, Runs
 from bise.assistant.shelf import Shelf
 from bise.assistant.storage import Memory, Storage
-from bise.assistant.summaries import RECALL, begin_summary, summary_part, summary_prompt
+from bise.assistant.summaries import begin_summary, summary_part, summary_prompt
 from bise.assistant.titles import first_words, is_small, write_title
 from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
 
@@ -147,11 +148,15 @@ class Assistant:
         self.hub.tell(owner, "conversation", id=conversation_id)
         return restored
 
-    async def page(self, owner: str, conversation_id: str, *, before: str | None, limit: int) -> Page:
-        """Return messages of the branch on screen, with the text of running answers as it is now."""
+    async def page(
+        self, owner: str, conversation_id: str, *, leaf: str | None = None, before: str | None, limit: int
+    ) -> Page:
+        """Return messages of the branch that ends at `leaf` (None: the one on screen), with the text of
+        running answers as it is now.
+        """
         shelf = await self.shelf_of(owner, conversation_id)
         page = await asyncio.to_thread(
-            lambda: shelf.messages.page(owner, conversation_id, before=before, limit=limit)
+            lambda: shelf.messages.page(owner, conversation_id, leaf=leaf, before=before, limit=limit)
         )
         return replace(page, messages=tuple(self.live(message) for message in page.messages))
 
@@ -291,7 +296,14 @@ class Assistant:
         return made, self.live(answer)
 
     async def stop(self, owner: str, run_id: str) -> None:
-        """Stop a run; returns when its place is free. Raises NotFoundError for someone else's."""
+        """Stop a run; returns when its place is free, at once where it is over already.
+
+        Raises NotFoundError for someone else's.
+        """
+        if self.runs.get(run_id) is None and await asyncio.to_thread(
+            self._disk.messages.has_run, owner, run_id
+        ):
+            return
         await self.runs.stop(self.run(owner, run_id))
 
     def run(self, owner: str, run_id: str) -> Run:
@@ -429,33 +441,8 @@ class Assistant:
 
         `progress` is told of embeddings that the question waits for; without it none are made.
         """
-        messages: list[dict[str, str]] = []
-        system = turn.conversation.system.strip()
-        if system:
-            messages.append({"role": "system", "content": system})
-        absent = left_out((*turn.history, turn.answer))
-        history = [
-            message
-            for message in turn.history
-            if message.id not in absent and (message.role == "user" or message.text)
-        ]
-        texts = [message.text for message in history]
-        if hint and texts:
-            texts[-1] = f"{texts[-1]}\n\n{hint}"
-        sources: list[dict[str, Any]] = []
-        if any(message.documents for message in history):
-            facts = self.model_facts(turn.answer.model)
-            texts, sources = await self.retrieval.fill(
-                shelf.documents, owner, facts, history, texts, progress=progress
-            )
-        for message, text in zip(history, texts, strict=True):
-            if summary_part(message) is not None:
-                messages.append({**RECALL})
-            messages.append({"role": message.role, "content": text})
-        if turn.answer.text:
-            messages += [{**RECALL}] if summary_part(turn.answer) is not None else []
-            messages.append({"role": "assistant", "content": turn.answer.text})
-        return _joined(messages), sources
+        facts = self.model_facts(self._known(turn.answer.model))
+        return await build_prompt(self.retrieval, shelf, owner, facts, turn, hint, progress)
 
     async def _summed_up(self, shelf: Shelf, owner: str, summary: Mapping[str, Any]) -> Sequence[Message]:
         """Return the messages that a summary is of. Raises RequestError when they are gone."""
@@ -486,15 +473,3 @@ class Assistant:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _joined(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return messages with neighbours of one role as one: imports have them, chat formats do not."""
-    joined: list[dict[str, str]] = []
-    for message in messages:
-        if joined and joined[-1]["role"] == message["role"]:
-            content = f"{joined[-1]['content']}\n\n{message['content']}"
-            joined[-1] = {"role": message["role"], "content": content}
-        else:
-            joined.append(message)
-    return joined

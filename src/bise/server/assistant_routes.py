@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -19,8 +20,7 @@ from starlette.responses import Response, StreamingResponse
 
 from bise import __version__
 from bise.assistant.conversations import Conversation, cursor_after
-from bise.assistant.exchange import as_json, as_markdown, store_imported
-from bise.assistant.imports import read_export
+from bise.assistant.exchange import as_json, as_markdown, import_file
 from bise.assistant.runs import Event, Run
 from bise.assistant.service import Assistant
 from bise.assistant.shelf import Shelf
@@ -174,8 +174,11 @@ def _add_conversations(
     ) -> dict[str, Any]:
         shelf = assistant().disk
         if q.strip():
-            found = await asyncio.to_thread(shelf.conversations.search, person.owner, q)
-            return {"conversations": [dataclasses.asdict(entry) for entry in found], "cursor": None}
+            matches = await asyncio.to_thread(
+                lambda: shelf.conversations.search(person.owner, q, cursor=cursor)
+            )
+            found = [dataclasses.asdict(entry) for entry in matches.found]
+            return {"conversations": found, "cursor": matches.cursor}
         found = await asyncio.to_thread(
             lambda: shelf.conversations.listing(person.owner, cursor=cursor, archived=archived, folder=folder)
         )
@@ -205,6 +208,7 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
     async def read(
         conversation_id: str,
         person: Person = who,
+        leaf: str | None = None,
         before: str | None = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 40,
     ) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def _add_changes(router: APIRouter, assistant: Callable[[], Assistant], who: Any
         shelf = await service.shelf_of(person.owner, conversation_id)
         found = await asyncio.to_thread(shelf.conversations.get, person.owner, conversation_id)
         documents = await asyncio.to_thread(shelf.documents.listing, person.owner, conversation_id)
-        page = await service.page(person.owner, conversation_id, before=before, limit=limit)
+        page = await service.page(person.owner, conversation_id, leaf=leaf, before=before, limit=limit)
         return {
             "conversation": dataclasses.asdict(found) | {"temporary": service.is_temporary(shelf)},
             "documents": [document_facts(document) for document in documents],
@@ -256,15 +260,13 @@ def _add_exchange(router: APIRouter, assistant: Callable[[], Assistant], who: An
     @router.post("/import", status_code=201)
     async def import_(request: Request, person: Person = who) -> dict[str, Any]:
         service = assistant()
-        content = await request.body()
-
-        def work() -> dict[str, Any]:
-            found = read_export(content)
-            return dataclasses.asdict(store_imported(service.disk.storage, person.owner, found))
-
-        report = await asyncio.to_thread(work)
+        with tempfile.TemporaryFile() as file:  # a large one must not stand in memory
+            async for piece in request.stream():
+                await asyncio.to_thread(file.write, piece)
+            await asyncio.to_thread(file.seek, 0)
+            report = await asyncio.to_thread(import_file, service.disk.storage, person.owner, file)
         service.hub.tell(person.owner, "reload")
-        return report
+        return dataclasses.asdict(report)
 
 
 def _add_edits(router: APIRouter, assistant: Callable[[], Assistant], who: Any) -> None:
