@@ -1,157 +1,281 @@
-"""The report on ablations: differences with their errors, a table, two pictures."""
+"""The report on ablations: differences with their spread over seeds, tables, pictures.
+
+    python recipes/ablations/report.py recipes/ablations/results/small
+
+Reads <variant>.<seed>.json of ablate.py and decode.json of decode.py; writes report.json, report.md and SVG
+pictures beside them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-QUESTIONS = {
-    "Grouped queries (Mistral 7B: quality of many heads at the cost of few)": ("gqa", ("mha", "mqa")),
-    "Window (Mistral 7B: attention over 64 tokens a layer instead of all)": ("gqa", ("window",)),
-    "Experts (Mixtral: 8 experts of which 2 answer)": ("gqa", ("moe", "dense-total")),
-}
-"""Each question's base and what is compared with it."""
-COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#862e9c", "#868e96", "#e8590c")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pictures import lines, shares
+
+ORDER = ("gqa", "mha", "mqa", "window", "moe", "dense-total")
+HEADS = ("mha", "gqa", "mqa")
+COPIED = (
+    "steps",
+    "tokens",
+    "flops",
+    "parameters",
+    "active_parameters",
+    "kv_bytes_per_token",
+    "kv_bytes_at_4096",
+)
+RANGES = ((0, 64), (64, 256), (256, 512), (512, 1024), (1024, 2048))
+"""Positions whose losses are put together."""
+
 Result = Mapping[str, Any]
+Results = Mapping[str, Sequence[Result]]
+Row = dict[str, Any]
+Rows = Mapping[str, Row]
+Speeds = Mapping[str, Any] | None
+
+HEAD = """\
+# Ablations, size `{size}`
+
+Every variant got the training compute of `gqa`: {flops:.3g} floating-point operations (6 per active weight
+and token, attention counted), {tokens:.2f} M tokens for `gqa`. One network definition, one recipe (Muon and
+AdamW, the same rates), one order of rows per seed; {machine}. `gqa` has {shape}.
+
+Loss is nats a token over {rows} held-back rows of 512 tokens of text, and over the assistant's turns of 80
+held-back rows of chats. A difference is against `gqa` with the same seed, so with the same rows in the same
+order. ± is the largest distance of a seed's value from their mean. A difference is called **decided** when
+all seeds have its sign and its mean is more than twice that distance, else open: a rule of thumb and no test.
+What holds here need not hold for billions of weights and trillions of tokens; ../../README.md tells what the
+papers claim.
+"""
 
 
 def write_report(out: Path) -> None:
-    """Write report.json, report.md, loss.svg and kv.svg from the results in a folder."""
-    results: dict[str, list[Result]] = {}
-    for path in sorted(out.glob("*.*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        results.setdefault(result["variant"], []).append(result)
+    """Write the report from the results in a folder; nothing while `gqa` is missing."""
+    results = read_results(out)
     if "gqa" not in results:
         return
-    rows = {name: _mean(found) for name, found in results.items()}
-    differences = {
-        name: _difference(results["gqa"], found) for name, found in results.items() if name != "gqa"
-    }
-    report = {"variants": rows, "against_gqa": differences}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(_text(rows, differences, results), encoding="utf-8")
-    curves = {name: [(flops, loss) for flops, loss in _curve(found[0])] for name, found in results.items()}
-    (out / "loss.svg").write_text(
-        _lines(curves, "share of the training compute", "loss on held-back text (nats a token)"), "utf-8"
-    )
-    points = {name: [(row["kv_bytes_at_4096"] / 1024, row["loss"])] for name, row in rows.items()}
-    (out / "kv.svg").write_text(
-        _lines(points, "KiB of keys and values for 4,096 tokens (float16)", "loss (nats a token)"), "utf-8"
-    )
-
-
-def _mean(found: Sequence[Result]) -> dict[str, Any]:
-    keep = (
-        "steps",
-        "tokens",
-        "flops",
-        "parameters",
-        "active_parameters",
-        "kv_bytes_per_token",
-        "kv_bytes_at_4096",
-    )
-    means = {
-        name: sum(result[name] for result in found) / len(found)
-        for name in ("loss", "loss_second_half", "seconds")
-    }
-    return {name: found[0][name] for name in keep} | means | {"seeds": len(found), "size": found[0]["size"]}
-
-
-def _difference(base: Sequence[Result], other: Sequence[Result]) -> dict[str, float]:
-    """Return the mean difference of losses row by row, and its standard error over the held-back rows."""
-    pairs = [
-        [b - a for a, b in zip(first["row_losses"], second["row_losses"], strict=True)]
-        for first, second in zip(base, other, strict=False)
-    ]
-    rows = [sum(column) / len(column) for column in zip(*pairs, strict=True)]
-    mean = sum(rows) / len(rows)
-    spread = math.sqrt(sum((row - mean) ** 2 for row in rows) / (len(rows) - 1) / len(rows))
-    return {"difference": mean, "standard_error_over_rows": spread, "seeds": len(pairs)}
-
-
-def _curve(result: Result) -> list[tuple[float, float]]:
-    return [(step / result["steps"], loss) for step, loss in result["curve"]]
-
-
-def _text(
-    rows: Mapping[str, Mapping[str, Any]],
-    differences: Mapping[str, Mapping[str, float]],
-    results: Mapping[str, Sequence[Result]],
-) -> str:
-    size = next(iter(rows.values()))["size"]
-    lines = [
-        f"# Ablations, size `{size}`",
-        "",
-        "Every variant was trained with the same compute (6 per active weight and token, attention counted),",
-        "on the same rows as far as they go. A difference is against `gqa`, row by row over held-back rows;",
-        "its error says nothing of other seeds: those vary by more, and one seed shows none of it.",
-        "",
-        "| model | seeds | weights, active | steps | loss | second half | against gqa | KV bytes | at 4k |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        found = differences.get(name)
-        against = ""
-        if found is not None:
-            against = f"{found['difference']:+.4f} ± {found['standard_error_over_rows']:.4f}"
-        cells = (
-            name, len(results[name]),
-            f"{row['parameters'] / 1e6:.2f} M, {row['active_parameters'] / 1e6:.2f} M", row["steps"],
-            f"{row['loss']:.4f}", f"{row['loss_second_half']:.4f}", against,
-            f"{row['kv_bytes_per_token']:,}", f"{row['kv_bytes_at_4096']:,}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    for question, (base, others) in QUESTIONS.items():
-        there = [name for name in others if name in differences]
-        if there:
-            found = ", ".join(f"{name} {differences[name]['difference']:+.4f}" for name in there)
-            lines += ["", f"**{question}.** Against {base}: {found} nats a token."]
-    lines += ["", "![loss](loss.svg)", "", "![loss and cache](kv.svg)", ""]
-    return "\n".join(lines)
-
-
-def _lines(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """Return an SVG of named curves; a curve of one point is a dot."""
-    width, height, edge = 720, 420, 60
-    points = [point for curve in curves.values() for point in curve]
-    low_x, high_x = 0.0, max(x for x, _ in points) * 1.05
-    low_y, high_y = min(y for _, y in points), max(y for _, y in points)
-    low_y, high_y = low_y - 0.05 * (high_y - low_y), high_y + 0.05 * (high_y - low_y) + 1e-9
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            edge + (width - 2 * edge) * (x - low_x) / (high_x - low_x),
-            height - edge - (height - 2 * edge) * (y - low_y) / (high_y - low_y),
-        )
-
-    style = 'font-family="system-ui, sans-serif" font-size="12" fill="#343a40"'
+    decode = out / "decode.json"
+    speeds = json.loads(decode.read_text(encoding="utf-8")) if decode.is_file() else None
+    rows = {name: row_of(results["gqa"], found) for name, found in results.items()}
+    (out / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    first = results["gqa"][0]
+    head = HEAD.format(**{**first, "tokens": first["tokens"] / 1e6, "rows": len(first["text_rows"])})
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{width / 2}" y="{height - 16}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text x="8" y="24">{escape(y_label)}</text>',
+        head,
+        _table(rows),
+        _heads(rows, speeds),
+        _window(rows, results, speeds),
+        _experts(rows, results),
     ]
-    for part in range(5):
-        y = low_y + (high_y - low_y) * part / 4
-        at = place(0, y)[1]
-        parts.append(f'<line x1="{edge}" x2="{width - edge}" y1="{at:.1f}" y2="{at:.1f}" stroke="#dee2e6"/>')
-        parts.append(f'<text x="{edge - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.3f}</text>')
-        x = low_x + (high_x - low_x) * part / 4
-        parts.append(
-            f'<text x="{place(x, low_y)[0]:.1f}" y="{height - 40}" text-anchor="middle">{x:.4g}</text>'
+    (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    for name, picture in _pictures(rows, results).items():
+        (out / name).write_text(picture, encoding="utf-8")
+
+
+def read_results(out: Path) -> dict[str, list[Result]]:
+    """Return the results of each variant by seed, in the order of the questions."""
+    found: dict[str, list[Result]] = {}
+    for name in ORDER:
+        paths = sorted(out.glob(f"{name}.*.json"))
+        if paths:
+            found[name] = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return found
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of values, and the largest distance of one from it."""
+    mean = sum(values) / len(values)
+    return mean, max(abs(value - mean) for value in values)
+
+
+def row_of(base: Sequence[Result], found: Sequence[Result]) -> Row:
+    """Return what is told of a variant whose results are `found`; `base` are those it is compared with."""
+    same = {result["seed"]: result for result in base}
+    row: Row = {name: found[0][name] for name in COPIED}
+    row["seeds"] = len(found)
+    for kind in ("text_loss", "chat_loss", "train_loss"):
+        row[kind], row[f"{kind}_spread"] = spread([result[kind] for result in found])
+    for kind in ("text_loss", "chat_loss"):
+        pairs = [result[kind] - same[result["seed"]][kind] for result in found if result["seed"] in same]
+        mean, distance = spread(pairs)
+        alike = all(pair > 0 for pair in pairs) or all(pair < 0 for pair in pairs)
+        row[f"{kind}_difference"], row[f"{kind}_difference_spread"] = mean, distance
+        row[f"{kind}_differences"] = pairs
+        row[f"{kind}_decided"] = len(pairs) > 1 and alike and abs(mean) > 2 * distance
+    times = [result["core_seconds_a_step"] for result in found if result["core_seconds_a_step"]]
+    row["core_seconds_a_step"] = min(times, default=None)
+    return row
+
+
+def _grid(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
+    """Return a table in Markdown."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *body)]
+
+
+def _difference(row: Row, kind: str) -> str:
+    pairs = row[f"{kind}_differences"]
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.3f}, one seed"
+    verdict = "**decided**" if row[f"{kind}_decided"] else "open"
+    return f"{row[f'{kind}_difference']:+.3f} ± {row[f'{kind}_difference_spread']:.3f}, {verdict}"
+
+
+def _table(rows: Rows) -> str:
+    body = [
+        (
+            name,
+            row["seeds"],
+            f"{row['parameters'] / 1e6:.2f} M, {row['active_parameters'] / 1e6:.2f} M",
+            f"{row['tokens'] / 1e6:.2f} M",
+            f"{row['text_loss']:.3f} ± {row['text_loss_spread']:.3f}",
+            f"{row['chat_loss']:.3f} ± {row['chat_loss_spread']:.3f}",
+            _difference(row, "text_loss") if name != "gqa" else "",
+            _difference(row, "chat_loss") if name != "gqa" else "",
         )
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        drawn = [place(x, y) for x, y in curve]
-        if len(drawn) > 1:
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        x, y = drawn[-1]
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
-        at = f'x="{width - edge}" y="{edge + 16 * number}"'
-        parts.append(f'<text {at} text-anchor="end" fill="{colour}">{escape(name)}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        for name, row in rows.items()
+    ]
+    head = (
+        "model",
+        "seeds",
+        "weights: all, active",
+        "tokens",
+        "text",
+        "chat",
+        "text against gqa",
+        "chat against gqa",
+    )
+    return "\n".join([*_grid(head, body), "", "![loss over the training](loss.svg)", ""])
+
+
+def _heads(rows: Rows, speeds: Speeds) -> str:
+    depths = [] if speeds is None else speeds["depths"]
+    body = [
+        (
+            name,
+            f"{rows[name]['kv_bytes_per_token']:,}",
+            f"{rows[name]['kv_bytes_at_4096'] / 1024:,.0f} KiB",
+            _difference(rows[name], "text_loss") if name != "gqa" else "",
+            *[f"{speeds['models'][name][str(depth)]:.1f} tok/s" for depth in depths if speeds],
+            *[
+                f"{speeds['models'][name][f'held at {depth}'] / 1e6:.1f} MB"
+                for depth in depths[-1:]
+                if speeds
+            ],
+        )
+        for name in HEADS
+        if name in rows
+    ]
+    head = ["model", "KV bytes a token", "at 4,096 tokens", "text against gqa"]
+    head += [f"decode at {depth:,} tokens" for depth in depths]
+    head += [f"KV memory there at {depth:,}" for depth in depths[-1:]]
+    told = ["", f"Decode: {speeds['what']}"] if speeds else []
+    return "\n".join(
+        ["## Grouped queries", "", *_grid(head, body), *told, "", "![loss and cache](kv.svg)", ""]
+    )
+
+
+def position_curves(results: Results) -> dict[str, list[float]]:
+    """Return the mean loss in each bucket of positions, over rows and seeds."""
+    found: dict[str, list[float]] = {}
+    for name, key, label in (
+        ("gqa", "by_position", "gqa"),
+        ("gqa", "by_position_cut", "gqa, cut"),
+        ("window", "by_position", "window"),
+    ):
+        rows = [row for result in results.get(name, ()) for row in result.get(key) or ()]
+        if rows:
+            found[label] = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+    return found
+
+
+def _window(rows: Rows, results: Results, speeds: Speeds) -> str:
+    if "window" not in rows:
+        return ""
+    curves = position_curves(results)
+    bucket = results["gqa"][0]["bucket"]
+    body: list[list[str]] = []
+    for low, high in RANGES:
+        parts = [curve[low // bucket : high // bucket] for curve in curves.values()]
+        if len(parts[0]) * bucket == high - low:
+            cells = [f"{math.exp(sum(part) / len(part)):.1f}" for part in parts]
+            body.append([f"{low:,} to {high - 1:,}", *cells])
+    full, cut = (rows[name]["kv_bytes_at_4096"] / 1024 for name in ("gqa", "window"))
+    return "\n".join([
+        "## Window",
+        "",
+        "Perplexity by position in texts longer than the 512 tokens that were trained on. The model of",
+        "`window` was trained and is run with its window of 64 tokens a layer; `gqa, cut` is the model of",
+        "full attention, run with that window.",
+        "",
+        *_grid(["positions", *curves], body),
+        "",
+        f"Keys and values that are still seen at 4,096 tokens: {full:,.0f} KiB with full attention,",
+        f"{cut:,.0f} KiB with the window. " + ("" if speeds is None else speeds["window"]),
+        "",
+        "![loss by position](position.svg)",
+        "",
+    ])  # fmt: skip
+
+
+def _experts(rows: Rows, results: Results) -> str:
+    if "moe" not in rows:
+        return ""
+    grids = [grid for result in results["moe"] for grid in result["expert_use"].values()]
+    use = [share for grid in grids for row in grid for share in row]
+    told = [
+        "## Experts",
+        "",
+        "`moe` has 8 experts of half the hidden width, of which two answer: as many active weights as `gqa`",
+        "but for the router, and as many in all as `dense-total`, which pays for all of them with fewer",
+        "tokens. The balancing loss counts 0.01.",
+        "",
+        f"Share of the choices that falls on an expert, over all layers and seeds: {100 * min(use):.1f} % at",
+        f"least, {100 * max(use):.1f} % at most; even use is 12.5 %.",
+    ]  # fmt: skip
+    if "dense-total" in rows:
+        gap = rows["moe"]["text_loss"] - rows["dense-total"]["text_loss"]
+        told.append(
+            f"Against `dense-total`, at equal weights in all and equal compute: {gap:+.3f} nats on text."
+        )
+    ours, dense = (rows[name]["core_seconds_a_step"] for name in ("moe", "gqa"))
+    if ours and dense:
+        told.append(
+            f"A step took {ours / dense:.2f} times the processor time of one of `gqa`, optimiser included."
+        )
+    return "\n".join([*told, "", "![use of the experts](experts.svg)", ""])
+
+
+def _pictures(rows: Rows, results: Results) -> dict[str, str]:
+    curves = {
+        name: [(step / found[0]["steps"], loss) for step, loss in found[0]["curve"]]
+        for name, found in results.items()
+        if found[0]["curve"]
+    }
+    memory = {
+        name: [(row["kv_bytes_at_4096"] / 1024, row["text_loss"])]
+        for name, row in rows.items()
+        if name in (*HEADS, "window")
+    }
+    nats = "loss on held-back text (nats a token)"
+    pictures = {"kv.svg": lines(memory, "KiB of keys and values at 4,096 tokens (float16)", nats)}
+    if curves:
+        pictures["loss.svg"] = lines(curves, "share of the training compute (seed 0)", nats)
+    bucket = results["gqa"][0]["bucket"]
+    by_position = {
+        name: [((index + 0.5) * bucket, loss) for index, loss in enumerate(curve)]
+        for name, curve in position_curves(results).items()
+    }
+    pictures["position.svg"] = lines(by_position, "position in the text", "loss (nats a token)")
+    if "moe" in results:
+        pictures["experts.svg"] = shares(results["moe"][0]["expert_use"])
+    return pictures
+
+
+if __name__ == "__main__":
+    write_report(Path(sys.argv[1]))

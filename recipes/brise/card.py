@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from mixture import STAGES, Mixture
-from safetensors import safe_open
+from train import steps_of
 
 STAGE_WORDS = {
     "pretrain": "text and chats, every token learned",
@@ -139,12 +139,6 @@ def _reports(run: Path, stage: str) -> list[Report]:
     return [cast(Report, json.loads(line)) for line in path.read_text("utf-8").splitlines()]
 
 
-def _steps(run: Path, stage: str) -> int:
-    """Return the step at which the stage's checkpoint stands; the log may end a few steps earlier."""
-    with safe_open(run / f"{stage}.safetensors", framework="numpy") as file:
-        return json.loads(file.metadata()["progress"])["step"]
-
-
 def _training(run: Path, mixture: Mixture) -> str:
     lines = [
         "## Training",
@@ -159,7 +153,7 @@ def _training(run: Path, mixture: Mixture) -> str:
         if not reports:
             continue
         first, last, stage = reports[min(1, len(reports) - 1)], reports[-1], mixture.stages[name]
-        steps = _steps(run, name)
+        steps = steps_of(run / f"{name}.safetensors")
         tokens = steps * stage.rows_per_step * stage.row_tokens
         total, hours = total + tokens, hours + last["elapsed_s"] / 3600
         lines.append(

@@ -2,7 +2,8 @@
 
     python recipes/brise/evaluate.py --run RUN --data DATA --model brise
 
-Uses bise's own network in float32 over the bf16 weights. Writes RUN/evaluation.json and prints it. Exact
+Losses come from bise's network in PyTorch, answers from bise's engine, both over float32 weights. Any model
+with brise's vocabulary will do. Writes RUN/evaluation.json and prints it. Exact
 match: the greedy answer to every first user turn, lower-cased and without punctuation, equals the held-back
 answer.
 """
@@ -17,26 +18,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chat import BOS, EOS, PAD, ChatEncoder
+from chat import BOS, EOS, ChatEncoder
 from data import WORDNET, word_counts
 from drills import definition, meanings
-from export import read_export
-from mixture import SMALLTALK, STAGES, Message, Mixture, read_rows, renamed
-from network import Weights
+from mixture import SMALLTALK, Message, Mixture, read_rows, renamed
 from torch.nn import functional
 from train import Rows
 
-from bise.config import ModelConfig
-from bise.kernels.torch import TorchOps
+from bise.engine.engine import Engine
+from bise.engine.handle import RequestHandle
+from bise.engine.load import load_model
+from bise.engine.request import Request, SamplingParams
 from bise.model.batch import training_batch
+from bise.model.checkpoint import open_model
 from bise.model.transformer import Transformer
+from bise.train.network import read_weights
+from bise.train.rows import RowOps
 
 ANSWER_TOKENS = 128
 """Longest greedy answer."""
 SCORE_BATCH = 32
 COMMONEST = 500
 """Of the drilled words, those counted apart."""
-PROMPTS_AT_ONCE = 64
+PROMPTS_AT_ONCE = 256
+"""Submitted; the engine takes up as many as it has room for."""
+SEQUENCES = 32
+"""Prompts of full length that the engine has memory for; the shorter they are, the more run together."""
 SAMPLES = 10
 
 
@@ -62,18 +69,19 @@ class Loss:
 
 
 class Scorer:
-    """A model that scores rows of equal length."""
+    """A model that scores rows of equal length, in float32."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        """Compute in float32."""
-        self._model = Transformer(config, weights, TorchOps())
-        self._groups = len(config.window_groups)
+    def __init__(self, model: Path) -> None:
+        """Read the model in a directory."""
+        source = open_model(model)
+        self.config = source.config
+        self._model = Transformer(source.config, read_weights(source, "cpu"), RowOps())
 
     def hidden(self, ids: np.ndarray) -> torch.Tensor:
         """Return hidden states [S, L, E] of rows [S, L]."""
         with torch.no_grad():
-            flat = self._model.forward(training_batch(ids.astype(np.int32), self._groups))
-        return flat.view(*ids.shape, -1)
+            batch = training_batch(ids.astype(np.int32), len(self.config.window_groups))
+            return self._model.forward(batch).view(*ids.shape, -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return scores [R, V] of hidden states [R, E]."""
@@ -103,32 +111,21 @@ def loss_of(scorer: Scorer, run: Path, name: str, size_bytes: int) -> Loss:
     )
 
 
-def answers(scorer: Scorer, prompts: list[list[int]], limit: int, context: int) -> list[list[int]]:
-    """Return the greedy continuation of every prompt, without its end token.
+def answers(engine: Engine, prompts: list[list[int]], limit: int, context: int) -> list[list[int]]:
+    """Return the greedy continuation of every prompt, at most `limit` tokens, without its end token.
 
-    Prompts of like length run together, padded on the right: causal attention never looks there.
+    A prompt that fills the context has none. What runs beside a prompt does not change its answer.
     """
-    found: dict[int, list[int]] = {}
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for first in range(0, len(by_length), PROMPTS_AT_ONCE):
-        alive = {index: list(prompts[index]) for index in by_length[first : first + PROMPTS_AT_ONCE]}
-        for _ in range(limit):
-            width = max(len(ids) for ids in alive.values())
-            padded = np.full((len(alive), width), PAD, np.int32)
-            for row, ids in enumerate(alive.values()):
-                padded[row, : len(ids)] = ids
-            last = torch.tensor([len(ids) - 1 for ids in alive.values()])
-            hidden = scorer.hidden(padded)[torch.arange(len(alive)), last]
-            for index, token in zip(list(alive), scorer.logits(hidden).argmax(-1).tolist(), strict=True):
-                ended = token == EOS or len(alive[index]) >= context
-                if ended:
-                    found[index] = alive.pop(index)[len(prompts[index]) :]
-                else:
-                    alive[index].append(token)
-            if not alive:
-                break
-        found |= {index: ids[len(prompts[index]) :] for index, ids in alive.items()}
-    return [found[index] for index in range(len(prompts))]
+    found: list[list[int]] = []
+    for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+        handles: list[RequestHandle | None] = []
+        for prompt in prompts[first : first + PROMPTS_AT_ONCE]:
+            room = min(limit, context - len(prompt))
+            params = SamplingParams(temperature=0, max_tokens=max(0, room))
+            request = Request(token_ids=tuple(prompt), params=params)
+            handles.append(engine.submit(request) if room > 0 else None)
+        found += [[] if handle is None else list(handle.result().token_ids) for handle in handles]
+    return [ids[:-1] if ids and ids[-1] == EOS else ids for ids in found]
 
 
 def normal(text: str) -> str:
@@ -197,6 +194,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder with the held-back arrays")
     parser.add_argument("--data", type=Path, required=True, help="folder of the training bundle")
     parser.add_argument("--model", type=Path, required=True, help="exported directory")
+    parser.add_argument("--out", type=Path, help="what to write; default: RUN/evaluation.json")
     parser.add_argument(
         "--ask", action="append", default=[], help="only answer this prompt (may be repeated)"
     )
@@ -204,17 +202,20 @@ def main() -> None:
     args = parser.parse_args()
     mixture = Mixture.load(args.mixture)
     encoder = ChatEncoder.load(args.model / "tokenizer.json")
-    config = mixture.shape(STAGES[-1])
-    scorer = Scorer(config, read_export(args.model, config))
+    # Float32 weights: what is measured is the model, not a rounding of it.
+    loaded = load_model(args.model, quant="none", max_sequences=SEQUENCES)
+    context = loaded.source.config.max_context
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return answers(scorer, prompts, ANSWER_TOKENS, config.max_context)
+        return answers(loaded.engine, prompts, ANSWER_TOKENS, context)
 
     if args.ask:
         prompts = [encoder.chat([{"role": "user", "content": text}]).ids for text in args.ask]
         for text, ids in zip(args.ask, answer(prompts), strict=True):
             print(f"> {text}\n{encoder.decode(ids)}\n")
+        loaded.close()
         return
+    scorer = Scorer(args.model)
     sizes = json.loads((args.run / "valid.json").read_text("utf-8"))
     losses = {
         kind: asdict(loss_of(scorer, args.run, f"valid_{kind}", sizes[kind])) for kind in ("text", "chat")
@@ -226,7 +227,9 @@ def main() -> None:
         "definitions": recall(answer, encoder, mixture, args.data),
         "samples": samples,
     }
-    (args.run / "evaluation.json").write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
+    loaded.close()
+    out = args.out or args.run / "evaluation.json"
+    out.write_text(json.dumps(result, indent=2, ensure_ascii=False), "utf-8")
     print(json.dumps(result, indent=2, ensure_ascii=False))
 
 

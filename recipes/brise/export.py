@@ -16,7 +16,7 @@ from card import model_card
 from chat import BOS, EOS, PAD
 from mixture import CONTROL_TOKENS, STAGES, Mixture
 from network import Weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from train import read_weights
@@ -24,6 +24,7 @@ from train import read_weights
 from bise.config import ModelConfig
 from bise.model.tensor_names import hf_location
 from bise.model.transformer import weight_shapes
+from bise.train.balance import BALANCE
 
 TEMPERATURE = 0.5
 """Suggested for sampling. Of 66 answers 65 were right at 0.3, 64 at 0.5, 63 at 0.7; of the 4-grams of 18
@@ -69,19 +70,21 @@ def write_weights(out: Path, config: ModelConfig, weights: Weights) -> None:
     path.chmod(0o644)  # safetensors makes it private
 
 
-def read_export(out: Path, config: ModelConfig) -> Weights:
-    """Return the exported weights as float32."""
-    stored = load_file(out / "model.safetensors")
-    return {name: stored[hf_name].float() for name, hf_name in stored_names(config).items()}
-
-
 def write_configs(out: Path, config: ModelConfig) -> None:
     """Write `config.json`, `generation_config.json` and `tokenizer_config.json`."""
+    family: dict[str, object] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    if config.is_moe:
+        family = {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "router_aux_loss_coef": BALANCE,
+        }
     _write_json(
         out / "config.json",
         {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
+            **family,
             "hidden_size": config.dim,
             "intermediate_size": config.hidden_dim,
             "num_hidden_layers": config.num_layers,

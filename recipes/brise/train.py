@@ -206,6 +206,12 @@ def read_weights(path: Path) -> Weights:
     return {name[7:]: tensor for name, tensor in load_file(path).items() if name.startswith("weight.")}
 
 
+def steps_of(path: Path) -> int:
+    """Return the step at which a checkpoint stands."""
+    with safe_open(path, framework="pt") as file:
+        return Progress(**json.loads(file.metadata()["progress"])).step
+
+
 def start(
     run: Path, stage: str, mixture: Mixture, decay_steps: int, begin_from: Path | None = None
 ) -> Trainer:

@@ -24,6 +24,7 @@ from chat import BOS, CONTROL_IDS, EOS, PAD, ChatEncoder, Encoded  # noqa: E402
 from data import concatenate, encode_row, pack  # noqa: E402
 from drills import definitions, echoes, meanings, sums, vocabulary  # noqa: E402
 from evaluate import Scorer, answers, last_number, normal  # noqa: E402
+from export import write_configs, write_tokenizer, write_weights  # noqa: E402
 from grow import grown, layer_origins  # noqa: E402
 from mixture import CONTROL_TOKENS, STAGES, Mixture, Row, Source, Stage, renamed  # noqa: E402
 from network import Network, initial_weights  # noqa: E402
@@ -32,6 +33,7 @@ from train import Progress, Rows, Trainer, start  # noqa: E402
 from train import train as run_training  # noqa: E402
 
 from bise.config import ModelConfig  # noqa: E402
+from bise.engine.load import load_model  # noqa: E402
 
 TEXTS = ["Once upon a time there was a small wind called brise.", "What is 12 + 7?", "été, ça va?"] * 5
 
@@ -274,11 +276,27 @@ def test_answers_are_compared_without_case_and_punctuation() -> None:
     assert last_number("Nineteen.") is None
 
 
-def test_greedy_answers_do_not_depend_on_the_prompts_they_run_with(mixture: Mixture) -> None:
-    scorer = Scorer(mixture.model, initial_weights(mixture.model, 7))
-    prompts = [[1, 30, 31], [1, 40, 41, 42, 43, 44], [1, 50]]
-    together = answers(scorer, prompts, limit=5, context=64)
-    assert together == [answers(scorer, [prompt], limit=5, context=64)[0] for prompt in prompts]
+def test_greedy_answers_are_those_of_the_whole_network(
+    mixture: Mixture, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    train_tokenizer(iter(TEXTS), 320).save(str(tmp_path / "tokenizer.json"))
+    out = tmp_path / "brise"
+    out.mkdir()
+    write_weights(out, mixture.model, {n: w * 4 for n, w in initial_weights(mixture.model, 7).items()})
+    write_configs(out, mixture.model)
+    write_tokenizer(tmp_path, out)
+    prompts = [[1, 30, 31], [1, 40, 41, 42, 43, 44], [1, 50], [1] * 62, [1] * 70]
+    scorer, loaded = Scorer(out), load_model(out, quant="none", threaded=False)
+    try:
+        found = answers(loaded.engine, prompts, limit=5, context=64)
+    finally:
+        loaded.close()
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        while len(ids) < min(len(prompt) + 5, 64) and EOS not in ids[len(prompt) :]:
+            ids.append(int(scorer.logits(scorer.hidden(np.array([ids]))[0, -1:]).argmax()))
+        assert answer == [token for token in ids[len(prompt) :] if token != EOS]
+    assert [len(answer) for answer in found][3:] == [2, 0]
 
 
 def test_the_last_stage_falls_back_to_the_shares_of_tuning() -> None:
