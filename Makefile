@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow test-gpu postgres identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
+.PHONY: help web chat test test-slow test-gpu bench-gpu postgres identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -20,8 +20,12 @@ test: .venv/.dev ## Run the test suite
 test-slow: .venv/.dev ## Run the tests that take long, too
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
 
-test-gpu: .venv/.dev ## Run the tests of the Triton backend on this machine's CUDA device
-	@$(BIN)/python -m pytest -q -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
+test-gpu: .venv/.dev ## Run the Triton backend's tests on this machine's CUDA device: kernels, identities, a table of errors
+	@$(BIN)/python -m pytest -q -s -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
+	@$(BIN)/python -m pytest -q -m "not slow" -k triton tests/equivalence/test_identities.py tests/equivalence/test_matrix.py
+
+bench-gpu: .venv/.dev ## Measure everything that issue 8 names on this machine's CUDA device (ARGS="--toy" anywhere)
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 postgres: .venv/.dev ## Run the tests of store, server and assistant on PostgreSQL, too (apt-get install postgresql)
 	@$(BIN)/python -m pytest -q -m "slow or not slow" -k postgres --timeout 600 tests/store tests/server tests/assistant

@@ -96,7 +96,9 @@ def test_a_grammar_reaches_the_device_as_a_mask(run):
 
 def test_guesses_are_checked_with_the_tokens_of_the_device(run):
     requests = [
-        Request(token_ids=(256, *b"abcabcabc"), params=SamplingParams(max_tokens=40, temperature=0.2, seed=seed))
+        Request(
+            token_ids=(256, *b"abcabcabc"), params=SamplingParams(max_tokens=40, temperature=0.2, seed=seed)
+        )
         for seed in range(3)
     ]
     device = Device()

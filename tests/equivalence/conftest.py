@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,27 @@ def _cpu_backend(packed_format: str, kv_format: str) -> Backend:
     return Backend(f"cpu-{packed_format}-{kv_format}", cpu.CpuOps, pack, True, kv_format)
 
 
+def _triton_backend(packed_format: str, kv_format: str) -> Backend:
+    """Return a CUDA device whose decode steps are recorded, as `bise serve` runs it."""
+    torch = pytest.importorskip("torch")
+    cpu = pytest.importorskip("bise.kernels.cpu", exc_type=ImportError)
+    from bise.engine.graphs import GraphedModel
+    from bise.kernels.triton.ops import TritonOps
+
+    def pack(ops: Any, array: np.ndarray) -> Any:
+        memory = cpu.arena(cpu.packed_size(packed_format, *array.shape))
+        assert cpu.CpuOps(1).pack_floats(packed_format, array, memory)
+        return ops.packed(packed_format, *array.shape, memory)
+
+    class OnDevice(Backend):
+        def transformer(self, config: ModelConfig, ops: Any) -> Any:
+            model = Backend.transformer(self, config, ops)
+            return GraphedModel(model, ops.device, max_rows=8, max_context=config.max_context)
+
+    name = f"triton-{packed_format}-{kv_format}"
+    return OnDevice(name, lambda _: TritonOps(torch.bfloat16), pack, True, kv_format)
+
+
 BACKENDS = {
     "torch-f64": _torch_backend,
     "cpu-f32": lambda: _cpu_backend("f32", "f32"),
@@ -98,6 +120,12 @@ BACKENDS = {
     "cpu-q8": lambda: _cpu_backend("q8", "q16"),
     "cpu-q4": lambda: _cpu_backend("q4", "q8"),
 }
+if Path("/dev/nvidia0").exists():  # `make test-gpu`
+    BACKENDS |= {
+        "triton-bf16": lambda: _triton_backend("bf16", "bf16"),
+        "triton-q8": lambda: _triton_backend("q8", "bf16"),
+        "triton-n4": lambda: _triton_backend("n4", "q8"),
+    }
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

@@ -1,7 +1,8 @@
 """Tokens chosen where the logits are: what a device can decide alone does not cross the bus.
 
-A device decides for rows whose choice depends on logits, a few numbers and a mask. Rows with log-probs, penalties,
-bias or typical_p, and those in which rounding might decide, come to the processor, which gives the same tokens.
+A device decides for rows whose choice depends on logits, a few numbers and a mask. Rows with log-probs,
+penalties, bias or typical_p, and those in which rounding might decide, come to the processor, which gives the
+same tokens.
 """
 
 from __future__ import annotations

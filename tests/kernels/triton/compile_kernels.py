@@ -1,9 +1,10 @@
 """Compile every kernel to machine code for a GPU that need not be there: `compile_kernels.py [all]`.
 
-Prints one line per kernel and architecture: registers spilled are a bug report of their own.
+Prints one line per kernel and architecture: name, bytes of code, shared memory, registers, bytes spilled, and
+the widest load of weights in bytes.
 """
 
-import itertools
+import re
 import sys
 
 import triton
@@ -11,80 +12,144 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bise.kernels.triton import EXACT, attention, fused, matmul
+from bise.kernels.triton import EXACT, attention, fused, products, sampling, sorting
 
-MATMUL = {
-    "x": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "level_table": "*fp32",
-    "out": "*fp32", "slots": "*i32", "experts": "*i32", "num_slots": "i32", "num_rows": "i32",
-    "num_columns": "i32", "x_stride": "i32", "slots_per_row": "i32", "tiles_per_split": "i32",
-}  # fmt: skip
-ATTEND = {
-    "q": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16", "out": "*fp32", "part_tops": "*fp32",
-    "part_weights": "*fp32", "q_start": "*i32", "q_pos": "*i32", "block_table": "*i32",
-    "tile_sequence": "*i32", "tile_row": "*i32", "table_width": "i32", "num_heads": "i32",
-    "num_kv_heads": "i32", "head_dim": "i32", "window": "i32", "score_scale": "fp32", "num_splits": "i32",
-}  # fmt: skip
+# Types of parameters by name; the same name means the same thing in every kernel.
+POINTERS = {
+    "*bf16": "k_pages v_pages q_out",
+    "*fp32": "squares norm_weight level_table parts residual squares_out shares q k v cos sin k_scales "
+    "v_scales part_tops part_weights x y weight left right logits",
+    "*fp16": "scale minimum scale2 minimum2",
+    "*u8": "codes codes2",
+    "*i32": "arrived slots experts positions owners block_table q_start q_pos tile_sequence tile_row "
+    "token_ids chosen mask tokens status",
+    "*fp64": "parameters weights",
+}
+TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()} | {
+    "eps": "fp32",
+    "score_scale": "fp32",
+    "out": "*bf16",
+}
+DIVISIBLE = {
+    "x_stride",
+    "out_stride",
+    "q_stride",
+    "kv_stride",
+    "width",
+    "num_rows",
+    "num_columns",
+    "head_dim",
+}
+"""Integers that are multiples of 16 on every model of a size that matters."""
 
 
-def compiled(kernel, types, constants, architecture):
+def compiled(kernel, types, constants, architecture, options):
     names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (name in DIVISIBLE and name not in constants)
+    }
     source = ASTSource(
         fn=kernel,
-        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(EXACT))
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=dict(EXACT) | options)
 
 
-def cases(everything):
-    """Yield name, kernel, types and constants."""
-    formats = [(4, 32, 8, False, False), (4, 32, 0, False, True), (0, 32, 0, False, False)]
-    if everything:
-        formats += [(8, 32, 128, False, False), (4, 32, 0, True, False), (8, 16, 32, False, False)]
-        formats += [(8, 16, 0, True, False)]
-    for (bits, group, zero, has_min, codebook), rows in itertools.product(formats, (16, 64)):
-        types = MATMUL | ({} if bits else {"codes": "*bf16"})
-        for apart, is_sorted in (
-            ((rows == 16, False), (False, True)) if everything else ((rows == 16, False),)
-        ):
-            constants = {
-                "NUM_SPLITS": 4, "SPLIT_APART": apart, "SORTED": is_sorted, "BITS": bits, "GROUP": group,
-                "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook, "ROWS": rows, "TO": tl.bfloat16,
-            }  # fmt: skip
-            yield f"matmul {bits} bits {group} min={has_min} {rows}", matmul._matmul, types, constants
-    for rows, width in ((16, 128), (64, 128)):
-        constants = {
-            "HEADS_PER_KV": 4, "ROWS": rows, "WIDTH": width, "SPLIT": 512, "PAGE": 32, "APART": rows == 16,
-            "TO": tl.bfloat16,
-        }  # fmt: skip
-        yield f"attend {rows}", attention._attend, ATTEND, constants
-    wide = {
-        "parts": "*fp32",
-        "part_tops": "*fp32",
-        "part_weights": "*fp32",
-        "out": "*fp32",
-        "shares": "*fp32",
-    }
-    ints = dict.fromkeys(
-        ("num_lines", "head_dim", "num_splits", "width", "size", "num_heads", "num_kv_heads"), "i32"
-    )
-    yield "join splits", attention._join_splits, wide | ints, {"LINES": 16, "WIDTH": 128}
-    rotate = dict.fromkeys(("q", "k", "v", "cos", "sin"), "*fp32")
-    rotate |= {"slots": "*i32", "q_out": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16"}
-    yield "rotate and store", attention._rotate_store, rotate | ints, {"HALF": 64}
-    floats = dict.fromkeys(("x", "y", "weight", "left", "right"), "*fp32") | {"out": "*bf16", "eps": "fp32"}
-    yield "norm", fused._norm, floats | ints, {"HAS_Y": True, "WIDTH": 4096}
-    yield "gate", fused._gate, floats | ints, {"BLOCK": 1024}
-    yield "mix", fused._mix, wide | ints, {"TOP_K": 2, "BLOCK": 1024}
-    yield "add splits", matmul._add_splits, wide | ints, {"NUM_SPLITS": 4, "BLOCK": 1024}
+def matmul_case(name, *, rows, form=(4, 32, 8, False, False), warps=4, stages=4, to=tl.bfloat16, **given):
+    bits, group, zero, has_min, codebook = form
+    constants = {
+        "NUM_SPLITS": 4, "APART": rows == 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
+        "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
+        "ROWS": rows, "H": tl.bfloat16, "TO": to,
+    }  # fmt: skip
+    constants |= given
+    types = dict(TYPES)
+    types["x"] = "*fp32" if constants["NORMED"] else "*bf16"
+    types["out"] = "*bf16" if constants["AFTER"] == 1 else "*fp32"
+    if not bits:
+        types |= {"codes": "*bf16", "codes2": "*bf16"}
+    return f"matmul {name}", products.matmul, types, constants, {"num_warps": warps, "num_stages": stages}
+
+
+FLOATS = (0, 64, 0, False, False)
+FORMS = {
+    "q4_1": (4, 32, 0, True, False),
+    "n4": (4, 32, 0, False, True),
+    "q8": (8, 32, 128, False, False),
+    "q6k": (8, 16, 32, False, False),
+    "q2k": (8, 16, 0, True, False),
+}
+
+
+QUICK = ("matmul q4 gate", "matmul bf16 qkv", "matmul q4 expert mix", "decode", "attend", "sort")
+"""What is compiled without `all`: one of each kind, the sampler (the longest) aside."""
+
+
+def cases():
+    """Yield name, kernel, types, constants and options."""
+    for label, form in (("q4", (4, 32, 8, False, False)), ("bf16", FLOATS)):
+        yield matmul_case(f"{label} qkv", rows=16, form=form, NORMED=True)
+        yield matmul_case(f"{label} gate", rows=16, form=form, NORMED=True, AFTER=1, TWO=1)
+        yield matmul_case(f"{label} add", rows=16, form=form, AFTER=2)
+        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2, warps=8, stages=3)
+    yield matmul_case("q4 route", rows=16, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
+    yield matmul_case("q4 expert gate", rows=16, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("q4 expert mix", rows=16, SLOTS=1, AFTER=3, TOP_K=2)
+    yield matmul_case("q4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1, stages=3)
+    for name, form in FORMS.items():
+        yield matmul_case(f"{name} few", rows=16, form=form)
+        yield matmul_case(f"{name} many", rows=64, form=form, stages=3)
+    yield matmul_case("q4 prompt gate", rows=128, AFTER=1, TWO=1, warps=8, stages=3)
+    shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}
+    decode = shape | {"ROWS": 16, "LANES": 8, "STORES": True}
+    coded = TYPES | {"k_pages": "*i8", "v_pages": "*i8"}
+    yield "decode", attention._decode, TYPES, decode | {"CODED": False}, {}
+    yield "decode q8", attention._decode, coded, decode | {"CODED": True}, {}
+    prompt = TYPES | {"q": "*bf16"}
+    yield "attend", attention._attend, prompt, shape | {"ROWS": 64, "CODED": False}, {}
+    turn = {"HALF": 64, "CODED": False}
+    yield "rotate and store", attention._rotate_store, TYPES, turn, {}
+    wide = TYPES | {"out": "*fp32"}
+    table = {"BITS": 8, "GROUP": 32, "ZERO": 128, "HAS_MIN": False, "CODEBOOK": False}
+    yield "embed", fused._embed, wide, table, {"num_warps": 2}
+    yield "add rows", fused._add_rows, wide, {"HAS_Y": True}, {"num_warps": 2}
+    yield "norm", fused._norm, TYPES, {"SQUARES": 64, "WIDTH": 4096}, {}
+    yield "gate", fused._gate, TYPES, {"BLOCK": 1024}, {}
+    yield "mix", fused._mix, wide, {"TOP_K": 2, "BLOCK": 1024}, {}
+    yield "sort", sorting._sort, TYPES, {"ROWS": 64, "EXPERTS": 8, "BLOCK": 1024}, {}
+    yield "sample", sampling._sample, TYPES, {"HAS_MASK": True, "BLOCK": 4096}, {"num_warps": 8}
+
+
+def widest_load(assembly):
+    """Return the bytes of the widest load or copy of global memory."""
+    sizes = [
+        int(size, 16)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x([0-9a-f]+)", assembly)
+    ]
+    for vector, kind in re.findall(r"ld\.global(?:\.[a-z_:0-9]+)*?(\.v\d)?\.[bfus](\d+) ", assembly):
+        sizes.append(int(vector[2:] or 1) * int(kind) // 8)
+    return max(sizes, default=0)
 
 
 def main() -> None:
     everything = sys.argv[1:] == ["all"]
     for architecture in (80, 90, 120) if everything else (90,):
-        for name, kernel, types, constants in cases(everything):
-            made = compiled(kernel, types, constants, architecture)
-            print(f"sm_{architecture} {name}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared")
+        for name, kernel, types, constants, options in cases():
+            if not everything and name not in QUICK:
+                continue
+            made = compiled(kernel, types, constants, architecture, options)
+            code = made.asm["ptx"]
+            print(
+                f"sm_{architecture} {name}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared, "
+                f"{widest_load(code)} bytes a load"
+            )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from bise.kernels.cpu import CpuOps, arena, packed_size  # noqa: E402
-from bise.kernels.grouped import PANEL_FORMATS, Grouped, unpack_panels  # noqa: E402
-from bise.kernels.triton.matmul import Matmul  # noqa: E402
-from bise.kernels.triton.tiles import stacked, tile  # noqa: E402
+from bise.kernels.grouped import Grouped, unpack_panels  # noqa: E402
+from bise.kernels.panels import PANEL_FORMATS  # noqa: E402
+from bise.kernels.triton.fused import add_rows, embed, norm  # noqa: E402
+from bise.kernels.triton.launches import Launch  # noqa: E402
+from bise.kernels.triton.matmul import Chosen, Matmul, Normed  # noqa: E402
+from bise.kernels.triton.sorting import sorted_slots  # noqa: E402
+from bise.kernels.triton.tiles import chained, stacked, tile  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -43,14 +47,32 @@ def error(got, x, values):
     return float(((got.double().cpu() - x @ values.T).abs() / (x.abs() @ values.abs().T)).max())
 
 
+def product(dtype, x, weight, **options):
+    """Return x [T, K] times the transpose of a matrix, without the padding."""
+    return Matmul(dtype, DEVICE)(x, weight, **options)[:, : weight.shape[0]]
+
+
 @pytest.mark.parametrize("packed_format", PANEL_FORMATS)
 def test_products_of_every_format_match_float64(packed_format):
     weight = random_grouped(packed_format, 70, 160)
     x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
-    got = Matmul(torch.float16, DEVICE)(x, tile(weight), 5)
+    got = product(torch.float16, x, tile(weight))
     assert got.shape == (5, 70)
     assert got.dtype == torch.float32
     assert error(got, x, weight.values(torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "q8"])
+def test_products_in_bf16_match_float64(bf16, packed_format):
+    weight = random_grouped(packed_format, 66, 96)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    assert error(product(torch.bfloat16, x, tile(weight)), x, weight.values(torch.float64)) < 1e-6
+
+
+def test_products_with_bf16_weights_match_float64(bf16):
+    weight = torch.randn(66, 96, generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    assert error(product(torch.bfloat16, x, tile(weight)), x, weight) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -59,44 +81,132 @@ def test_products_of_odd_sizes_match_float64(dtype, rows, n, k):
     generator = torch.Generator().manual_seed(n)
     values = torch.randn(n, k, generator=generator).to(dtype).to(DEVICE)
     x = torch.randn(rows, k, generator=generator).to(dtype).to(DEVICE)
-    got = Matmul(dtype, DEVICE)(x, tile(values), rows)
-    assert error(got, x, values) < 1e-6
+    assert error(product(dtype, x, tile(values)), x, values) < 1e-6
 
 
-def test_splits_side_by_side_and_one_after_the_other_give_the_same_bits():
+def test_ranges_of_columns_side_by_side_and_one_after_the_other_give_the_same_bits():
     weight = tile(random_grouped("n4", 64, 2048))
     assert weight.num_splits == 4
+    x = torch.randint(-8, 8, (3, 2048), generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
+    apart, behind = (
+        product(torch.float16, x, weight, launch=Launch(16, 4, 3, apart=apart, two_blocks=False))
+        for apart in (True, False)
+    )
+    assert torch.equal(apart, behind)
+
+
+@pytest.mark.parametrize(("rows", "two_blocks"), [(32, False), (64, True), (128, True)])
+def test_the_shape_of_a_program_does_not_change_the_product(rows, two_blocks):
+    weight = tile(random_grouped("q4", 150, 64))
+    x = torch.randint(-8, 8, (20, 64), generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
+    launch = Launch(rows, 4, 3, apart=False, two_blocks=two_blocks)
+    want = product(torch.float16, x, weight)
     # On a CPU products of other widths go other ways through BLAS: only a GPU can prove equal bits.
-    x = torch.randint(-8, 8, (40, 2048), generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
-    matmul = Matmul(torch.float16, DEVICE)
-    many = matmul(x, weight, 40)
-    few = matmul(x[:3], weight, 3)
-    if DEVICE.type == "cuda":
-        assert torch.equal(many[:3], few)
-    assert torch.allclose(many[:3], few, rtol=1e-5, atol=0)
+    assert torch.allclose(product(torch.float16, x, weight, launch=launch), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [16, 64])
+def normed_rows(rows, width, seed=5):
+    """Return rows of a residual stream as `Normed`, and what their norm is in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, width, generator=generator).to(DEVICE)
+    weight = torch.randn(width, generator=generator).to(DEVICE)
+    squares = add_rows(values, None)
+    wide = values.double()
+    want = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    return Normed(values, squares, weight, 1e-5), want
+
+
+@pytest.mark.parametrize("width", [96, 160, 64])
+def test_a_product_norms_its_rows_as_the_norm_does(width):
+    normed, want = normed_rows(3, width)
+    weight = random_grouped("q4", 70, width)
+    fused_product = product(torch.float16, normed, tile(weight))
+    apart = product(torch.float16, norm(normed, torch.float16), tile(weight))
+    assert torch.equal(fused_product, apart)
+    assert float((fused_product.double() - want @ weight.values(torch.float64).T).abs().max()) < 5e-3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_product_joins_the_residual_stream_with_its_squares(apart):
+    weight = random_grouped("q8", 90, 1030)
+    x = torch.randn(3, 1030, generator=torch.Generator().manual_seed(6)).half().to(DEVICE)
+    stream = torch.randn(3, 90, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    launch = Launch(16, 4, 3, apart=apart, two_blocks=False)
+    want = stream + product(torch.float16, x, tile(weight), launch=launch)
+    squares = Matmul(torch.float16, DEVICE).add(x, tile(weight), stream, launch=launch)
+    assert torch.equal(stream, want)
+    assert torch.equal(squares, add_rows(want.clone(), None))
+    assert torch.allclose(squares.sum(1), want.square().sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_gate_and_up_in_one_launch_match_float64(apart):
+    gate, up = (random_grouped("q4", 70, 1100, seed) for seed in (1, 2))
+    x = torch.randn(3, 1100, generator=torch.Generator().manual_seed(8)).half().to(DEVICE)
+    launch = Launch(16, 4, 3, apart=apart, two_blocks=False)
+    got = Matmul(torch.float16, DEVICE).gate(x, tile(gate), tile(up), launch=launch)[:, :70]
+    left, right = (x.double() @ each.values(torch.float64).T for each in (gate, up))
+    assert torch.allclose(got.double(), torch.nn.functional.silu(left) * right, rtol=2e-3, atol=2e-3)
+
+
+def test_weights_behind_one_another_are_one_copy_and_give_each_its_own_product():
+    weights = [tile(random_grouped("q4", rows, 96, rows)) for rows in (70, 20, 33)]
+    x = torch.randn(2, 96, generator=torch.Generator().manual_seed(9)).half().to(DEVICE)
+    alone = [product(torch.float16, x, weight) for weight in weights]
+    together = chained(weights)
+    out = Matmul(torch.float16, DEVICE)(x, together)
+    for weight, at, want in zip(weights, together.offsets(), alone, strict=False):
+        assert torch.equal(out[:, at : at + weight.shape[0]], want)
+        assert torch.equal(product(torch.float16, x, weight), want)
+        assert weight.codes.untyped_storage().data_ptr() == together.codes.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
 def test_slots_take_their_row_and_their_expert(rows):
     weights = [random_grouped("q4", 33, 64, seed) for seed in range(3)]
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)).half().to(DEVICE)
     # Two slots per row of x; expert 2 has none, expert 0 has five, expert 1 three.
-    slots = torch.full((2, rows), -1, dtype=torch.int32)
-    slots[0, :5] = torch.tensor([0, 2, 3, 4, 7])
-    slots[1, :3] = torch.tensor([1, 5, 6])
-    experts = torch.tensor([0, 1], dtype=torch.int32)
-    got = Matmul(torch.float16, DEVICE)(
-        x,
-        stacked([tile(weight) for weight in weights]),
-        8,
-        slots_per_row=2,
-        slots=slots.flatten().to(DEVICE),
-        experts=experts.to(DEVICE),
-        rows=rows,
-    )
+    owner = torch.tensor([[0, 1], [0, 0], [0, 1], [1, 0]], dtype=torch.int32, device=DEVICE)
+    if rows == 1:
+        chosen = Chosen(owner.view(-1))
+    else:
+        slots = torch.full((2, rows), -1, dtype=torch.int32)
+        slots[0, :5] = torch.tensor([0, 2, 3, 4, 7])
+        slots[1, :3] = torch.tensor([1, 5, 6])
+        chosen = Chosen(
+            torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), slots.flatten().to(DEVICE), rows
+        )
+    got = Matmul(torch.float16, DEVICE).slots(x, stacked([tile(weight) for weight in weights]), chosen, 2)[
+        :, :33
+    ]
     for expert, mine in ((0, [0, 2, 3, 4, 7]), (1, [1, 5, 6])):
         picked = x[torch.tensor(mine, device=DEVICE) // 2]
         assert error(got[mine], picked, weights[expert].values(torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(5, 3), (40, 2), (600, 5)])
+def test_slots_are_sorted_by_expert_and_none_is_lost(rows, experts):
+    chosen = (
+        torch.randint(0, experts, (rows, 2), generator=torch.Generator().manual_seed(rows)).int().to(DEVICE)
+    )
+    found = sorted_slots(chosen, experts)
+    slots = found.slots.view(-1, found.rows).cpu()
+    assert sorted(slots[slots >= 0].tolist()) == list(range(2 * rows))
+    for expert, mine in zip(found.experts.tolist(), slots, strict=True):
+        mine = mine[mine >= 0]
+        assert (chosen.cpu().view(-1)[mine] == expert).all()
+        assert (mine.diff() > 0).all()
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(3, 1), (8, 2), (64, 4)])
+def test_routes_are_the_best_experts_and_their_softmax(experts, top_k):
+    router = torch.randn(experts, 96, generator=torch.Generator().manual_seed(experts)).to(DEVICE)
+    router[2] = router[1]  # equal scores go to the lower expert
+    normed, want = normed_rows(3, 96)
+    chosen, shares = Matmul(torch.float32, DEVICE).route(normed, tile(router), top_k)
+    ranked = torch.sort(want @ router.double().T, dim=1, descending=True, stable=True)
+    assert torch.equal(chosen.long(), ranked.indices[:, :top_k])
+    assert torch.allclose(shares.double(), torch.softmax(ranked.values[:, :top_k], 1), rtol=1e-5)
 
 
 def test_panels_of_the_packed_cache_give_the_products_of_their_values():
@@ -106,6 +216,16 @@ def test_panels_of_the_packed_cache_give_the_products_of_their_values():
     assert ops.pack_floats("n4", values, memory)
     weight = unpack_panels("n4", 50, 96, torch.from_numpy(memory).to(DEVICE))
     x = torch.randn(2, 96, generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    got = Matmul(torch.float32, DEVICE)(x, tile(weight), 2)
     unpacked = torch.from_numpy(ops.unpack(ops.packed("n4", 50, 96, memory)))
-    assert error(got, x, unpacked) < 1e-6
+    assert error(product(torch.float32, x, tile(weight)), x, unpacked) < 1e-6
+
+
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "q8", "q6k", "q2k", "f32"])
+def test_rows_of_a_table_are_its_values_and_bring_their_squares(packed_format):
+    grouped = None if packed_format == "f32" else random_grouped(packed_format, 70, 96)
+    values = torch.randn(70, 96).to(DEVICE) if grouped is None else grouped.values(torch.float32)
+    table = tile(values if grouped is None else grouped)
+    ids = torch.tensor([69, 0, 64, 3], dtype=torch.int32, device=DEVICE)
+    rows, squares = embed(table, ids, Matmul(torch.float32, DEVICE).levels)
+    assert torch.equal(rows, values[ids.long()])
+    assert torch.equal(squares, add_rows(rows.clone(), None))

@@ -1,18 +1,12 @@
-"""Matrix products with weights of 4, 8, 16 or 32 bits: one kernel for one row, for a prompt and for experts.
-
-The same bits for a row whatever the other rows are (docs/gpu.md):
-
-- codes minus their zero point are exact in the compute type, products of 16 columns go through `tl.dot`,
-  and the scale is applied once per group in float32: weights are never rounded;
-- the columns are summed in 32-column steps, ascending, inside of `num_splits` ranges that depend on the
-  shape alone; the ranges are added in order, by this kernel when rows are many, by `_add_splits` when they
-  are few.
-"""
+"""Matrix products with weights of 4, 8, 16 or 32 bits: which kernel is launched how."""
 
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 import triton
@@ -20,195 +14,240 @@ import triton.language as tl
 from torch import Tensor
 
 from bise.kernels.dequant import IQ4_VALUES
+from bise.kernels.panels import TILE_ROWS
 from bise.kernels.triton import EXACT
+from bise.kernels.triton.launches import Launch, launch_of
+from bise.kernels.triton.products import matmul
 from bise.kernels.triton.tiles import Tiles
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 """Triton's name of each compute type."""
 
-FEW_ROWS = 16
-"""Up to this many rows, splits run side by side: the weights are read once and there is little else to do."""
-_MANY_ROWS = 64
-"""Rows of one program otherwise."""
+MOST_EXPERTS = TILE_ROWS
+"""Experts of a layer that the kernel can choose among."""
+
+_ARRIVALS = 1 << 16
 
 
-@triton.jit
-def _pieces(
-    codes, tile, level_table, BITS: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr
-):
-    """Return the levels of columns 0..15 and 16..31 of a tile, [64, 16] each."""
-    row = tl.arange(0, 64)[:, None]
-    column = tl.arange(0, 16)[None, :]
-    if BITS == 4:
-        pairs = tl.load(codes + tile * 1024 + row * 16 + column)
-        low = (pairs & 15).to(tl.int32)
-        high = (pairs >> 4).to(tl.int32)
-    else:
-        at = codes + tile * 2048 + row * 32 + column
-        low = tl.load(at)
-        high = tl.load(at + 16)
-        if BITS == 8:
-            low = low.to(tl.int32)
-            high = high.to(tl.int32)
-    if CODEBOOK:
-        return tl.load(level_table + low).to(TO), tl.load(level_table + high).to(TO)
-    if BITS:
-        return (low - ZERO).to(TO), (high - ZERO).to(TO)
-    return low.to(TO), high.to(TO)
+class Slots(IntEnum):
+    """Which rows a program computes."""
+
+    ROWS = 0
+    """Neighbours."""
+    SINGLE = 1
+    """One (row, rank), with the matrix of its expert."""
+    SORTED = 2
+    """A list, all of one expert."""
 
 
-@triton.jit
-def _add_tile(
-    acc, w0, w1, x0, x1, scale, minimum, tile, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MIN: tl.constexpr
-):
-    """Add the products of a tile's levels, columns 0..15 and 16..31, to acc [64, rows]."""
-    row = tl.arange(0, 64)
-    if BITS == 0:
-        acc = tl.dot(w0, x0, acc, input_precision="ieee")
-        return tl.dot(w1, x1, acc, input_precision="ieee")
-    ones = tl.full((64, 16), 1.0, w0.dtype)
-    if GROUP == 32:
-        inner = tl.dot(w0, x0, input_precision="ieee")
-        inner = tl.dot(w1, x1, inner, input_precision="ieee")
-        acc += inner * tl.load(scale + tile * 64 + row).to(tl.float32)[:, None]
-        if HAS_MIN:
-            sums = tl.dot(ones, x0, input_precision="ieee")
-            sums = tl.dot(ones, x1, sums, input_precision="ieee")
-            acc -= sums * tl.load(minimum + tile * 64 + row).to(tl.float32)[:, None]
-        return acc
-    at = scale + tile * 128 + row
-    acc += tl.dot(w0, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
-    acc += tl.dot(w1, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
-    if HAS_MIN:
-        at = minimum + tile * 128 + row
-        acc -= tl.dot(ones, x0, input_precision="ieee") * tl.load(at).to(tl.float32)[:, None]
-        acc -= tl.dot(ones, x1, input_precision="ieee") * tl.load(at + 64).to(tl.float32)[:, None]
-    return acc
+class After(IntEnum):
+    """What happens to a product."""
+
+    STORE = 0
+    GATE = 1
+    """silu(first matrix) * second matrix, in the compute type."""
+    ADD = 2
+    """Added to the residual stream, whose squares are summed per 64 columns for the next norm."""
+    MIX = 3
+    """As ADD, after the experts of a row have been added in the order of their rank."""
+    ROUTE = 4
+    """The best experts of each row and their shares."""
 
 
-@triton.jit
-def _matmul(
-    x, codes, scale, minimum, level_table, out, slots, experts, num_slots, num_rows, num_columns, x_stride,
-    slots_per_row, tiles_per_split,
-    NUM_SPLITS: tl.constexpr, SPLIT_APART: tl.constexpr, SORTED: tl.constexpr, BITS: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr,
-    ROWS: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """out[split, slot, n] = sum over columns of x[slot / slots_per_row, k] x weight[expert, n, k]."""
-    block = tl.program_id(0)
-    part = tl.program_id(1)
-    inside = part * ROWS + tl.arange(0, ROWS)
-    if SORTED:
-        slot = tl.load(slots + inside)
-        expert = tl.load(experts + part)
-        valid = slot >= 0
-    else:
-        slot = inside
-        expert = 0
-        valid = slot < num_slots
-    x_row = x + (tl.where(valid, slot, 0) // slots_per_row).to(tl.int64) * x_stride
-    num_tiles = (num_columns + 31) // 32
-    blocks = (num_rows + 63) // 64
-    first_tile = (expert.to(tl.int64) if SORTED else tl.zeros((), tl.int64)) * blocks + block
-    first_tile = first_tile * num_tiles
-    column = tl.arange(0, 16)[:, None]
-    total = tl.zeros((64, ROWS), tl.float32)
-    split_low = tl.program_id(2) if SPLIT_APART else 0
-    split_high = split_low + 1 if SPLIT_APART else NUM_SPLITS
-    for split in range(split_low, split_high):
-        acc = tl.zeros((64, ROWS), tl.float32)
-        for index in range(split * tiles_per_split, min((split + 1) * tiles_per_split, num_tiles)):
-            tile = first_tile + index
-            k = index * 32 + column
-            x0 = tl.load(x_row[None, :] + k, mask=valid[None, :] & (k < num_columns), other=0.0).to(TO)
-            more = valid[None, :] & (k + 16 < num_columns)
-            x1 = tl.load(x_row[None, :] + k + 16, mask=more, other=0.0).to(TO)
-            w0, w1 = _pieces(codes, tile, level_table, BITS, ZERO, CODEBOOK, TO)
-            acc = _add_tile(acc, w0, w1, x0, x1, scale, minimum, tile, BITS, GROUP, HAS_MIN)
-        total += acc
-    n = block * 64 + tl.arange(0, 64)[:, None]
-    to = out + tl.where(valid, slot, 0).to(tl.int64)[None, :] * num_rows + n
-    if SPLIT_APART:
-        to += split_low.to(tl.int64) * num_slots * num_rows
-    tl.store(to, total, mask=valid[None, :] & (n < num_rows))
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """What a norm needs: rows of the residual stream, sums of their squares per 64 columns, weights, eps."""
+
+    values: Tensor
+    """[T, E] float32."""
+    squares: Tensor
+    """[T, E / 64] float32."""
+    weight: Tensor
+    eps: float
 
 
-@triton.jit
-def _add_splits(parts, out, size, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ..., in that order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(NUM_SPLITS):
-        total += tl.load(parts + split * size + at, mask=at < size, other=0.0)
-    tl.store(out + at, total, mask=at < size)
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Experts of rows, one slot for each (row, rank)."""
+
+    experts: Tensor
+    """int32 [slots], or [programs] where `slots` lists theirs."""
+    slots: Tensor | None = None
+    """int32 [programs * rows]: a slot, or -1."""
+    rows: int = 1
+    """Slots of a program."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What becomes of a product."""
+
+    after: After
+    num_slots: int
+    out: Tensor | None = None
+    second: Tiles | None = None
+    residual: Tensor | None = None
+    squares: Tensor | None = None
+    chosen: Chosen | None = None
+    shares: Tensor | None = None
+    slots_per_row: int = 1
+    top_k: int = 1
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """Return residual stream, its squares, slots, experts and shares."""
+        chosen = self.chosen
+        slots, experts = (None, None) if chosen is None else (chosen.slots, chosen.experts)
+        return self.residual, self.squares, slots, experts, self.shares
 
 
 class Matmul:
     """Launches the kernel for one compute type on one device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._to = TYPES[dtype]
-        self._levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
+        self._dtype = dtype
+        self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
+        """Values of the codebook of 4-bit codes."""
+        # Zero between launches: whoever arrives last puts back what it counted.
+        self._arrived = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
 
-    def __call__(
+    def __call__(self, x: Tensor | Normed, weight: Tiles, *, launch: Launch | None = None) -> Tensor:
+        """Return products [T, N padded] in float32 of x [T, K]: `weight.offsets` tell where parts begin."""
+        rows = _count(x)
+        out = _new(weight, rows, weight.num_blocks * TILE_ROWS, torch.float32)
+        self._run(x, weight, _Task(After.STORE, rows, out=out), launch)
+        return out
+
+    def gate(
         self,
-        x: Tensor,
-        weight: Tiles,
-        num_slots: int,
+        x: Tensor | Normed,
+        gate: Tiles,
+        up: Tiles,
+        chosen: Chosen | None = None,
+        top_k: int = 1,
         *,
-        slots_per_row: int = 1,
-        slots: Tensor | None = None,
-        experts: Tensor | None = None,
-        rows: int | None = None,
+        launch: Launch | None = None,
     ) -> Tensor:
-        """Return products [num_slots, N] in float32; slot s takes row s / slots_per_row of x [T, K].
-
-        With `slots` [P x rows] and `experts` [P] program p computes the slots slots[p x rows ...] (-1: none)
-        with the matrix of expert experts[p].
+        """Return silu(x gate^T) * (x up^T) [slots, F padded] in the compute type; slot s takes row s / top_k.
+        Both matrices have one form.
         """
-        num_rows, num_columns = weight.shape
-        splits = weight.num_splits
-        rows = rows or (FEW_ROWS if num_slots <= FEW_ROWS else _MANY_ROWS)
-        parts = -(-num_slots // rows) if experts is None else len(experts)
-        apart = splits > 1 and rows == FEW_ROWS
-        out = torch.empty((splits if apart else 1, num_slots, num_rows), dtype=torch.float32, device=x.device)
-        assert x.stride(1) == 1
+        slots = _count(x) * top_k
+        out = _new(gate, slots, gate.num_blocks * TILE_ROWS, self._dtype)
+        task = _Task(After.GATE, slots, out=out, second=up, chosen=chosen, slots_per_row=top_k)
+        self._run(x, gate, task, launch)
+        return out
+
+    def add(self, x: Tensor, weight: Tiles, residual: Tensor, *, launch: Launch | None = None) -> Tensor:
+        """Add products of x [T, K] to `residual` [T, N] in place; return its squares [T, N / 64]."""
+        squares = _new(weight, len(x), weight.num_blocks, torch.float32)
+        self._run(x, weight, _Task(After.ADD, len(x), residual=residual, squares=squares), launch)
+        return squares
+
+    def mix(self, x: Tensor, weight: Tiles, chosen: Chosen, shares: Tensor, residual: Tensor) -> Tensor:
+        """Add the experts' products of slots x [T * top_k, K], each times its share [T, top_k], best first,
+        to `residual` [T, N] in place; return its squares. One program for each slot.
+        """
+        squares = _new(weight, len(residual), weight.num_blocks, torch.float32)
+        task = _Task(
+            After.MIX,
+            len(x),
+            residual=residual,
+            squares=squares,
+            chosen=chosen,
+            shares=shares,
+            top_k=shares.shape[1],
+        )
+        self._run(x, weight, task)
+        return squares
+
+    def slots(self, x: Tensor | Normed, weight: Tiles, chosen: Chosen, top_k: int = 1) -> Tensor:
+        """Return products [slots, N padded] in float32, each with the matrix of its expert; slot s takes row
+        s / top_k of x [T, K].
+        """
+        slots = _count(x) * top_k
+        out = _new(weight, slots, weight.num_blocks * TILE_ROWS, torch.float32)
+        self._run(x, weight, _Task(After.STORE, slots, out=out, chosen=chosen, slots_per_row=top_k))
+        return out
+
+    def route(self, x: Tensor | Normed, router: Tiles, top_k: int) -> tuple[Tensor, Tensor]:
+        """Return the experts (int32) of each row, best first, ties to the lower one, and the softmax of their
+        scores, [T, top_k] each.
+        """
+        rows = _count(x)
+        experts = _new(router, rows, top_k, torch.int32)
+        shares = _new(router, rows, top_k, torch.float32)
+        self._run(x, router, _Task(After.ROUTE, rows, chosen=Chosen(experts), shares=shares, top_k=top_k))
+        return experts, shares
+
+    def _run(self, x: Tensor | Normed, weight: Tiles, task: _Task, launch: Launch | None = None) -> None:
+        launch, slots, parts = _shape(weight, task, launch)
+        splits, blocks = weight.num_splits, weight.num_blocks
+        # Two blocks in one program only where nobody waits for anybody.
+        apart = task.after is After.MIX or (splits > 1 and launch.apart)
+        two = 0
+        if task.second is not None:
+            two = 1
+        elif launch.two_blocks and not apart and task.after is not After.ROUTE:
+            two = 2
+        grid = (-(-blocks // 2) if two == 2 else blocks, parts, splits if apart else 1)
+        assert grid[0] * parts <= _ARRIVALS or not apart
+        none = self.levels
+        partial = none
+        if apart:
+            size = splits * (1 if task.second is None else 2) * task.num_slots * blocks * TILE_ROWS
+            partial = torch.empty(size, dtype=torch.float32, device=weight.codes.device)
+        rows = x if isinstance(x, Normed) else Normed(x, none, none, 0.0)
+        assert rows.values.stride(1) == 1
+        out_stride = 0 if task.out is None else task.out.stride(0)
+        matmul[grid](
+            rows.values, rows.squares, rows.weight, *self._arrays(weight), *self._arrays(task.second or
+            weight), none, *(none if each is None else each for each in (task.out, partial)), self._arrived,
+            *(none if each is None else each for each in task.operands()), rows.eps, task.num_slots,
+            *weight.shape, blocks, rows.values.stride(0), out_stride, task.slots_per_row, weight.steps,
+            -(-weight.steps // splits), NUM_SPLITS=splits, APART=apart, SLOTS=int(slots),
+            AFTER=int(task.after), NORMED=isinstance(x, Normed), TWO=two, TOP_K=task.top_k, ROWS=launch.rows,
+            num_warps=launch.warps, num_stages=launch.stages, **self._form(weight), **EXACT,
+        )  # fmt: skip
+
+    def _form(self, weight: Tiles) -> dict[str, object]:
+        """Return the constants that a weight's format gives."""
         # A float32 weight (the router) is multiplied in float32 whatever the compute type.
-        to = tl.float32 if weight.codes.dtype == torch.float32 else self._to
-        dummy = self._levels
-        grid = (-(-num_rows // 64), parts, splits if apart else 1)
-        _matmul[grid](
-            x,
-            weight.codes,
-            dummy if weight.scale is None else weight.scale,
-            dummy if weight.minimum is None else weight.minimum,
-            self._levels,
-            out,
-            dummy if slots is None else slots,
-            dummy if experts is None else experts,
-            num_slots,
-            num_rows,
-            num_columns,
-            x.stride(0),
-            slots_per_row,
-            triton.cdiv(triton.cdiv(num_columns, 32), splits),
-            NUM_SPLITS=splits,
-            SPLIT_APART=apart,
-            SORTED=experts is not None,
-            BITS=weight.bits,
-            GROUP=weight.group,
-            ZERO=weight.zero,
-            HAS_MIN=weight.minimum is not None,
-            CODEBOOK=weight.codebook,
-            ROWS=rows,
-            TO=to,
-            **EXACT,
-        )
-        if not apart:
-            return out[0]
-        total = torch.empty_like(out[0])
-        block = 1024
-        _add_splits[(-(-total.numel() // block),)](
-            out, total, total.numel(), NUM_SPLITS=splits, BLOCK=block, **EXACT
-        )
-        return total
+        is_wide = weight.codes.dtype == torch.float32
+        return {
+            "SQUARES": triton.next_power_of_2(weight.steps),
+            "BITS": weight.bits,
+            "GROUP": weight.group,
+            "ZERO": weight.zero,
+            "HAS_MIN": weight.minimum is not None,
+            "CODEBOOK": weight.codebook,
+            "H": TYPES[self._dtype],
+            "TO": tl.float32 if is_wide else TYPES[self._dtype],
+        }
+
+    def _arrays(self, weight: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+        none = self.levels
+        scale = none if weight.scale is None else weight.scale
+        return weight.codes, scale, none if weight.minimum is None else weight.minimum
+
+
+def _shape(weight: Tiles, task: _Task, launch: Launch | None) -> tuple[Launch, Slots, int]:
+    """Return the shape of a program, which slots it takes, and how many programs that makes."""
+    chosen = None if task.after is After.ROUTE else task.chosen
+    slots = Slots.ROWS
+    if chosen is not None:
+        slots = Slots.SINGLE if chosen.slots is None else Slots.SORTED
+    launch = launch or launch_of(
+        task.num_slots, weight, is_pair=task.second is not None, single=slots is Slots.SINGLE
+    )
+    if chosen is None:
+        return launch, slots, -(-task.num_slots // launch.rows)
+    if slots is Slots.SORTED:
+        launch = replace(launch, rows=chosen.rows)
+    return launch, slots, len(chosen.experts)
+
+
+def _count(x: Tensor | Normed) -> int:
+    return len(x.values) if isinstance(x, Normed) else len(x)
+
+
+def _new(weight: Tiles, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((rows, width), dtype=dtype, device=weight.codes.device)

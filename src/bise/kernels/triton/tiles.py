@@ -1,7 +1,8 @@
 """Weights in the order in which the matrix kernel reads them.
 
-A tile is 64 rows by 32 columns, stored in one piece: with 4-bit codes a kilobyte, so that one load of a
-tile is one run of memory whatever the matrix, and rows of a matrix never share a memory sector half used.
+A tile is 64 rows by 64 columns, stored in one piece: with 4-bit codes 2 KiB, 16 bytes for each of the 128
+threads of a program, so that one load of a tile is one run of memory whatever the matrix. Matrices that are
+multiplied together lie behind one another, and one launch takes them all.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.kernels.grouped import Grouped
+from bise.kernels.panels import BLOCK_COLUMNS, TILE_COLUMNS, TILE_ROWS
 
-TILE_ROWS = 64
-TILE_COLUMNS = 32
-
-_PROGRAMS = 256
-"""Programs that keep a large GPU busy: about two for each of its processors."""
+_PROGRAMS = 512
+"""Programs that keep a large GPU busy with 4-bit weights: about four for each of its processors, six KiB in
+flight each (docs/gpu.md)."""
 _SPLIT_COLUMNS = 512
 """Fewest columns that are worth a split of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Matrices [X, N, K] of one shape and format (X is 1 but for experts); see `Grouped` for the values."""
+    """Matrices [X, N, K] of one shape and format (X is 1 but for experts); see `Grouped` for the values.
+
+    A matrix may be several ones behind one another, each padded to whole tiles: `parts` are their rows.
+    """
 
     codes: Tensor
-    """[X, N / 64, K / 32, 64, 32] of floats or 8-bit codes, or [..., 16] with two 4-bit codes in a byte."""
+    """[X, N / 64, K / 64, 64, 64] of floats; 8-bit codes [..., 64 / group, 64, group]; or two 4-bit codes in
+    a byte [..., 64, 32]: byte j holds columns j (low half) and 32 + j."""
     scale: Tensor | None
     """[X, N / 64, K / group, 64]; None for floats."""
     minimum: Tensor | None
@@ -38,13 +42,13 @@ class Tiles:
     group: int
     zero: int
     codebook: bool
-    num_rows: int
+    parts: tuple[int, ...]
     num_columns: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of each matrix, without padding."""
-        return self.num_rows, self.num_columns
+        return sum(self.parts), self.num_columns
 
     @property
     def count(self) -> int:
@@ -52,74 +56,131 @@ class Tiles:
         return self.codes.shape[0]
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of 64 rows in each matrix."""
+        return self.codes.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """Blocks of 64 columns."""
+        return self.codes.shape[2]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory on the device."""
+        tensors = (self.codes, self.scale, self.minimum)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
     def num_splits(self) -> int:
         """Ranges of columns that are summed apart and then added in order. Depends on the shape alone,
         never on the batch, so that a row has the same bits in any.
         """
-        wanted = _PROGRAMS * TILE_ROWS // max(self.num_rows, 1)
-        most = min(wanted, self.num_columns // _SPLIT_COLUMNS)
+        most = min(_PROGRAMS // max(self.num_blocks, 1), self.num_columns // _SPLIT_COLUMNS)
         return 1 << max(most, 1).bit_length() - 1
 
-    def row_values(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the values [R, K] of some rows [R] of the first matrix."""
-        block, row = index // TILE_ROWS, index % TILE_ROWS
-        codes = self.codes[0, block, :, row]
-        if self.scale is None:
-            return codes.flatten(1)[:, : self.num_columns].to(dtype)
-        return Grouped(
-            codes=codes.flatten(1),
-            scale=self.scale[0, block, :, row],
-            minimum=None if self.minimum is None else self.minimum[0, block, :, row],
-            bits=self.bits,
-            group=self.group,
-            zero=self.zero,
-            codebook=self.codebook,
-            num_columns=self.num_columns,
-        ).values(dtype)
+    def offsets(self) -> list[int]:
+        """Return where each part begins in a row of results, and at last the width of all."""
+        found = [0]
+        for rows in self.parts:
+            found.append(found[-1] + -(-rows // TILE_ROWS) * TILE_ROWS)
+        return found
+
+    def like(self, other: Tiles) -> bool:
+        """Tell whether both can be multiplied by one launch."""
+        mine, theirs = self._form(), other._form()
+        return mine == theirs
+
+    def _form(self) -> tuple[object, ...]:
+        scales = tuple(None if t is None else t.dtype for t in (self.codes, self.scale, self.minimum))
+        return (scales, self.bits, self.group, self.zero, self.codebook, self.num_columns)
 
 
 def stacked(matrices: Sequence[Tiles]) -> Tiles:
-    """Return matrices of one shape and format as one."""
+    """Return matrices of one shape and format as one, which holds them all: they become views of it."""
+    return _joined(matrices, 0)
+
+
+def chained(matrices: Sequence[Tiles]) -> Tiles:
+    """Return single matrices of one format and width behind one another; they become views of the result."""
+    joined = _joined(matrices, 1)
+    return replace(joined, parts=tuple(rows for each in matrices for rows in each.parts))
+
+
+def _joined(matrices: Sequence[Tiles], axis: int) -> Tiles:
     first = matrices[0]
     if len(matrices) == 1:
         return first
-    scales = [each.scale for each in matrices if each.scale is not None]
-    minimums = [each.minimum for each in matrices if each.minimum is not None]
-    return replace(
-        first,
-        codes=torch.cat([each.codes for each in matrices]),
-        scale=torch.cat(scales) if scales else None,
-        minimum=torch.cat(minimums) if minimums else None,
+    assert all(first.like(each) for each in matrices[1:])
+    columns = (
+        [each.codes for each in matrices],
+        [each.scale for each in matrices],
+        [each.minimum for each in matrices],
     )
+    codes, scale, minimum = (_adopted(each, axis) for each in columns)
+    assert codes is not None
+    return replace(first, codes=codes, scale=scale, minimum=minimum)
+
+
+def _adopted(tensors: Sequence[Tensor | None], axis: int) -> Tensor | None:
+    """Return tensors joined along an axis. They share its memory from then on: weights are there once."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return None
+    joined = torch.cat(present, axis)
+    start = 0
+    for tensor in present:
+        size = tensor.shape[axis]
+        tensor.data = joined.narrow(axis, start, size)
+        start += size
+    return joined
 
 
 def tile(weight: Grouped | Tensor) -> Tiles:
     """Return a matrix in tiles; rows and columns are padded with zero values."""
     num_rows, num_columns = weight.shape
     if isinstance(weight, Tensor):
-        padded = functional.pad(weight, (0, -num_columns % TILE_COLUMNS))
-        codes = _tiles(padded, TILE_COLUMNS)[None]
-        return Tiles(codes, None, None, 0, TILE_COLUMNS, 0, False, num_rows, num_columns)
+        codes = _tiles(functional.pad(weight, (0, -num_columns % TILE_COLUMNS)), TILE_COLUMNS)
+        return Tiles(codes[None], None, None, 0, TILE_COLUMNS, 0, False, (num_rows,), num_columns)
+    codes, extra = weight.codes, -weight.scale.shape[1] % (TILE_COLUMNS // weight.group)
+    codes = functional.pad(codes, (0, extra * weight.group * weight.bits // 8))
+    if weight.bits == 4:
+        codes = _tiles(_rearranged(codes), TILE_COLUMNS // 2)
+    else:
+        # A group of columns of 64 rows is one run of memory: a product reads one group after the other.
+        tiles = _tiles(codes, TILE_COLUMNS)
+        pieces = tiles.view(*tiles.shape[:3], TILE_COLUMNS // weight.group, weight.group)
+        codes = pieces.transpose(2, 3).contiguous()
+    minimum = None if weight.minimum is None else _scales(weight.minimum, extra)[None]
     return Tiles(
-        codes=_tiles(weight.codes, weight.bits * TILE_COLUMNS // 8)[None],
-        scale=_scales(weight.scale)[None],
-        minimum=None if weight.minimum is None else _scales(weight.minimum)[None],
+        codes=codes[None],
+        scale=_scales(weight.scale, extra)[None],
+        minimum=minimum,
         bits=weight.bits,
         group=weight.group,
         zero=weight.zero,
         codebook=weight.codebook,
-        num_rows=num_rows,
+        parts=(num_rows,),
         num_columns=num_columns,
     )
 
 
+def _rearranged(codes: Tensor) -> Tensor:
+    """Return pairs of codes [N, K / 2] of columns j and 16 + j in 32 as pairs of j and 32 + j in 64."""
+    half = BLOCK_COLUMNS // 2
+    first, second = codes.view(codes.shape[0], -1, 2, half).unbind(2)
+    low = torch.cat((first & 15, first >> 4), 2)
+    high = torch.cat((second & 15, second >> 4), 2)
+    return (low | high << 4).flatten(1)
+
+
 def _tiles(matrix: Tensor, width: int) -> Tensor:
-    """Return [N, bytes or values] as [N / 64, K / 32, 64, width]."""
+    """Return [N, bytes or values] as [N / 64, K / 64, 64, width]."""
     matrix = functional.pad(matrix, (0, 0, 0, -matrix.shape[0] % TILE_ROWS))
     return matrix.view(matrix.shape[0] // TILE_ROWS, TILE_ROWS, -1, width).transpose(1, 2).contiguous()
 
 
-def _scales(scales: Tensor) -> Tensor:
-    """Return [N, groups] as [N / 64, groups, 64]."""
-    scales = functional.pad(scales, (0, 0, 0, -scales.shape[0] % TILE_ROWS))
+def _scales(scales: Tensor, extra: int) -> Tensor:
+    """Return [N, groups] as [N / 64, groups + extra, 64]; what is padded has the value 0."""
+    scales = functional.pad(scales, (0, extra, 0, -scales.shape[0] % TILE_ROWS))
     return scales.view(scales.shape[0] // TILE_ROWS, TILE_ROWS, -1).transpose(1, 2).contiguous()

@@ -1,0 +1,147 @@
+"""Random models on a device, and steps to run them: what `gpu_sections.py` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from bise.cache.pages import KVCache
+from bise.config import ModelConfig
+from bise.engine.graphs import GraphedModel
+from bise.kernels import BLOCK_SIZE, AttentionMeta
+from bise.kernels.grouped import Grouped
+from bise.kernels.triton.ops import TritonOps
+from bise.kernels.triton.tiles import Tiles, tile
+from bise.model.batch import Batch
+from bise.model.transformer import Transformer, weight_shapes
+
+MISTRAL = ModelConfig("mistral", 4096, 32, 32, 8, 128, 14336, 32768, 32768)
+MIXTRAL = ModelConfig(
+    "mixtral", 4096, 32, 32, 8, 128, 14336, 32000, 32768, num_experts=8, experts_per_token=2
+)
+TOY = ModelConfig("mistral", 64, 1, 4, 2, 16, 128, 96, 1024)
+TOY_EXPERTS = ModelConfig("mixtral", 64, 1, 4, 2, 16, 128, 96, 1024, num_experts=4, experts_per_token=2)
+
+ZERO = {4: 8, 8: 128}
+
+
+def with_window(config: ModelConfig, window: int | None) -> ModelConfig:
+    """Return the model with one window on every layer."""
+    from dataclasses import replace
+
+    return replace(config, windows=(window,) * config.num_layers)
+
+
+def random_matrix(num_rows: int, num_columns: int, bits: int, ops: TritonOps) -> Tiles:
+    """Return random tiles: codes of 4 or 8 bits under a scale per 32 columns, or the compute type (0)."""
+    device = ops.device
+    if not bits:
+        values = torch.randn(num_rows, num_columns, device=device) / num_columns**0.5
+        return tile(values.to(ops.dtype))
+    codes = torch.randint(0, 256, (num_rows, num_columns * bits // 8), dtype=torch.uint8, device=device)
+    scale = torch.full(
+        (num_rows, num_columns // 32), num_columns**-0.5 / (4 if bits == 4 else 64), device=device
+    )
+    return tile(Grouped(codes, scale.half(), None, bits, 32, ZERO[bits], False, num_columns))
+
+
+def random_model(config: ModelConfig, bits: int, ops: TritonOps) -> tuple[Transformer, int]:
+    """Return a model of random weights, and the bytes of a step at batch 1: all but the embedding table, and
+    of experts those that a row wants.
+    """
+    weights: dict[str, Any] = {}
+    read = 0
+    for name, shape in weight_shapes(config).items():
+        if len(shape) == 1:
+            weights[name] = ops.vector(np.ones(shape, np.float32))
+            read += 4 * shape[0]
+            continue
+        if name.endswith(".router"):
+            weights[name] = ops.weight(np.zeros(shape, np.float32))
+            continue
+        matrix = random_matrix(shape[0], shape[1], bits, ops)
+        weights[name] = matrix
+        size = matrix.size_bytes
+        if ".experts." in name:
+            size = size * config.experts_per_token // config.num_experts
+        read += 0 if name == "tok_embeddings" else size
+    return Transformer(config, weights, ops), read
+
+
+class Runs:
+    """A model with pages, and steps of it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        bits: int,
+        ops: TritonOps,
+        *,
+        rows: int,
+        context: int,
+        kv: str,
+        recorder: Any = None,
+    ) -> None:
+        self.config = config
+        self.ops = ops
+        self.model, self.weight_bytes = random_model(config, bits, ops)
+        self.blocks = -(-context // BLOCK_SIZE)
+        self.cache = KVCache(config, ops, [self.blocks * rows] * len(config.window_groups), kv)
+        self.context = context
+        self.rows = rows
+        self.graphed: GraphedModel | None = None
+        if ops.device.type == "cuda" or recorder is not None:
+            self.graphed = GraphedModel(
+                self.model, ops.device, max_rows=rows, max_context=context, recorder=recorder
+            )
+            self.graphed.prepare(self.cache)
+
+    def kv_bytes(self, positions: int) -> int:
+        """Return the bytes of keys and values that a row at this position reads over all layers."""
+        page = self.cache.layer(0)
+        per_token = 2 * page.k[0].numel() * page.k.element_size()
+        return sum(per_token * min(positions, window or positions) for window in self.config.windows)
+
+    def batch(self, positions: int, count: int, rows: int) -> Batch:
+        """Return a step: `rows` sequences, `count` tokens each, the last at position `positions` - 1."""
+        first = positions - count
+        at = np.arange(first, positions, dtype=np.int32)
+        tables = np.arange(rows * self.blocks, dtype=np.int32).reshape(rows, self.blocks)
+        meta = AttentionMeta(
+            q_start=np.arange(0, rows * count + 1, count, dtype=np.int32),
+            q_pos=np.full(rows, first, np.int32),
+            block_table=tables,
+            slots=(tables[:, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE).reshape(-1).astype(np.int32),
+        )
+        return Batch(
+            token_ids=np.arange(rows * count, dtype=np.int32) % self.config.vocab_size,
+            positions=np.tile(at, rows),
+            attention=(meta,) * len(self.config.window_groups),
+            logit_rows=np.arange(count - 1, rows * count, count, dtype=np.int32),
+        )
+
+    def decode(self, positions: int, rows: int) -> Any:
+        """Compute one decode step and its logits; replayed where steps are recorded."""
+        batch = self.batch(positions, 1, rows)
+        model = self.graphed or self.model
+        return model.logits(model.forward(batch, self.cache))
+
+    def prefill(self, count: int, chunk: int) -> None:
+        """Compute a prompt of `count` tokens in chunks, and the logits of its last row."""
+        hidden = None
+        for low in range(0, count, chunk):
+            size = min(chunk, count - low)
+            hidden = self.model.forward(self.batch(low + size, size, 1), self.cache)
+        assert hidden is not None
+        self.model.logits(hidden[-1:])
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """Compute without gradients."""
+    with torch.inference_mode():
+        yield

@@ -1,0 +1,388 @@
+"""The sections of `gpu.py`. Each returns a record; `found` holds those of the sections before it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_models import MISTRAL, MIXTRAL, TOY, TOY_EXPERTS, Runs, inference, random_matrix, with_window
+
+from bise.kernels.triton.matmul import Normed
+from bise.kernels.triton.ops import TritonOps
+
+Record = dict[str, Any]
+FORMS = {"bf16": 0, "int8": 8, "int4": 4}
+
+
+def seconds_of(run: Callable[[], object], scale: Any, *, repeats: int = 30) -> float:
+    """Return the median seconds of a call, by the device's own clock where there is one."""
+    repeats = scale.pick(repeats, 1)
+    if scale.device != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def graph_seconds(run: Callable[[], object], scale: Any, launches: int) -> float:
+    """Return the seconds of one of `launches` calls that `run` makes, recorded and replayed as one."""
+    if scale.device != "cuda":
+        return seconds_of(run, scale) / launches
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return seconds_of(graph.replay, scale) / launches
+
+
+def ops_of(scale: Any) -> TritonOps:
+    """Return the backend: bf16, or float32 in the interpreter, which has no bf16."""
+    return TritonOps(torch.bfloat16 if scale.device == "cuda" else torch.float32, scale.device)
+
+
+def kv_of(scale: Any) -> str:
+    return "bf16" if scale.device == "cuda" else "f32"
+
+
+def gb_per_s(found: Record) -> float:
+    return found["bandwidth"]["read_gb_per_s"]
+
+
+def bandwidth(scale: Any, found: Record, _: Any) -> Record:
+    """What this device's memory gives: reading alone, and copying."""
+    count = scale.pick(1 << 30, 1 << 12)
+    source = torch.empty(count, dtype=torch.float32, device=scale.device).fill_(1)
+    target = torch.empty_like(source)
+    read = 4 * count / seconds_of(lambda: source.sum(), scale)
+    copied = 8 * count / seconds_of(lambda: target.copy_(source), scale)
+    best = max(read, copied)
+    return {"read_gb_per_s": best / 1e9, "sum_gb_per_s": read / 1e9, "copy_gb_per_s": copied / 1e9}
+
+
+def kernels(scale: Any, found: Record, _: Any) -> Record:
+    """Products of one row at the four shapes of a Mistral layer, as a layer launches them; peers beside them.
+
+    Copies of a matrix that are together larger than the cache are gone through in turn.
+    """
+    ops = ops_of(scale)
+    e, f, q = scale.pick((4096, 14336, 6144), (64, 128, 128))
+    shapes = {"qkv": (q, e), "wo": (e, e), "gate_up": (f, e), "down": (e, f)}
+    rows = scale.pick((1, 4, 16, 64), (1,))
+    lines: list[Record] = []
+    for form, bits in FORMS.items():
+        for name, (n, k) in shapes.items():
+            first = random_matrix(n, k, bits, ops)
+            size = first.size_bytes * (2 if name == "gate_up" else 1)
+            copies = scale.pick(max(2, -(-(400 << 20) // size)), 1)
+            matrices = [first] + [random_matrix(n, k, bits, ops) for _ in range(copies - 1)]
+            ups = [random_matrix(n, k, bits, ops) for _ in range(copies)] if name == "gate_up" else []
+            for count in rows:
+                x = torch.randn(count, k, device=ops.device)
+                stream = torch.randn(count, n, device=ops.device)
+                squares = (x.view(count, -1, 64) ** 2).sum(-1)
+                normed = Normed(x, squares, torch.ones(k, device=ops.device), 1e-5)
+                plain = x.to(ops.dtype)
+
+                run = partial(layer_products, name, ops, matrices, ups, normed, plain, stream)
+                seconds = graph_seconds(run, scale, copies)
+                gb = size / seconds / 1e9
+                lines.append(
+                    {"form": form, "shape": name, "rows": count, "bytes": size, "us": seconds * 1e6,
+                     "gb_per_s": gb, "share": gb / gb_per_s(found)}
+                )  # fmt: skip
+    return {"lines": lines, "target_share": 0.85, "peers": peers_of_kernels(scale, found, shapes)}
+
+
+def layer_products(
+    name: str, ops: TritonOps, matrices: list[Any], ups: list[Any], normed: Normed, plain: Any, stream: Any
+) -> None:
+    """Multiply as a layer does: with the norm before, with the gate or the residual sum behind."""
+    for index, matrix in enumerate(matrices):
+        if name == "qkv":
+            ops._matmul(normed, matrix)
+        elif name == "gate_up":
+            ops._matmul.gate(normed, matrix, ups[index])
+        else:
+            ops._matmul.add(plain, matrix, stream)
+
+
+def peers_of_kernels(scale: Any, found: Record, shapes: dict[str, tuple[int, int]]) -> list[Record]:
+    """torch's own products of one row: bf16 by its BLAS, int4 by its own kernel."""
+    lines: list[Record] = []
+    for name, (n, k) in shapes.items():
+        dtype = torch.bfloat16
+        size = n * k * 2
+        copies = scale.pick(max(2, -(-(400 << 20) // size)), 1)
+        matrices = [torch.randn(n, k, device=scale.device, dtype=dtype) for _ in range(copies)]
+        x = torch.randn(1, k, device=scale.device, dtype=dtype)
+
+        seconds = graph_seconds(partial(blas_products, x, matrices), scale, copies)
+        gb = size / seconds / 1e9
+        lines.append(
+            {"peer": "torch bf16", "shape": name, "us": seconds * 1e6, "share": gb / gb_per_s(found)}
+        )
+        if scale.device != "cuda":
+            lines.append({"peer": "torch int4", "shape": name, "skipped": "its kernel needs CUDA"})
+            continue
+        lines.append(torch_int4(scale, found, name, n, k, x))
+    return lines
+
+
+def blas_products(x: torch.Tensor, matrices: list[torch.Tensor]) -> None:
+    """Multiply by the device's BLAS."""
+    for matrix in matrices:
+        torch.nn.functional.linear(x, matrix)
+
+
+def torch_int4(scale: Any, found: Record, name: str, n: int, k: int, x: torch.Tensor) -> Record:
+    """torch's int4 product (groups of 128) of one row."""
+    groups, size = 128, n * k // 2 + n * k // 128 * 4
+    copies = max(2, -(-(400 << 20) // size))
+    weights: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for _ in range(copies):
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=scale.device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        weights.append((packed, torch.ones(k // groups, n, 2, device=scale.device, dtype=torch.bfloat16)))
+
+    def run() -> None:
+        for packed, scales in weights:
+            torch.ops.aten._weight_int4pack_mm(x, packed, groups, scales)
+
+    seconds = graph_seconds(run, scale, copies)
+    gb = size / seconds / 1e9
+    return {"peer": "torch int4", "shape": name, "us": seconds * 1e6, "share": gb / gb_per_s(found)}
+
+
+def decode_line(scale: Any, found: Record, runs: Runs, position: int, rows: int) -> Record:
+    """Return one line: a step of `rows` sequences at a position."""
+    with inference():
+        seconds = seconds_of(lambda: runs.decode(position, rows), scale)
+    read = runs.weight_bytes + rows * runs.kv_bytes(position)
+    if runs.config.num_experts and rows > 1:
+        read = 0  # which experts a batch wants is chance: no floor is given
+    floor = read / gb_per_s(found) / 1e9
+    return {
+        "rows": rows, "position": position, "ms": seconds * 1e3, "tok_per_s": rows / seconds, "bytes": read,
+        "floor_ms": floor * 1e3, "share": floor / seconds,
+    }  # fmt: skip
+
+
+def decode(scale: Any, found: Record, _: Any) -> Record:
+    """Whole steps at batch 1 in three widths, and a mixture in int4."""
+    config, mixture = scale.pick((MISTRAL, MIXTRAL), (TOY, TOY_EXPERTS))
+    position = scale.pick(512, 40)
+    lines: Record = {}
+    for form, bits in FORMS.items():
+        runs = Runs(config, bits, ops_of(scale), rows=1, context=scale.pick(1024, 64), kv=kv_of(scale))
+        lines[form] = decode_line(scale, found, runs, position, 1)
+        del runs
+    runs = Runs(mixture, 4, ops_of(scale), rows=1, context=scale.pick(1024, 64), kv=kv_of(scale))
+    lines["mixture int4"] = decode_line(scale, found, runs, position, 1)
+    targets = {"bf16": 0.7, "int8": 0.55, "int4": 0.4, "mixture int4": 0.4}
+    stretch = {"bf16": 0.84, "int8": 0.73, "int4": 0.64, "mixture int4": 0.64}
+    return {"lines": lines, "target_shares": targets, "stretch_shares": stretch}
+
+
+def window(scale: Any, found: Record, _: Any) -> Record:
+    """A step late in a text under a window against one early in it; keys and values in 16 and in 8 bits."""
+    size, far, near = scale.pick((4096, 32768, 4096), (64, 256, 64))
+    config = with_window(scale.pick(MISTRAL, TOY), size)
+    lines: Record = {}
+    for kv in (kv_of(scale), "q8"):
+        runs = Runs(config, 4, ops_of(scale), rows=1, context=far, kv=kv)
+        late = decode_line(scale, found, runs, far, 1)
+        early = decode_line(scale, found, runs, near, 1)
+        lines[kv] = {"far": late, "near": early, "slower": late["ms"] / early["ms"] - 1}
+        del runs
+    return {"lines": lines, "target_slower": 0.1}
+
+
+def batch(scale: Any, found: Record, _: Any) -> Record:
+    """64 sequences at once, bf16."""
+    rows = scale.pick(64, 3)
+    runs = Runs(
+        scale.pick(MISTRAL, TOY), 0, ops_of(scale), rows=rows, context=scale.pick(1024, 64), kv=kv_of(scale)
+    )
+    lines = [
+        decode_line(scale, found, runs, scale.pick(1024, 40), count)
+        for count in scale.pick((8, 16, 32, 64), (3,))
+    ]
+    return {"lines": lines, "target_share": 0.6}
+
+
+def prefill(scale: Any, found: Record, _: Any) -> Record:
+    """Prompts of 4k and, under a window of 4,096, of 32k tokens."""
+    size = scale.pick(4096, 64)
+    config = with_window(scale.pick(MISTRAL, TOY), size)
+    long, short = scale.pick((32768, 4096), (160, 64))
+    lines: Record = {}
+    for form, bits in (("bf16", 0), ("int4", 4)):
+        runs = Runs(config, bits, ops_of(scale), rows=1, context=long, kv=kv_of(scale))
+        with inference():
+            rates = {
+                str(count): count
+                / seconds_of(lambda c=count, r=runs: r.prefill(c, scale.pick(4096, 64)), scale, repeats=3)
+                for count in (short, long)
+            }
+        lines[form] = {"tok_per_s": rates, "long_over_short": rates[str(long)] / rates[str(short)]}
+        del runs
+    return {"lines": lines, "target_tok_per_s": 30000, "target_long_over_short": 0.85}
+
+
+def same_bits(scale: Any, found: Record, _: Any) -> Record:
+    """What equal bits cost: this backend's products against the fastest that the device's BLAS has."""
+    ops = ops_of(scale)
+    n, k = scale.pick((4096, 4096), (64, 64))
+    matrix = random_matrix(n, k, 0, ops)
+    dense = torch.randn(n, k, device=ops.device, dtype=ops.dtype)
+    lines: list[Record] = []
+    for rows in scale.pick((1, 16, 64, 512, 4096), (1, 20)):
+        x = torch.randn(rows, k, device=ops.device).to(ops.dtype)
+        own = graph_seconds(lambda x=x: [ops._matmul(x, matrix) for _ in range(8)], scale, 8)
+        free = graph_seconds(lambda x=x: [torch.nn.functional.linear(x, dense) for _ in range(8)], scale, 8)
+        lines.append({"rows": rows, "own_us": own * 1e6, "relaxed_us": free * 1e6, "cost": own / free - 1})
+    return {"lines": lines}
+
+
+def sampling(scale: Any, found: Record, _: Any) -> Record:
+    """Choosing tokens from logits that are on the device."""
+    import numpy as np
+
+    from bise.kernels.triton.sampling import sample
+
+    vocab = scale.pick(32768, 64)
+    settings = {"greedy": (0.0, 0, 1.0, 0.0), "draw": (0.8, 0, 1.0, 0.0), "top_p": (0.8, 0, 0.9, 0.0),
+                "top_k": (0.8, 40, 1.0, 0.0)}  # fmt: skip
+    lines: Record = {}
+    for rows in scale.pick((1, 64), (2,)):
+        logits = torch.randn(rows, vocab, device=scale.device)
+        for name, setting in settings.items():
+            parameters = np.array([(*setting, 0.5)] * rows)
+            seconds = seconds_of(lambda p=parameters, x=logits: sample(x, p, None), scale)
+            lines[f"{name} {rows}"] = seconds * 1e6
+    return {"us": lines}
+
+
+def peers(scale: Any, found: Record, _: Any) -> Record:
+    """transformers with a static cache, as it is and compiled: tokens per second at batch 1, bf16."""
+    try:
+        from transformers import MistralConfig, MistralForCausalLM, StaticCache
+    except ImportError as error:
+        return {"skipped": str(error)}
+    c = scale.pick(MISTRAL, TOY)
+    config = MistralConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, head_dim=c.head_dim,
+        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_context, sliding_window=None,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
+    with torch.device(scale.device), inference():
+        torch.set_default_dtype(dtype)
+        try:
+            model = MistralForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    cache = StaticCache(config=config, max_cache_len=scale.pick(1024, 64))
+    token = torch.ones((1, 1), dtype=torch.long, device=scale.device)
+    place = torch.tensor([scale.pick(512, 20)], device=scale.device)
+
+    def step(run: Any) -> object:
+        return run(token, past_key_values=cache, cache_position=place, use_cache=True).logits
+
+    lines: Record = {}
+    with torch.no_grad():
+        lines["static cache"] = 1 / seconds_of(lambda: step(model), scale)
+        if scale.device == "cuda":
+            compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            lines["static cache, compiled"] = 1 / seconds_of(lambda: step(compiled), scale)
+    return {"tok_per_s": lines}
+
+
+def spans(profiler: Any, on_device: bool) -> list[tuple[str, float, float]]:
+    """Return (name, start, end) in us of what ran on the device (of torch's own operations, without one)."""
+    found: list[tuple[str, float, float]] = []
+    for event in profiler.events():
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_device:
+            found.append((event.name, event.time_range.start, event.time_range.end))
+    return sorted(found, key=lambda span: span[1])
+
+
+def profile(scale: Any, found: Record, _: Any) -> Record:
+    """One decoded step as the device saw it: launches and time of each kernel, and the time between them."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler_of
+
+    on_device = scale.device == "cuda"
+    runs = Runs(
+        scale.pick(MISTRAL, TOY), 4, ops_of(scale), rows=1, context=scale.pick(1024, 64), kv=kv_of(scale)
+    )
+    position = scale.pick(512, 40)
+    with inference():
+        runs.decode(position, 1)
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
+        with profiler_of(activities=activities) as profiler:
+            runs.decode(position, 1)
+            if on_device:
+                torch.cuda.synchronize()
+    kernels: dict[str, Record] = {}
+    between, last = 0.0, None
+    for name, begin, end in spans(profiler, on_device):
+        entry = kernels.setdefault(name[:60], {"launches": 0, "us": 0.0})
+        entry["launches"] += 1
+        entry["us"] += end - begin
+        if last is not None:
+            between += max(0.0, begin - last)
+        last = end if last is None else max(last, end)
+    busy = sum(entry["us"] for entry in kernels.values())
+    return {"kernels": kernels, "busy_us": busy, "between_us": between,
+            "launches": sum(entry["launches"] for entry in kernels.values())}  # fmt: skip
+
+
+def start(scale: Any, found: Record, arguments: Any) -> Record:
+    """From the start of a program to its first token, with the model's files in the page cache."""
+    if arguments.model is None:
+        return {"skipped": "needs --model DIR", "target_seconds": 10}
+    command = [
+        sys.executable, "-m", "bise", "generate", str(arguments.model), "Hello", "--max-tokens", "1",
+        "--device", scale.device,
+    ]  # fmt: skip
+    times: list[float] = []
+    for _ in range(2):  # the first one fills the page cache
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return {"cold_seconds": times[0], "seconds": times[1], "target_seconds": 10}
+
+
+SECTIONS: dict[str, Callable[..., Record]] = {
+    section.__name__: section
+    for section in (
+        bandwidth,
+        kernels,
+        decode,
+        window,
+        batch,
+        prefill,
+        same_bits,
+        sampling,
+        profile,
+        peers,
+        start,
+    )
+}

@@ -1,0 +1,51 @@
+"""How many rows, warps and stages a matrix product gets: a table, not a search at start.
+
+Nothing here changes a result: columns are summed in the order that the weight's shape gives. The numbers come
+from arithmetic on bytes in flight, registers and instructions (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bise.kernels.triton.tiles import Tiles
+
+_PROCESSORS = 132
+"""Multiprocessors of a large GPU; fewer only means that programs queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Shape of a program of the matrix kernel."""
+
+    rows: int
+    """Rows (or slots) of a program."""
+    warps: int
+    stages: int
+    """Steps whose loads are under way at once."""
+    apart: bool
+    """Ranges of columns go side by side, each to its own program."""
+    two_blocks: bool
+    """A program computes 128 outputs instead of 64."""
+
+
+_TABLE = (
+    # most slots, rows, warps, stages, two blocks
+    (16, 16, 4, 4, False),
+    (32, 32, 4, 4, False),
+    (64, 64, 4, 3, False),
+    (256, 64, 4, 3, True),
+    (1 << 62, 128, 8, 3, True),
+)
+
+
+def launch_of(num_slots: int, weight: Tiles, *, is_pair: bool, single: bool = False) -> Launch:
+    """Return the launch for a number of slots; with `single` each slot is a program."""
+    if single:
+        _, rows, warps, stages, _ = _TABLE[0]
+        return Launch(rows, warps, stages, apart=True, two_blocks=False)
+    rows, warps, stages, two = next(entry[1:] for entry in _TABLE if num_slots <= entry[0])
+    parts = -(-num_slots // rows)
+    blocks = weight.num_blocks if is_pair or not two else -(-weight.num_blocks // 2)
+    apart = blocks * parts < 2 * _PROCESSORS
+    return Launch(rows, warps, stages, apart=apart, two_blocks=two and not apart and not is_pair)
