@@ -35,12 +35,19 @@ def learned(step_s: float, row_s: float, prompt_s: float) -> Pace:
     return pace
 
 
-@pytest.mark.parametrize("machine", [(0.3e-3, 0.15e-3, 0.05e-3), (0.1, 0.02, 0.02), (0.01, 1e-5, 2e-5)])
+@pytest.mark.parametrize("machine", [(0.3e-3, 0.15e-3, 0.05e-3), (0.1, 0.02, 0.02), (0.01, 3e-5, 2e-5)])
 def test_the_price_of_a_step_and_of_a_row_is_learned_from_steps_of_all_kinds(machine):
     step_s, row_s, prompt_s = machine
     prices = learned(*machine).prices
     assert prices.step == pytest.approx(step_s / prompt_s, rel=0.1)
     assert prices.row == pytest.approx(row_s / prompt_s, rel=0.1)
+
+
+def test_before_several_sequences_decoded_a_row_is_taken_for_half_of_a_single_step():
+    pace = Pace(0.25)
+    for num_prompt, num_decoded in [(100, 0), (0, 1)] * 30:
+        pace.observe(num_prompt, num_decoded, 0.004 + 0.001 * num_prompt)
+    assert pace.prices == pytest.approx((2, 2), rel=0.1)
 
 
 def test_a_step_is_no_longer_than_what_makes_its_own_price_small():

@@ -35,8 +35,8 @@ class Prices(NamedTuple):
     """A token of a sequence that decodes: its attention, its logits, its choice."""
 
 
-PRICES = Prices(step=16.0, row=1.0)
-"""Before any were measured."""
+PRICES = Prices(step=5.0, row=2.0)
+"""Before any were measured: about what they are on a processor."""
 
 
 class Pace:
@@ -83,15 +83,16 @@ class Pace:
         others = self._single_s.value + self._row_s.value * (num_decoded - 1)
         if num_prompt >= max(MIN_TOKENS, MOSTLY * num_decoded):
             self._prompt_s.add(max(seconds - others, seconds / 100) / num_prompt)
-        elif num_decoded > 1 and self._single_s.count:
-            others = self._single_s.value + self._prompt_s.value * num_prompt
-            self._row_s.add(max(seconds - others, 0.0) / (num_decoded - 1))
-        elif not num_prompt:
+        elif num_decoded == 1 and not num_prompt:
             self._single_s.add(seconds)
+        elif not num_prompt and self._single_s.count:
+            self._row_s.add(max(seconds - self._single_s.value, seconds / 100) / (num_decoded - 1))
 
     def _measured(self) -> Prices | None:
-        if not (self._prompt_s.count and self._row_s.count and self._single_s.count):
+        if not (self._prompt_s.count and self._single_s.count):
             return None
-        single_s, row_s = self._single_s.value, self._row_s.value
+        single_s = self._single_s.value
+        # A token that is decoded is computed like one of a prompt, and then chosen.
+        row_s = max(self._row_s.value if self._row_s.count else single_s / 2, self._prompt_s.value)
         step_s = max(single_s - row_s, single_s / 2)  # a busy machine makes rows look dear
         return Prices(step_s / self._prompt_s.value, row_s / self._prompt_s.value)

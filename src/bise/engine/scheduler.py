@@ -9,8 +9,8 @@ all of its blocks and is computed again later, as far as they did not stay in th
 to a running sequence before it that must grow; to a waiting one of a better level; and to a waiting one of a
 tenant that would still run no more sequences than its own tenant keeps. The eldest running sequence of the
 best level never gives way, so everyone finishes. A step that brings somebody's first token is kept short:
-what tenants with more sequences than theirs get in it takes half as long as the rest, whether they bring
-prompts or decode. Nobody who decodes is left out of two steps in a row.
+what tenants with more sequences than theirs get in it takes a quarter of the time of the rest, whether they
+bring prompts or decode. Nobody who decodes is left out of two steps in a row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bise.engine.pace import PRICES, Prices
 from bise.engine.sequence import Sequence, Status
 from bise.errors import ConfigError
 
-SPARE = 0.5
+SPARE = 0.25
 """What those who ask for more may cost a step that brings a first token, of what it costs without them."""
 
 

@@ -201,15 +201,18 @@ class Limits:
     def _state(self, session: Session, key: KeyInfo, now: float, *, is_whole: bool = False) -> _State:
         """Return what the key holds and has used; forgets what no limit counts any more.
 
-        A key may have thousands of requests open: the database adds them up, and the last minute's are read
-        one by one only where a limit, or `is_whole`, asks for them.
+        A key may have thousands of requests open: the database adds them up, the last minute's alone are read
+        one by one, and all of it only where a limit, or `is_whole`, asks for it.
         """
         held = ReservationRecord
         # A time ahead of now was written before the clock was set back; it would block the key till then.
         is_recent = (held.at > now - MINUTE_S) & (held.at <= now + MINUTE_S)
         session.execute(delete(held).where(held.key_id == key.id, ~held.is_open, ~is_recent))
-        num_open, open_tokens, open_cost = _take_stock(session, key, now)
         limits = key.limits
+        counts_spend = is_whole or limits.tokens_per_day is not None or limits.money_per_month is not None
+        num_open, open_tokens, open_cost = 0, 0, Decimal(0)
+        if counts_spend or limits.concurrency is not None:
+            num_open, open_tokens, open_cost = _take_stock(session, key, now)
         recent: list[tuple[float, int]] = []
         if is_whole or limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
             found = session.execute(
@@ -218,8 +221,9 @@ class Limits:
                 .order_by(held.at, held.id)
             )
             recent = [(at, tokens) for at, tokens in found]
-        day, month = periods(now)
-        spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in (day, month))
+        spend_day = spend_month = None
+        if counts_spend:
+            spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in periods(now))
         return _State(
             key=key,
             now=now,
@@ -232,7 +236,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _State:
-    """What a key has in use at one moment."""
+    """What a key has in use at one moment, as far as its limits ask."""
 
     key: KeyInfo
     now: float
