@@ -126,12 +126,13 @@ class _Stream(asyncio.Protocol):
                     self._answer.pieces.append((now, text))
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> bytes:
-    """Return the bytes of a request."""
+def post(url: str, path: str, body: dict[str, Any], key: str | None = None) -> bytes:
+    """Return the bytes of a request, made with an API key where one is given."""
     data = json.dumps(body).encode()
+    authorization = "" if key is None else f"authorization: Bearer {key}\r\n"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(data)}\r\nconnection: close\r\n\r\n"
+        f"{authorization}content-length: {len(data)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + data
 

@@ -8,6 +8,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import click
 import pytest
 
 STATIC = Path(__file__).parents[2] / "src" / "bise" / "server" / "static"
@@ -44,13 +45,41 @@ def test_what_belongs_to_the_terminal_does_not_go_with_web(cli, option):
     assert "does not go with --web" in result.error_lines[0]
 
 
-def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path):
-    from bise.cli.serve import _specs, command
+@pytest.fixture
+def values():
+    """What `bise serve` hands on when no option is given."""
+    from bise.cli.serve import command
 
     values = dict.fromkeys(param.name for param in command.params)
-    values |= {"aliases": (), "adapters": (), "quant": "auto", "kv": "auto", "sequences": 2}
-    values |= {"device": "cpu", "dtype": "auto"}
+    values |= {"aliases": (), "adapters": (), "drafts": (), "quant": "auto", "kv": "auto", "sequences": 2}
+    return values | {"device": "cpu", "dtype": "auto"}
+
+
+def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path, values):
+    from bise.cli.serve import _specs
+
     (spec,) = _specs((None,), values | {"prefix_cache": str(tmp_path), "swap": 0.5})
     assert (spec.prefix_cache_dir, spec.swap_bytes) == (tmp_path, 2**29)
     (plain,) = _specs((None,), values)
     assert (plain.prefix_cache_dir, plain.swap_bytes) == (None, 0)
+
+
+def test_serve_gives_each_model_the_draft_model_that_is_named_for_it(tmp_path, values):
+    from bise.cli.serve import _specs
+
+    one, two, small = (tmp_path / name for name in ("one", "two", "small"))
+    for path in (one, two, small):
+        path.mkdir()
+    models = (str(one), str(two))
+    specs = _specs(models, values | {"drafts": (str(small),)})
+    assert [spec.draft for spec in specs] == [small, None]
+    specs = _specs(models, values | {"drafts": (f"two={small}",)})
+    assert [spec.draft for spec in specs] == [None, small]
+    for drafts, reason in [
+        ((f"three={small}",), "names a model that is not served: three"),
+        (("one=",), "needs [MODEL=]DRAFT"),
+        ((str(small), f"one={small}"), "one can have one draft model, got 2"),
+    ]:
+        with pytest.raises(click.UsageError) as caught:
+            _specs(models, values | {"drafts": drafts})
+        assert reason in str(caught.value)
