@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("bise._native", reason="the native extension is not built")
 
 from bise.engine import load
-from bise.engine.load import DraftSource, load_model
+from bise.engine.load import DraftSource, load_model, load_text
 from bise.engine.memory import checked_kv_format, memory_need
 from bise.engine.payoff import Payoff
 from bise.engine.request import Request, SamplingParams
@@ -65,7 +65,8 @@ def test_a_model_with_another_vocabulary_is_refused_in_one_line(tmp_path):
 
 def test_the_plan_counts_the_draft_models_weights_keys_and_values(monkeypatch):
     path = resolve(None)
-    source, guessing = open_model(path), DraftSource.open(path)
+    source = open_model(path)
+    guessing = DraftSource.open(path, load_text(source)[0])
     own = memory_need(source, "auto", context=128, kv_format=checked_kv_format("auto", "auto"))
     enough = own.weights + own.kv + own.scratch + guessing.weight_bytes + guessing.working_bytes(128, 1)
     assert guessing.working_bytes(128, 1) > own.kv
