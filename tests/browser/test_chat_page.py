@@ -216,6 +216,21 @@ def test_the_keyboard_does_everything(site, visit):
     assert page.get_by_role("article").count() == 0
 
 
+def test_the_first_stop_of_the_tab_key_leads_past_the_list_and_dialogs_give_the_focus_back(site, visit):
+    page = visit(site.url)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("Tab")
+    skip = page.get_by_role("link", name="Skip to the question")
+    expect(skip).to_be_focused()
+    expect(skip).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("textbox", name="Message")).to_be_focused()
+    settings = page.get_by_role("button", name="Settings")
+    settings.click()
+    page.get_by_role("dialog", name="Settings").get_by_role("button", name="Close").click()
+    expect(settings).to_be_focused()
+
+
 def test_enter_in_an_input_method_does_not_send(site, visit):
     page = visit(site.url)
     field = page.get_by_role("textbox", name="Message")

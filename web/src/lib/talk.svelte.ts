@@ -260,7 +260,7 @@ class Talk {
       );
       if (!made) return;
       this.saveDraft('');
-      await this.open(made.conversation.id);
+      await this.open(made.conversation.id, !this.isTemporary);
       if (!this.isTemporary) library.put(made.conversation);
       this.saveDraft(draft);
     });

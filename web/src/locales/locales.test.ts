@@ -18,6 +18,16 @@ describe.each(Object.entries({ fr, de, es, it: it_ }))('%s', (_, words: Record<s
   });
 });
 
+const texts = import.meta.glob<string>('./*.json', { query: '?raw', import: 'default', eager: true });
+
+describe.each(Object.entries(texts))('%s', (_, text) => {
+  it('says nothing twice: of two equal keys the first would be lost', () => {
+    const keys = [...text.matchAll(/^ {2}"(\w+)":/gm)].map(([, key]) => key);
+    expect(keys.length).toBeGreaterThan(200);
+    expect(new Set(keys).size).toBe(keys.length);
+  });
+});
+
 describe('English', () => {
   it('has no key that nobody uses', () => {
     const code = Object.values(files).join('\n');
