@@ -74,6 +74,9 @@ LIBRECHAT = {
 }
 
 
+DEEP = json.loads("[" * 300 + "]" * 300)
+
+
 def imported(document, storage=None):
     storage = storage or Memory()
     report = import_file(storage, "ana", io.BytesIO(json.dumps(document).encode()))
@@ -115,6 +118,10 @@ def test_what_goes_out_comes_back_the_same():
         ({"conversationId": "c", "messages": [{"text": "x"}]}, "no messageId"),
         ({"conv": {}, "messages": [{"id": 1, "role": "user", "content": "x"}] * 2}, "have the same id"),
         ({"chat": {"history": {"messages": {"a": {"role": 3}}}}}, "role is 3"),
+        (
+            {"format": "bise-conversation-1", "messages": [{"id": "a", "role": "user", "parts": [DEEP]}]},
+            "deeply",
+        ),
     ],
 )
 def test_one_bad_conversation_is_named_and_the_others_are_kept(bad, reason):
@@ -233,7 +240,8 @@ def test_what_is_no_json_is_refused_however_the_file_is_cut(monkeypatch, content
         (b"no json", "is no JSON"),
         (b"[]", "has no conversation"),
         (b"\xff\xfe", "is no UTF-8"),
-        (b"[" * 100_000, "nested too deeply|no JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"\\u0000": ' * 950 + b"1" + b"}" * 950, "nested too deeply|is of no known form"),
         (b"PK\x03\x04 damaged", "archive is damaged"),
     ],
 )

@@ -37,6 +37,12 @@ def test_words_are_found_without_accents_and_case_and_while_they_are_typed(datab
     assert "été" in found.snippet
 
 
+@pytest.mark.parametrize("query", ["Straße", "STRASSE", "straß", "die strasse"])
+def test_sharp_s_and_two_are_the_same(database, query):
+    wanted, _, _ = asked(database, "Die Straße nach Sion")
+    assert [found.id for found in Conversations(database).search("ana", query).found] == [wanted]
+
+
 def test_a_title_ranks_before_a_text_and_deleted_ones_are_not_found(database):
     conversations = Conversations(database)
     in_text, _, _ = asked(database, "the wind and the wind and the wind")

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -17,7 +18,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, or_, select, text
 from sqlalchemy.orm import Session
 
 from bise.assistant.storage import Storage, new_id
-from bise.assistant.wording import check_storable, folded
+from bise.assistant.wording import check_storable, folded, words_of
 from bise.errors import NotFoundError, RequestError, quoted
 from bise.store.chat_schema import ConversationRecord, MessageRecord
 from bise.store.schema import JsonObject
@@ -213,14 +214,14 @@ class Conversations:
         Case and accents do not count. Best matches first, each with a snippet of its best message; `cursor`
         is that of the page before.
         """
-        words = re.findall(r"\w+", folded(query))
+        words = words_of(query)
         first = 0 if cursor is None else _read_place(cursor)
         if not words:
             return Matches((), None)
         with self._storage.reading() as session:
             postgres = session.get_bind().dialect.name == "postgresql"
             statement = _SEARCH_POSTGRES if postgres else _SEARCH_SQLITE
-            match = " & ".join(words) + ":*" if postgres else " ".join(f'"{word}"' for word in words) + "*"
+            match = " & ".join(words) + ":*" if postgres else _match_sqlite(query)
             binds = {"match": match, "owner": owner, "most": limit + 1, "first": first}
             if postgres:
                 binds["word"] = words[0]
@@ -259,6 +260,18 @@ SELECT conversation_id, snippet FROM (
 ) AS best
 ORDER BY is_title DESC, score DESC, conversation_id LIMIT :most OFFSET :first
 """
+
+
+def _match_sqlite(query: str) -> str:
+    """Return a query for FTS5: all words, the last one unfinished. Its index keeps `ß`, folded it is `ss`."""
+    found: list[str] = []
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", query)) or words_of(query)
+    for number, word in enumerate(words, 1):
+        plain = folded(word)
+        forms = dict.fromkeys((word, plain, plain.replace("ss", "ß")))
+        end = "*" if number == len(words) else ""
+        found.append("(" + " OR ".join(f'"{form}"{end}' for form in forms) + ")")
+    return " AND ".join(found)
 
 
 def _read_place(cursor: str) -> int:

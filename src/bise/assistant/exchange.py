@@ -119,8 +119,7 @@ def import_file(storage: Storage, owner: str, file: IO[bytes]) -> Report:
                 _take(storage, owner, number, conversation_of(entry), report)
             except (BadError, RequestError) as error:
                 faults += 1
-                title = quoted(text_of(object_of(entry).get("title")), 40)
-                report.skip(f"conversation {number} ({title}): {error}")
+                report.skip(f"conversation {number} ({quoted(_title_of(entry), 40)}): {error}")
     except BrokenFileError as error:
         if not report.conversations:
             raise
@@ -130,6 +129,13 @@ def import_file(storage: Storage, owner: str, file: IO[bytes]) -> Report:
     if faults and not report.conversations:
         raise RequestError(f"{report.skipped[0]}; nothing was imported", field="file")
     return report
+
+
+def _title_of(entry: Any) -> str:
+    """Return what a conversation is called, wherever its form has that."""
+    known = object_of(entry)
+    inner = [object_of(known.get("chat")).get("title"), object_of(known.get("conv")).get("name")]
+    return next((text for text in map(text_of, [known.get("title"), *inner]) if text), "")
 
 
 def _take(storage: Storage, owner: str, number: int, found: Imported, report: Report) -> None:

@@ -19,7 +19,7 @@ PIECE = 1 << 20
 """Bytes read at a time."""
 MAX_VALUE = 64 << 20
 """Characters of one conversation."""
-MAX_UNPACKED = 4 << 30
+MAX_UNPACKED = 1 << 30
 """Bytes of all conversations in an archive."""
 KNOWN = "known are exports of bise, ChatGPT, open-webui, LibreChat and llama.cpp"
 _NEAR_END = 16
@@ -54,8 +54,6 @@ def entries(file: IO[bytes]) -> Iterator[Any]:
                 with archive.open(info) as part:
                     yield from _sessions(_values(part))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, RecursionError):
-            raise
         raise BrokenFileError("the archive is damaged or asks for a password", field="file") from error
 
 
@@ -134,6 +132,8 @@ class _Text:
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
+                if _SUSPECT.search(self._text, self._at, end):
+                    value = _clean(value)
             except json.JSONDecodeError as error:
                 may_go_on = error.msg.startswith("Unterminated string") or (
                     error.pos >= len(self._text) - _NEAR_END
@@ -144,8 +144,8 @@ class _Text:
                 raise BrokenFileError("the file is nested too deeply", field="file") from error
             else:
                 if end < len(self._text) or self._is_over:
-                    start, self._at = self._at, end
-                    return _clean(value) if _SUSPECT.search(self._text, start, end) else value
+                    self._at = end
+                    return value
             pending = len(self._text) - self._at
             if pending > MAX_VALUE:
                 raise _broken(f"a conversation is larger than {MAX_VALUE >> 20} MiB")

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 Json = Mapping[str, Any]
 
+MAX_DEPTH = 64
+"""Of values that are kept as they are."""
 SHOWN = {"pictures": "[picture]", "recordings": "[recording]", "files": "[file]"}
 """What stands for something that could not be taken along, where a message has nothing else."""
 
@@ -77,13 +79,27 @@ def thought_part(text: str, seconds: Any = None) -> dict[str, Any]:
 
 
 def call_part(name: Any, arguments: Any) -> dict[str, Any]:
-    """Return what a model asked of a tool."""
+    """Return what a model asked of a tool. Raises BadError for arguments without a bottom."""
+    check_depth(arguments)
     return {"type": "tool_call", "name": text_of(name) or "tool", "arguments": arguments}
 
 
 def result_part(name: Any, text: str) -> dict[str, Any]:
     """Return what a tool answered."""
     return {"type": "tool_result", "name": text_of(name) or "tool", "text": text}
+
+
+def check_depth(value: Any) -> None:
+    """Raise BadError for a value that is nested more than any export is: no database would take it."""
+    waiting = [(value, 0)]
+    while waiting:
+        inner, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise BadError("is nested too deeply")
+        if isinstance(inner, dict):
+            waiting += [(part, depth + 1) for part in cast("dict[str, Any]", inner).values()]
+        elif isinstance(inner, list):
+            waiting += [(part, depth + 1) for part in cast("list[Any]", inner)]
 
 
 def object_of(value: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from bise.assistant.imported import (
     Json,
     Turn,
     call_part,
+    check_depth,
     list_of,
     object_of,
     result_part,
@@ -65,6 +66,7 @@ def conversation_of(entry: Any) -> Imported:
 
 
 def _from_bise(entry: Json) -> Imported:
+    check_depth(entry)
     found = Imported(
         text_of(entry.get("title")),
         leaf=text_or_none(entry.get("leaf")),
