@@ -61,6 +61,7 @@ def test_a_type_that_the_device_does_not_compute_is_one_line(cli, home, monkeypa
         (("--dtype", "f32", "--gpu-layers", "9"), "gpu-layers must be from 1 to 6"),
         (("--dtype", "f32", "--offload", "compute", "--device-memory", "1MB"), "this model is none"),
         (("--dtype", "f32", "--device-memory", "1MB", "--offload", "none"), "on cpu, where 0.0 GiB are free"),
+        (("--dtype", "f32", "--receipt", "r.json"), "--receipt is for bise's own kernels"),
         (("--dtype", "f32", "--kv", "q16"), "kv must be one of auto, f32, f16, bf16 on cpu"),
     ],
 )

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from bise.engine.device import make_ops, place_weights
 from bise.engine.fleet import Fleet
 from bise.engine.load import load_model
 from bise.engine.model_spec import AdapterSpec, ModelSpec
 from bise.engine.placement import Placement
 from bise.engine.request import Request, SamplingParams
 from bise.engine.split import Sizes, Split
-from bise.errors import MemoryPlanError
+from bise.errors import MemoryPlanError, ModelFileError
 from bise.model.checkpoint import open_model
 from bise.server.metrics import Metrics
 
@@ -124,6 +125,29 @@ def test_experts_are_told_at_the_command_line_and_to_prometheus(mixture, capsys)
     _, loaded = answer(mixture, placement)
     page = Metrics().page({"m": loaded}).decode()
     assert f'bise_experts_wanted{{model="m"}} {float(loaded.expert_counts().wanted)}' in page
+
+
+@pytest.mark.parametrize("quant", ["none", "bf16"])
+def test_floats_reach_a_device_as_they_are_stored_without_a_cache(tmp_path, monkeypatch, quant):
+    source = open_model(sized.write(tmp_path, MIXTURE))
+    ops = make_ops(Placement("cpu", "bf16"))
+    monkeypatch.setattr("bise.model.stream.CACHE_MINIMUM_BYTES", 0)
+    direct = place_weights(source, quant, ops, Split(), 1, None)
+    assert not (tmp_path / "home").exists()
+    monkeypatch.setattr("bise.engine.device.has_rows", lambda source, quant: False)
+    packed = place_weights(source, quant, ops, Split(), 1, None)
+    assert direct.keys() == packed.keys()
+    assert all(torch.equal(direct[name], packed[name]) for name in direct)
+
+
+def test_a_float_that_is_none_is_refused_on_its_way_to_a_device(tmp_path):
+    path = sized.write(tmp_path, DENSE)
+    file = path / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-2:] = b"\xc0\x7f"  # NaN, the last value of the head
+    file.write_bytes(raw)
+    with pytest.raises(ModelFileError, match="output has a value that is NaN"):
+        load_model(path, quant="bf16", context=64, threaded=False, placement=WHOLE)
 
 
 def write_adapter(path: Path) -> Path:

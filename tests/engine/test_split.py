@@ -10,6 +10,7 @@ from bise.engine.memory import packed_formats
 from bise.engine.placement import Placement
 from bise.engine.split import Chooser, Rates, Sizes, Split
 from bise.errors import ConfigError, MemoryPlanError
+from bise.kernels.panels import device_bytes
 from bise.plan import known_shape, shape_source
 
 GIB = 1 << 30
@@ -26,8 +27,10 @@ def plan(name="mistral-7b", *, offload="auto", layers=None, **changes):
 
 
 def four_bits(name):
-    source = known_shape(name)
-    return DEVICE_BITS[packed_formats(source, "q4")["layers.0.wq"]]
+    packed_format = packed_formats(known_shape(name), "q4")["layers.0.wq"]
+    if packed_format not in DEVICE_BITS:
+        return device_bytes(packed_format, 64, 4096, float_bytes=2, is_tiled=True) / (64 * 4096 / 8)
+    return DEVICE_BITS[packed_format]
 
 
 def small(**changes):

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,13 +21,15 @@ from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, gibibytes, w
 from bise.errors import ConfigError
 from bise.kernels import Array, Weight
 from bise.kernels.cpu import Bytes, CpuOps, arena, read_rate
-from bise.model.pack import Progress, Slot
+from bise.model.pack import Progress, Slot, not_finite
 from bise.model.source import ModelSource
-from bise.model.stream import stream_packed
+from bise.model.stream import has_rows, stream_packed, stream_rows
 
 if TYPE_CHECKING:
     from bise.kernels.split import SplitOps
     from bise.kernels.torch import TorchOps
+
+_Item = TypeVar("_Item")
 
 HEADROOM = 512 << 20
 """Device memory left to the driver, the compiled kernels and the allocator's rounding."""
@@ -218,29 +221,47 @@ def place_weights(
     time in RAM: one on its way, and the next one, read meanwhile. A head that is the embeddings too has a
     second form, `output`, where the two are apart.
     """
-    from bise.kernels.experts import hold, staging
+    from bise.kernels.experts import hold
 
-    device: Any = device_ops(ops)
-    host = CpuOps(threads)
+    device, host = device_ops(ops), CpuOps(threads)
     found: dict[str, Weight | Array] = {}
+    for slot, panels, weight in _weights(source, quant, device, host, split, progress):
+        place = split.place(slot.name)
+        if place == "held":
+            found[slot.name] = hold(weight(), split.experts[int(slot.name.split(".")[1])])
+            continue
+        found[slot.name] = weight() if place == "device" else _from_panels(host, slot, panels)
+        if slot.name == "tok_embeddings" and place == "host" and source.config.tied_embeddings:
+            found["output"] = weight()
+        del panels, weight  # not kept while the next one is waited for
+    return found
+
+
+def _weights(
+    source: ModelSource, quant: str, device: TorchOps, host: CpuOps, split: Split, progress: Progress | None
+) -> Generator[tuple[Slot, Bytes, Callable[[], Weight | Array]]]:
+    """Yield the slot of every weight, its panels, and what brings it to the device.
+
+    Floats that stay floats need no panels there: rows go as they are stored, and no cache is made of them.
+    """
+    from bise.kernels.experts import staging
+
+    if split.mode in ("none", "copy") and has_rows(source, quant):
+        for slot, stored, rows in _read_ahead(stream_rows(source, quant, progress)):
+            yield slot, rows, partial(_from_rows, device, source, slot, stored, rows)
+            del rows
+        return
 
     def allocate(slot: Slot) -> Bytes:
         is_kept = split.place(slot.name) == "host"
         return arena(slot.size_bytes) if is_kept else staging(slot.size_bytes, device.device)
 
     for slot, panels in _read_ahead(stream_packed(source, quant, host, progress, allocate)):
-        place = split.place(slot.name)
-        if place == "held":
-            layer = int(slot.name.split(".")[1])
-            found[slot.name] = hold(_weight(device, slot, panels), split.experts[layer])
-            continue
-        found[slot.name] = _weight(host if place == "host" else device, slot, panels)
-        if slot.name == "tok_embeddings" and place == "host" and source.config.tied_embeddings:
-            found["output"] = _weight(device, slot, panels)
-    return found
+        yield slot, panels, partial(_from_panels, device, slot, panels)
+        del panels
 
 
-def _read_ahead(weights: Generator[tuple[Slot, Bytes]]) -> Generator[tuple[Slot, Bytes]]:
+def _read_ahead(weights: Generator[_Item]) -> Generator[_Item]:
     """Yield weights, the next one being read or packed in a thread while the caller has the one before."""
     with closing(weights), ThreadPoolExecutor(1, thread_name_prefix="bise-weights") as reader:
         coming = reader.submit(next, weights, None)
@@ -257,7 +278,19 @@ def device_ops(ops: TorchOps | SplitOps) -> TorchOps:
     return ops.device if isinstance(ops, SplitOps) else ops
 
 
-def _weight(ops: Any, slot: Slot, panels: Bytes) -> Weight | Array:
+def _from_panels(ops: Any, slot: Slot, panels: Bytes) -> Weight | Array:
     if len(slot.shape) == 1:
         return ops.vector(panels.view(np.float32))
     return ops.packed(slot.packed_format, *slot.shape, panels)
+
+
+def _from_rows(ops: TorchOps, source: ModelSource, slot: Slot, stored: str, rows: Bytes) -> Weight | Array:
+    """Return a weight of floats on the device; ModelFileError when its format cannot hold a value of it."""
+    import torch
+
+    from bise.kernels.grouped import FLOATS
+
+    values = torch.as_tensor(rows).to(ops.device).view(FLOATS[stored]).view(slot.shape)
+    if not bool(torch.isfinite(values.to(FLOATS[slot.packed_format])).all()):
+        raise not_finite(source, slot)
+    return ops.vector(values) if len(slot.shape) == 1 else ops.floats(slot.packed_format, values)

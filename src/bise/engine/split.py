@@ -206,7 +206,8 @@ class Sizes:
         feed_forward = slots * ((8 + few) * config.hidden_dim + 4 * config.dim)
         splits = sequences * -(-context // SPLIT_SIZE) * config.q_dim * 4
         step = rows * (8 + few) * config.dim + max(attention + splits, feed_forward)
-        logits = 2 * 4 * config.vocab_size * max(sequences, 64)  # prompts are scored 64 rows at a time
+        # Twice as many sequences have a seat; prompts are scored 64 rows at a time.
+        logits = 2 * 4 * config.vocab_size * max(2 * sequences, 64)
         unpacked = 0 if self._placement.is_tiled else _PLAIN_VALUE_BYTES * self._most_unpacked
         return 2 * (step + logits) + unpacked
 

@@ -74,7 +74,11 @@ class TorchOps:
         panels = torch.as_tensor(memory).to(self.device)
         if packed_format in PANEL_FORMATS:
             return unpack_panels(packed_format, num_rows, num_columns, panels)
-        return unpack_floats(packed_format, num_rows, num_columns, panels).to(self.dtype)
+        return self.floats(packed_format, unpack_floats(packed_format, num_rows, num_columns, panels))
+
+    def floats(self, packed_format: str, matrix: Tensor) -> TorchWeight:
+        """Return a float matrix [N, K] as `packed` would return it from panels of a float format."""
+        return matrix.to(FLOATS[packed_format]).to(self.dtype)
 
     def pages(self, num_blocks: int, num_kv_heads: int, head_dim: int, kv_format: str) -> TorchPages:
         """See `Ops.pages`; float64 keeps K and V in float64 whatever the format."""

@@ -197,7 +197,7 @@ def pack_tensor(
     if len(slot.shape) == 1:
         values = tensor.floats(0, slot.shape[0])
         if not np.isfinite(values).all():
-            raise _not_finite(source, slot)
+            raise not_finite(source, slot)
         out[:] = values.view(np.uint8)
         return
     num_rows, num_columns = slot.shape
@@ -221,10 +221,11 @@ def pack_tensor(
             else:
                 fine = ops.pack_blocks(_IQ4_NL, blocks, num_columns, target)
         if not fine:
-            raise _not_finite(source, slot)
+            raise not_finite(source, slot)
 
 
-def _not_finite(source: ModelSource, slot: Slot) -> ModelFileError:
+def not_finite(source: ModelSource, slot: Slot) -> ModelFileError:
+    """Return the error of a weight with a value that its format cannot hold."""
     return ModelFileError(
         f"{source.path}: weight {slot.name} has a value that is NaN, infinite or too large for "
         f"{slot.packed_format}; the file is damaged, fetch it again",

@@ -7,8 +7,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
+
 from bise.errors import ModelFileError
+from bise.formats import FORMATS
 from bise.kernels.cpu import Bytes, CpuOps, arena
+from bise.kernels.panels import FLOAT_FORMATS
 from bise.model.pack import PackPlan, Progress, Slot, pack_tensor, plan_packing
 from bise.model.packed import (
     CACHE_MINIMUM_BYTES,
@@ -62,6 +66,36 @@ def stream_packed(
     except OSError:
         writer = None
     yield from _made(source, plan, ops, progress, writer)
+
+
+def has_rows(source: ModelSource, quant: str) -> bool:
+    """Return True when every matrix is stored as floats and stays so: then a device needs no panels of it,
+    and no cache of them.
+    """
+    return source.kind != "packed" and all(
+        slot.packed_format in FLOAT_FORMATS and not FORMATS[source.tensors[slot.name].format].is_quantised
+        for slot in plan_packing(source, quant).slots
+    )
+
+
+def stream_rows(
+    source: ModelSource, quant: str, progress: Progress | None = None
+) -> Generator[tuple[Slot, str, Bytes]]:
+    """Yield (slot, float format, rows [N, bytes]) of every weight: a matrix as it is stored where that is the
+    slot's format, all else in f32. Values are not checked: NaN and infinity come as they are.
+    """
+    done, total = 0, sum(tensor.size_bytes for tensor in source.tensors.values())
+    for slot in plan_packing(source, quant).slots:
+        tensor = source.tensors[slot.name]
+        stored = tensor.format.lower()
+        if stored == slot.packed_format and len(slot.shape) == 2:
+            yield slot, stored, tensor.raw(0, slot.shape[0])
+        else:
+            rows = np.ascontiguousarray(tensor.floats(0, slot.shape[0]))
+            yield slot, "f32", rows.reshape(slot.shape[0], -1).view(np.uint8)
+        done += tensor.size_bytes
+        if progress is not None:
+            progress("reading weights", done / max(total, 1))
 
 
 def _read(

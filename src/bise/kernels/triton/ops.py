@@ -91,7 +91,9 @@ class TritonOps(TorchOps):
 
     def floats(self, packed_format: str, matrix: Tensor) -> Tiles:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `TorchOps.floats`; float32 stays."""
-        return tile(matrix.float() if packed_format == "f32" else matrix.to(FLOATS[packed_format]).to(self.dtype))
+        return tile(
+            matrix.float() if packed_format == "f32" else matrix.to(FLOATS[packed_format]).to(self.dtype)
+        )
 
     def together(self, weights: Sequence[Tiles]) -> list[Tiles]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `Ops.together`: neighbours of one format become one matrix, of which they are views then."""
