@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -138,10 +136,3 @@ class Runs:
             hidden = self.model.forward(self.batch(low + size, size, 1), self.cache)
         assert hidden is not None
         self.model.logits(hidden[-1:])
-
-
-@contextmanager
-def inference() -> Iterator[None]:
-    """Compute without gradients."""
-    with torch.inference_mode():
-        yield

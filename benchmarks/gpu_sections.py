@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_models import MISTRAL, MIXTRAL, TOY, TOY_EXPERTS, Runs, inference, random_matrix, with_window
+from gpu_models import MISTRAL, MIXTRAL, TOY, TOY_EXPERTS, Runs, random_matrix, with_window
 
 from bise.kernels.triton.matmul import Normed
 from bise.kernels.triton.ops import TritonOps
@@ -171,7 +171,7 @@ def torch_int4(scale: Any, found: Record, name: str, n: int, k: int, x: torch.Te
 
 def decode_line(scale: Any, found: Record, runs: Runs, position: int, rows: int) -> Record:
     """Return one line: a step of `rows` sequences at a position."""
-    with inference():
+    with torch.no_grad():
         seconds = seconds_of(lambda: runs.decode(position, rows), scale)
     read = runs.weight_bytes + rows * runs.kv_bytes(position)
     if runs.config.num_experts and rows > 1:
@@ -234,7 +234,7 @@ def prefill(scale: Any, found: Record, _: Any) -> Record:
     lines: Record = {}
     for form, bits in (("bf16", 0), ("int4", 4)):
         runs = Runs(config, bits, ops_of(scale), rows=1, context=long, kv=kv_of(scale))
-        with inference():
+        with torch.no_grad():
             rates = {
                 str(count): count
                 / seconds_of(lambda c=count, r=runs: r.prefill(c, scale.pick(4096, 64)), scale, repeats=3)
@@ -292,7 +292,7 @@ def peers(scale: Any, found: Record, _: Any) -> Record:
         max_position_embeddings=c.max_context, sliding_window=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
-    with torch.device(scale.device), inference():
+    with torch.device(scale.device), torch.no_grad():
         torch.set_default_dtype(dtype)
         try:
             model = MistralForCausalLM(config).eval()
@@ -333,7 +333,7 @@ def profile(scale: Any, found: Record, _: Any) -> Record:
         scale.pick(MISTRAL, TOY), 4, ops_of(scale), rows=1, context=scale.pick(1024, 64), kv=kv_of(scale)
     )
     position = scale.pick(512, 40)
-    with inference():
+    with torch.no_grad():
         runs.decode(position, 1)
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
         with profiler_of(activities=activities) as profiler:

@@ -162,14 +162,13 @@ class GraphedModel:
         they are.
         """
         self._cache = cache
-        with torch.inference_mode():
-            self._reach_last_position(cache)
-            try:
-                for size in reversed(self._sizes):  # the largest first: the others find room in its memory
-                    self._steps[size] = self._record(size, cache)
-            except RuntimeError as error:
-                self._steps.clear()
-                logger.warning("event=graphs_off reason=%r", str(error).partition("\n")[0])
+        self._reach_last_position(cache)
+        try:
+            for size in reversed(self._sizes):  # the largest first: the others find room in its memory
+                self._steps[size] = self._record(size, cache)
+        except RuntimeError as error:
+            self._steps.clear()
+            logger.warning("event=graphs_off reason=%r", str(error).partition("\n")[0])
 
     def _reach_last_position(self, cache: LayerPages) -> None:
         """Run a row at the last position, whose tables of angles recorded steps share."""

@@ -97,6 +97,8 @@ def test_a_replayed_step_has_the_bits_of_a_plain_one_and_writes_where_it_does(ta
     for step, wanted in zip(steps, want, strict=True):
         hidden = graphed.forward(step, cache)
         assert len(hidden) == len(wanted)
+        last = hidden[-1:]  # of this step, not of one before
+        assert torch.allclose(graphed.logits(last), wanted[-1:], rtol=1e-5, atol=1e-5)
         assert torch.equal(graphed.logits(hidden), wanted)
     assert graphed.num_replayed == len(steps)
     for one, other in zip(pages_of(cache, 2), pages_of(plain_cache, 2), strict=True):

@@ -13,6 +13,9 @@ from bise.kernels.triton.tiles import Tiles
 _PROCESSORS = 132
 """Multiprocessors of a large GPU; fewer only means that programs queue."""
 
+_APART_ROWS = 256
+"""Up to this many slots ranges of columns go apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -46,6 +49,7 @@ def launch_of(num_slots: int, weight: Tiles, *, is_pair: bool, single: bool = Fa
         return Launch(rows, warps, stages, apart=True, two_blocks=False)
     rows, warps, stages, two = next(entry[1:] for entry in _TABLE if num_slots <= entry[0])
     parts = -(-num_slots // rows)
-    blocks = weight.num_blocks if is_pair or not two else -(-weight.num_blocks // 2)
-    apart = blocks * parts < 2 * _PROCESSORS
-    return Launch(rows, warps, stages, apart=apart, two_blocks=two and not apart and not is_pair)
+    two = two and not is_pair and weight.num_blocks // 2 * parts >= 2 * _PROCESSORS
+    # Sums that many rows leave for one another cost more than idle processors do.
+    apart = num_slots <= _APART_ROWS and weight.num_blocks * parts < 2 * _PROCESSORS
+    return Launch(rows, warps, stages, apart=apart, two_blocks=two)

@@ -4,6 +4,7 @@ stream.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ class Rows:
         return len(self.normed.values)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor()[index]
+        values, squares = self.normed.values[index], self.normed.squares[index]
+        normed = replace(self.normed, values=values.contiguous(), squares=squares.contiguous())
+        return fused.norm(normed, self._dtype)
 
 
 class Product:
