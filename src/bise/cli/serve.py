@@ -187,7 +187,7 @@ def _serve(
     from bise.server.hosted_answers import HostedAnswers
     from bise.server.limits import HttpLimits
     from bise.server.metered_models import MeteredModels
-    from bise.server.serving import Serving, prepare_process, url_of
+    from bise.server.serving import Serving, prepare_process, release_process, url_of
     from bise.server.stored import routers
 
     limits = HttpLimits()
@@ -223,6 +223,7 @@ def _serve(
         asyncio.run(serve_all(serving, app, gate, listener))
     finally:
         app.service.close()
+        release_process()
 
 
 def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[ModelSpec]:

@@ -43,6 +43,11 @@ def prepare_process() -> None:
     gc.freeze()
 
 
+def release_process() -> None:
+    """Let everything be collected again, so that a process that ends gives its models back in order."""
+    gc.unfreeze()
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. Raises ConfigError when the address is taken."""
     try:
