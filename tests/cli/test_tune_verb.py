@@ -46,14 +46,19 @@ def one_thread(monkeypatch):
 
 def test_a_model_is_tuned_merged_exported_and_answers(cli, one_thread, model, data, tmp_path):
     adapter, merged, file = (str(tmp_path / name) for name in ("adapter", "merged", "merged.gguf"))
-    made = cli("tune", model, data, "--out", adapter, *FAST)
+    made = cli("tune", model, data, "--out", adapter, "--keep-epochs", "1", *FAST)
     assert made.code == 0, made.err
     assert "parity  engine and trainer differ by" in made.out
     assert f"try: bise chat {model} --adapter {adapter}" in made.err
     assert {path.name for path in Path(adapter).iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "loss.svg", "training.json",
+        "adapter_model.safetensors", "adapter_config.json", "loss.svg", "metrics.csv", "training.json",
+        "checkpoints",
     }  # fmt: skip
     assert (Path(adapter) / "loss.svg").read_text().startswith("<svg")
+    assert len((Path(adapter) / "metrics.csv").read_text().splitlines()) == 5
+    (last,) = (Path(adapter) / "checkpoints").iterdir()
+    assert last.name == "step-00000004"
+    assert cli("chat", model, "--adapter", str(last), "-m", "Hi", "-n", "2", "--quant", "none").code == 0
     ask = ("-p", "What is 3 plus 3?", "-n", "6", "--temperature", "0", "--json", "--quant", "none")
     tuned = json.loads(cli("generate", model, "--adapter", adapter, *ask).out)["token_ids"]
     assert cli("tune", "merge", model, adapter, "--out", merged).code == 0
@@ -82,6 +87,7 @@ def test_check_reports_every_bad_line_and_refuses_nothing_else(cli, model, data,
     good = cli("tune", "check", data, "--model", model)
     assert good.code == 0
     assert "12 chat" in good.out
+    assert "from a step timed now" in good.out
     assert "no bad lines" in good.out
     bad = tmp_path / "bad.jsonl"
     bad.write_text(Path(data).read_text() + "x\n" + '{"text": 5}\n')
@@ -129,7 +135,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(home, model, data,
     ("options", "words"),
     [
         (("--rank", "0"), "--rank must be from 1"),
-        (("--targets", "wq,head"), "'head' is not known"),
+        (("--targets", "wq,head"), "'head' cannot be adapted"),
         (("--lr", "0"), "lr must be from"),
         (("--epochs", "-1"), "epochs must be from"),
         (("--method", "dpo"), "no preference pairs"),

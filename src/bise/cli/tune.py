@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from bise.cli.output import ProgressBar, aside, on_terminal, write_json, write_p
 from bise.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bise.config import ModelConfig
     from bise.train.data import DataFile
+    from bise.train.estimate import StepTimer
     from bise.train.settings import JobSettings
 
 SHOWN_BAD = 100
@@ -153,21 +155,38 @@ def run(
 @click.argument("data", type=_path)
 @click.option("--model", type=text, help="Model to train.  [default: the embedded one]")
 @click.option("--max-tokens", type=int, help="Longest example.  [default: the model's context]")
-@click.option("--epochs", default=3.0, show_default=True, help="Times through the data, for the estimate.")
+@click.option(
+    "--method", default="lora", show_default=True, type=click.Choice(["lora", "full", "dpo"]),
+    help="To estimate time and memory for; --epochs and --batch too.",
+)  # fmt: skip
+@click.option("--epochs", default=3.0, show_default=True, help="Times through the data.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Examples per step.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(data: Path, model: str | None, max_tokens: int | None, epochs: float, as_json: bool) -> None:
-    """Report every bad line, lengths in tokens, what would be cut, duplicates, time and memory."""
+def check(
+    data: Path,
+    model: str | None,
+    max_tokens: int | None,
+    method: str,
+    epochs: float,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Report every bad line, lengths in tokens, what would be cut, duplicates, time and memory.
+
+    Where PyTorch is installed, the time comes from a step that is timed over the model's shapes.
+    """
     from bise.engine.load import load_text
     from bise.hub.registry import resolve
     from bise.model.checkpoint import open_model
     from bise.train.data import read_data
-    from bise.train.estimate import data_report
+    from bise.train.estimate import Plan, data_report
 
     source = open_model(resolve(model))
     tokenizer, template = load_text(source)
     with ProgressBar() as bar:
         file = read_data(data, tokenizer, template, bar)
-    report = data_report(file, source.config, max_tokens or source.config.max_context, epochs)
+    plan = Plan(method=method, epochs=epochs, batch=batch, max_tokens=max_tokens or source.config.max_context)
+    report = data_report(file, source.config, plan, _timer())
     if as_json:
         write_json(report)
     else:
@@ -210,6 +229,19 @@ def _write(model: str, adapter: Path | None, out: Path, form: str) -> None:
     write_pairs([("made", str(out)), ("size", f"{size / 1e6:,.1f} MB")])
 
 
+def _timer() -> StepTimer | None:
+    """Return what times a step; None where PyTorch is not installed."""
+    if find_spec("torch") is None:
+        return None
+
+    def timed(config: ModelConfig, lengths: Sequence[int], learned: float, is_full: bool) -> float:
+        from bise.train.timing import step_seconds
+
+        return step_seconds(config, lengths, learned, is_full=is_full)
+
+    return timed
+
+
 def _require_torch() -> None:
     if find_spec("torch") is None:
         raise ConfigError("bise tune needs PyTorch: pip install 'bise[torch]'", field="torch")
@@ -235,23 +267,28 @@ class _Teller:
     def __init__(self, bar: ProgressBar, as_json: bool) -> None:
         self._bar, self._as_json = bar, as_json
         self._told = 0
+        self._held = ""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if self._as_json:
             write_json(event)
             return
         if event["event"] == "step":
+            # Short enough that 80 columns show the time left behind it.
             line = (
-                f"step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  lr {event['lr']:.1e}  "
-                f"{event['tokens_per_s']:,.0f} tok/s  {event['memory_bytes'] / 1e9:.1f} GB"
+                f"{event['step']}/{event['steps']}  loss {event['loss']:.3f}{self._held}  "
+                f"lr {event['lr']:.1e}  {event['tokens_per_s']:,.0f} tok/s  "
+                f"{event['memory_bytes'] / 1e9:.1f} GB"
             )
             self._bar(line, event["step"] / event["steps"])
             tenth = 10 * event["step"] // event["steps"]
             if not on_terminal(sys.stderr) and tenth > self._told:
                 self._told = tenth
-                aside(f"{line}  {event['eta_s']:.0f} s left")
-        elif event["event"] == "evaluation" and not on_terminal(sys.stderr):
-            aside(f"held back: loss {event['loss']:.4f}, best {event['best']:.4f}")
+                aside(f"step {line}  {event['eta_s']:.0f} s left")
+        elif event["event"] == "evaluation":
+            self._held = f", held {event['loss']:.3f}"
+            if not on_terminal(sys.stderr):
+                aside(f"held back: loss {event['loss']:.4f}, best {event['best']:.4f}")
 
 
 def _show(file: DataFile, report: Mapping[str, Any]) -> None:
@@ -260,8 +297,16 @@ def _show(file: DataFile, report: Mapping[str, Any]) -> None:
         ("tokens", f"{report['tokens']:,}, {report['learned_tokens']:,} of them learned"),
         ("too long", f"{report['too_long']} of more than {report['max_tokens']} tokens"),
         ("duplicates", _duplicates(file)),
-        ("memory", f"about {report['memory_bytes'] / 1e9:.1f} GB"),
-        ("time", f"about {report['seconds']:.0f} s for {report['epochs']:g} epochs on this machine's CPU"),
+        ("memory", f"about {report['memory_bytes'] / 1e9:.1f} GB for --method {report['method']}"),
+        (
+            "time",
+            f"about {report['seconds']:.0f} s for {report['epochs']:g} epochs on this machine's CPU, "
+            + (
+                "from a step timed now"
+                if report["is_timed"]
+                else "a guess: nothing was timed without PyTorch"
+            ),
+        ),
     ]
     write_pairs(pairs)
     if report["histogram"]:

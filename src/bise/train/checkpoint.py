@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bise.errors import ModelFileError, StoreError
 from bise.jsonfile import read_json_object
+from bise.train.layout import step_name
 from bise.train.safetensors_writer import write_tensors
 from bise.train.write import publish
 
@@ -93,11 +94,6 @@ def load_latest(run: Path) -> Checkpoint | None:
     """Return the newest checkpoint; None when there is none."""
     found = checkpoints(run)
     return Checkpoint(found[-1]) if found else None
-
-
-def step_name(step: int) -> str:
-    """Return the name of a step's checkpoint."""
-    return f"step-{step:08d}"
 
 
 def checkpoints(run: Path) -> list[Path]:

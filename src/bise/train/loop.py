@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bise.errors import ConfigError, ModelFileError, NonFiniteError
-from bise.train.checkpoint import Checkpoint, checkpoints, load_latest, number, save_checkpoint, step_name
+from bise.train.checkpoint import Checkpoint, checkpoints, load_latest, number, save_checkpoint
+from bise.train.layout import step_name
 from bise.train.objective import Objective, Sample, passes, tokens_of
 from bise.train.sharding import Ranks, here, rows_here, whole
 

@@ -13,18 +13,14 @@ import torch
 
 from bise.model.source import ModelSource
 from bise.text.turns import LearnedText
-from bise.train.checkpoint import step_name
 from bise.train.events import RunLog
+from bise.train.layout import CHECKPOINTS, METRICS, step_name
 from bise.train.loop import Training
 from bise.train.network import Tensors
 from bise.train.parameters import LoraParameters, Trainable, write_adapter
 from bise.train.parity import engine_logprobs, require_parity
 from bise.train.safetensors_writer import write_model
 from bise.train.write import publish
-
-CHECKPOINTS = "checkpoints"
-"""Directory beside a result that holds the adapters of its last epochs."""
-METRICS = "metrics.csv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
