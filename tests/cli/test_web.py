@@ -25,7 +25,8 @@ def test_chat_web_serves_the_assistant_on_a_free_port_and_opens_it(tmp_path):
         "PATH": str(tmp_path),  # so that no other opener is found
     }
     command = [sys.executable, "-m", "bise", "chat", "--web", "--context", "256", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, text=True) as process:
         try:
             lines = [process.stdout.readline() for _ in range(2)]
             page = re.search(r"the assistant is at (http://127\.0\.0\.1:\d+/)", lines[1])[1]
@@ -35,6 +36,7 @@ def test_chat_web_serves_the_assistant_on_a_free_port_and_opens_it(tmp_path):
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+        assert "leaked" not in process.stderr.read()
     assert opened.read_text() == page
 
 
@@ -52,7 +54,7 @@ def values():
 
     values = dict.fromkeys(param.name for param in command.params)
     values |= {"aliases": (), "adapters": (), "drafts": (), "quant": "auto", "kv": "auto", "sequences": 2}
-    return values | {"device": "cpu", "dtype": "auto"}
+    return values | {"device": "cpu", "dtype": "auto", "offload": "auto"}
 
 
 def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path, values):

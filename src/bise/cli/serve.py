@@ -234,7 +234,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
     from bise.engine.model_spec import ModelSpec
     from bise.hub.registry import resolve
 
-    placement = pop_placement(values)
+    placement = pop_placement(dict(values))
     require_device(placement)
     aliases: dict[str, list[str]] = {}
     for entry in values["aliases"]:
