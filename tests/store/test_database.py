@@ -58,6 +58,14 @@ def test_sqlite_waits_for_the_disk_and_runs_in_wal_mode(tmp_path):
     database.close()
 
 
+def test_only_what_need_not_last_does_not_wait_for_the_disk(tmp_path):
+    database = Database.open(str(tmp_path / "x.db"))
+    for is_lasting, level in [(True, 2), (False, 1), (True, 2), (False, 1), (True, 2)]:
+        with database.writing(is_lasting=is_lasting) as session:
+            assert session.execute(text("PRAGMA synchronous")).scalar() == level
+    database.close()
+
+
 def test_the_database_file_is_its_users_alone(tmp_path):
     Database.open(str(tmp_path / "x.db")).close()
     assert (tmp_path / "x.db").stat().st_mode & 0o077 == 0

@@ -276,3 +276,13 @@ def test_a_thousand_open_requests_are_added_up_without_looking_at_each(keys, dat
         event.remove(ReservationRecord, "load", note)
     assert not read
     assert len(asked) == 3
+
+
+def test_a_key_without_limits_on_tokens_has_its_tokens_written_when_they_are_known(keys, limits, database):
+    key = _key(keys, concurrency=2)
+    held = limits.reserve(key)
+    with database.writing():  # nobody else can write meanwhile
+        booked = limits.extend(held, key, 500, Decimal(1))
+    assert (booked.booked, booked.id) == (500, held.id)
+    _settle(database, limits, booked, 7)
+    assert limits.used(key)["tokens_per_day"] == 7

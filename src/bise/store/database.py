@@ -1,7 +1,8 @@
 """Opening the database, transactions, and the schema's migrations.
 
 SQLite in WAL mode under BISE_HOME by default, PostgreSQL by URL. What a `writing()` block did is on disk when
-the block is left without an exception: SQLite runs with synchronous=FULL.
+the block is left without an exception, unless it says that nobody needs it after a power failure: SQLite runs
+with synchronous=FULL, and without waiting for the disk for such a block.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ class Database:
             session.rollback()
 
     @contextmanager
-    def writing(self) -> Generator[Session]:
-        """Give a session that is one transaction: committed at the end, undone by an exception."""
-        with self._writer, self._session(is_writing=True) as session:
+    def writing(self, *, is_lasting: bool = True) -> Generator[Session]:
+        """Give a session that is one transaction: committed at the end, undone by an exception.
+
+        What is not `is_lasting` may be gone after a power failure (all of it or nothing), though not after
+        the end of a process.
+        """
+        with self._writer, self._session(is_writing=True, is_lasting=is_lasting) as session:
             yield session
             session.commit()
 
@@ -104,13 +109,12 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _session(self, *, is_writing: bool) -> Generator[Session]:
+    def _session(self, *, is_writing: bool, is_lasting: bool = True) -> Generator[Session]:
+        options = {"bise_writes": is_writing, "bise_lasts": is_lasting}
         try:
             with (
                 self._engine.connect() as connection,
-                Session(
-                    connection.execution_options(bise_writes=is_writing), expire_on_commit=False
-                ) as session,
+                Session(connection.execution_options(**options), expire_on_commit=False) as session,
             ):
                 yield session
         except (IntegrityError, ProgrammingError, DataError):
@@ -229,8 +233,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     # A writer takes its lock at once: a transaction that reads first and then writes could not wait for it.
-    is_writing = connection.get_execution_options().get("bise_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("bise_writes", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options['bise_lasts'] else 'NORMAL'}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _unavailable(error: Exception) -> DatabaseDownError:

@@ -1,5 +1,6 @@
 """Limits per key that hold across processes and restarts: what a request may use is reserved before it runs,
-and settled to what it did use when it ends.
+and settled to what it did use when it ends. Reservations need not outlast a power failure, which ends their
+requests, too; what was used does.
 
 Requests and tokens per minute count over the 60 seconds before now, not over minutes of the clock, so no
 more than the limit passes in any minute. Days and months are those of UTC.
@@ -11,7 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from bise.errors import PermissionDeniedError, RateLimitError
 from bise.store.database import Database
-from bise.store.keys import KeyInfo
+from bise.store.keys import KeyInfo, KeyLimits
 from bise.store.schema import KeyRecord, ReservationRecord, SpendRecord
 from bise.store.worker import LEASE_S, is_dead, this_worker
 
@@ -75,7 +76,7 @@ class Limits:
         requests count for nothing.
         """
         now = self._clock()
-        with self._database.writing() as session:
+        with self._database.writing(is_lasting=False) as session:
             _lock(session, key.id)
             state = self._state(session, key, now)
             state.check(tokens, cost, is_new=True)
@@ -110,9 +111,11 @@ class Limits:
         has left, and each one less costs `token_cost` less. Raises RateLimitError when a limit forbids it;
         the place is then given up and counts for nothing.
         """
+        if not _counts_tokens(key.limits):
+            return replace(reservation, booked=tokens)  # what it used is written when it ends
         now = self._clock()
         refusal: RateLimitError | None = None
-        with self._database.writing() as session:
+        with self._database.writing(is_lasting=False) as session:
             _lock(session, key.id)
             state = self._state(session, key, now)
             if least is not None:
@@ -139,14 +142,14 @@ class Limits:
         Without `is_new` only tokens and money are looked at, not the number of requests.
         """
         now = self._clock()
-        with self._database.writing() as session:
+        with self._database.writing(is_lasting=False) as session:
             _lock(session, key.id)
             self._state(session, key, now).check(tokens, cost, is_new=is_new)
 
     def used(self, key: KeyInfo) -> dict[str, str | int]:
         """Return what counts against each of a key's limits now; money as a string."""
         now = self._clock()
-        with self._database.writing() as session:
+        with self._database.writing(is_lasting=False) as session:
             _lock(session, key.id)
             state = self._state(session, key, now, is_whole=True)
         return {
@@ -193,7 +196,7 @@ class Limits:
     def renew(self, reservation_ids: Sequence[str]) -> None:
         """Say that this process is still at work on these; call it every LEASE_S / 3."""
         held, until = ReservationRecord, self._clock() + LEASE_S
-        with self._database.writing() as session:
+        with self._database.writing(is_lasting=False) as session:
             for first in range(0, len(reservation_ids), _AT_ONCE):
                 some = reservation_ids[first : first + _AT_ONCE]
                 session.execute(update(held).where(held.id.in_(some)).values(lease_until=until))
@@ -320,6 +323,12 @@ class _State:
                 retry = at + MINUTE_S - self.now
                 break
         raise _refusal(name, name.replace("_", " "), limit, retry)
+
+
+def _counts_tokens(limits: KeyLimits) -> bool:
+    """Return True where a limit depends on how many tokens a request may use."""
+    counted = (limits.tokens_per_minute, limits.tokens_per_day, limits.money_per_month)
+    return any(limit is not None for limit in counted)
 
 
 def _fits(used: int | Decimal, wanted: int | Decimal, limit: int | Decimal) -> bool:
