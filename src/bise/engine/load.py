@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-STEP_SECONDS = 0.25
+STEP_SECONDS = 0.15
 """What a step should last at most while others wait for it: a gap between two words that nobody minds."""
 
 SEATS = 2
