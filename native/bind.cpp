@@ -44,7 +44,7 @@ struct Packed {
 Packed make_packed(int format, int64_t n, int64_t k, Bytes bytes) {
   require(format >= 0 && format < kFormats, "unknown packed format");
   require(n > 0 && k > 0, "a matrix needs rows and columns");
-  const bool any_width = kFormatInfo[format].header_bytes == 0 || format == kQ4K;
+  const bool any_width = kFormatInfo[format].header_bytes == 0 || format == kZ4;
   require(any_width || k % 256 == 0, "this format needs columns in multiples of 256");
   require(int64_t(bytes.shape(0)) >= packed_bytes(format, n, k), "too few bytes for this matrix");
   return {{format, n, k, bytes.data()}, nb::cast(bytes)};
@@ -230,8 +230,8 @@ bool pack_block_rows(Context& c, int ggml, Array<const uint8_t, 2> raw, int64_t 
 }
 
 bool pack_float_rows(Context& c, int format, Floats2 x, Bytes out, std::optional<Floats1> importance) {
-  require((format >= kF32 && format <= kQ4) || format == kN4 || format == kQ4K,
-          "floats pack to f32, f16, bf16, q8, q4, n4 or q4k");
+  require((format >= kF32 && format <= kQ4) || format == kN4 || format == kZ4,
+          "floats pack to f32, f16, bf16, q8, q4, n4 or z4");
   const int64_t n = int64_t(x.shape(0)), k = int64_t(x.shape(1));
   require(int64_t(out.shape(0)) >= packed_bytes(format, n, k), "output too small");
   if (importance) {
@@ -256,7 +256,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels of bise; see bise.kernels.cpu for the contracts.";
   m.attr("formats") = [] {
     nb::list names;
-    for (const FormatInfo& info : kFormatInfo) names.append(info.name);
+    for (int format = 0; format < kFormats; ++format) names.append(kFormatInfo[format].name);
     return names;
   }();
   bind_limits(m);

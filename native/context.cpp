@@ -19,6 +19,12 @@ constexpr int64_t kFewBytes = 384 * 1024;
 // Bytes of weights worth a chunk of their own when rows are few.
 constexpr int64_t kStreamBytes = 150 * 1024;
 
+// Tiles of few rows that are worth opening a panel for.
+constexpr size_t kOpenTiles = 3;
+
+// Bytes of a panel that many rows multiply.
+int64_t open_stride(const Matrix& w) { return panel_bytes(w.format == kZ4 ? kZ4Open : w.format, w.k); }
+
 bool are_few(int64_t rows, int64_t blocks) { return rows * blocks * kTileRowBytes <= kFewBytes; }
 
 }  // namespace
@@ -91,24 +97,51 @@ void Context::multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& t, c
   }
 }
 
+// Makes room for what a thread opens: `panels` of the widest of the weights.
+void Context::reserve_open(const std::vector<Matrix>& weights, int64_t panels) {
+  int64_t bytes = 0;
+  for (const Matrix& w : weights)
+    if (w.format == kZ4) bytes = std::max(bytes, panel_bytes(kZ4Open, w.k));
+  open_share_ = bytes * panels;
+  open_.get(open_share_ * threads());
+}
+
+// Panels [p0, p1) of a kZ4 matrix with their scales as products read them, in the memory of a thread; others as they are.
+Matrix Context::opened(const Matrix& w, int64_t p0, int64_t p1, uint8_t* to) {
+  if (w.format != kZ4) return w;
+  Matrix open = {kZ4Open, w.n, w.k, nullptr};
+  for (int64_t p = p0; p < p1; ++p) ops_.open_panel(w.panel(p), w.blocks(), to + (p - p0) * open.stride());
+  open.data = to;
+  open.first = p0;
+  return open;
+}
+
 // All tiles multiply a pair of panels while the next pair arrives in the L2.
-void Context::stream(const Matrix& w, int64_t p0, int64_t p1, const Tile* tiles, size_t count, const uint8_t* acts,
-                     float* out) {
+void Context::stream(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, const uint8_t* acts,
+                     float* out, int thread) {
+  const size_t count = tiles.size();
   for (int64_t p = p0; p < p1; p += 2) {
     const int64_t stop = std::min(p + 2, p1), share = (stop - p) * w.stride() / int64_t(count);
     const uint8_t* next = w.panel(stop);
-    for (size_t t = 0; t < count; ++t, next += share) multiply(w, p, stop, tiles[t], acts, nullptr, out, next, share);
+    const Matrix pair = count < kOpenTiles ? w : opened(w, p, stop, room(thread));
+    for (const Tile& t : tiles) {
+      multiply(pair, p, stop, t, acts, nullptr, out, next, share);
+      next += share;
+    }
   }
 }
 
 void Context::linear_panels(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, bool few,
-                            const uint8_t* acts, const float* x, float* out) {
-  size_t done = 0;
-  if (!is_float(w.format)) {
-    done = few ? tiles.size() : 1;  // of many rows the first tile brings the panels into the L2
-    stream(w, p0, p1, tiles.data(), done, acts, out);
+                            const uint8_t* acts, const float* x, float* out, int thread) {
+  if (few && !is_float(w.format)) return stream(w, p0, p1, tiles, acts, out, thread);
+  const Matrix group = opened(w, p0, p1, room(thread));
+  for (const Tile& t : tiles) {
+    const bool first = t.row == 0 && group.format == w.format && !is_float(w.format);
+    for (int64_t p = p0; p < p1; p += 2) {  // the first tile brings the panels into the L2, or opening them did
+      const int64_t stop = std::min(p + 2, p1);
+      multiply(group, p, stop, t, acts, x, out, w.panel(stop), first ? (stop - p) * w.stride() : 0);
+    }
   }
-  for (; done < tiles.size(); ++done) multiply(w, p0, p1, tiles[done], acts, x, out);
 }
 
 // Panels per chunk: few rows want many chunks of contiguous weights, many rows want a group that stays in L2.
@@ -135,19 +168,20 @@ void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& we
   for (const Matrix& w : weights)
     if (!is_float(w.format) && !acts) acts = quantized(x, rows, w.k, tiles, acts_);
   int64_t total = 0, bytes = 0;
+  const bool few = are_few(rows, weights[0].blocks());
   for (const Matrix& w : weights) {
     total += w.panels();
-    bytes = std::max(bytes, w.stride());
+    bytes = std::max(bytes, few ? w.stride() : open_stride(w));
   }
-  const bool few = are_few(rows, weights[0].blocks());
-  over_panels(total, bytes, rows, few, [&](int64_t begin, int64_t end, int) {
+  reserve_open(weights, few ? 2 : grain(total, bytes, rows));
+  over_panels(total, bytes, rows, few, [&](int64_t begin, int64_t end, int thread) {
     size_t which = 0;
     int64_t base = 0;
     while (begin >= base + weights[which].panels()) base += weights[which++].panels();
     while (begin < end) {
       const Matrix& w = weights[which];
       const int64_t stop = std::min(end, base + w.panels());
-      linear_panels(w, begin - base, stop - base, tiles, few, acts, x, outs[which]);
+      linear_panels(w, begin - base, stop - base, tiles, few, acts, x, outs[which], thread);
       base += w.panels();
       ++which;
       begin = stop;
@@ -158,8 +192,13 @@ void Context::linear(const float* x, int64_t rows, const std::vector<Matrix>& we
 // hidden = quantised silu(gate) * up, 32 columns at a time: the float hidden layer never reaches memory.
 void Context::gate_up(const Expert& e, const std::vector<Tile>& tiles, const uint8_t* acts, uint8_t* hidden) {
   const int64_t blocks = round_up(e.gate.n, kBlockCols) / kBlockCols;
-  const int64_t stride = 2 * (e.gate.stride() + e.up.stride());
-  pool_.parallel_for(blocks, grain(blocks, stride, tiles.back().row + 1), [&](int64_t begin, int64_t end, int) {
+  const int64_t stride = 2 * (open_stride(e.gate) + open_stride(e.up));
+  const int64_t chunk = grain(blocks, stride, tiles.back().row + 1);
+  reserve_open({e.gate, e.up}, 4 * chunk);
+  pool_.parallel_for(blocks, chunk, [&](int64_t begin, int64_t end, int thread) {
+    const int64_t p0 = 2 * begin, p1 = std::min(2 * end, e.gate.panels());
+    const Matrix gates = opened(e.gate, p0, p1, room(thread));
+    const Matrix ups = opened(e.up, p0, p1, room(thread) + (p1 - p0) * panel_bytes(kZ4Open, e.up.k));
     alignas(64) float gate[kMostTileRows * kBlockCols], up[kMostTileRows * kBlockCols];
     for (const Tile& t : tiles) {
       const uint8_t* a = acts + t.offset * e.gate.blocks() * kTileRowBytes;
@@ -167,12 +206,13 @@ void Context::gate_up(const Expert& e, const std::vector<Tile>& tiles, const uin
         const int64_t valid = std::min<int64_t>(kBlockCols, e.gate.n - b * kBlockCols);
         const int panels = valid > kPanelRows ? 2 : 1;
         const auto product = [&](const Matrix& w, float* to) {
-          const int64_t fetched = t.row ? 0 : 2 * w.stride();  // the first tile brings the panels into the L2
+          // the first tile brings the panels into the L2, or opening them did
+          const int64_t fetched = t.row || w.format == kZ4Open ? 0 : 2 * w.stride();
           const uint8_t* next = w.panel(2 * b + 2);
           ops_.matmul(w.format, w.panel(2 * b), panels, a, w.blocks(), t.mt, to, kBlockCols, next, fetched);
         };
-        product(e.gate, gate);
-        product(e.up, up);
+        product(gates, gate);
+        product(ups, up);
         const int64_t columns = round_up(valid, kPanelRows);
         for (int m = 0; m < t.rows; ++m) ops_.silu_mul(gate + m * kBlockCols, up + m * kBlockCols, columns);
         ops_.quantize(gate - b * kBlockCols, kBlockCols, t.rows, b * kBlockCols + valid, b, b + 1, t.mt,
@@ -188,9 +228,10 @@ void Context::gate_up_few(const Expert& e, const std::vector<Tile>& tiles, const
   const int64_t rows = tiles.back().row + tiles.back().rows;
   float* gate = wide_.get(2 * rows * width);
   float* up = gate + rows * width;
-  over_panels(blocks, 2 * (e.gate.stride() + e.up.stride()), rows, true, [&](int64_t begin, int64_t end, int) {
-    stream(e.gate, 2 * begin, std::min(2 * end, e.gate.panels()), tiles.data(), tiles.size(), acts, gate);
-    stream(e.up, 2 * begin, std::min(2 * end, e.up.panels()), tiles.data(), tiles.size(), acts, up);
+  reserve_open({e.gate, e.up}, 2);
+  over_panels(blocks, 2 * (e.gate.stride() + e.up.stride()), rows, true, [&](int64_t begin, int64_t end, int thread) {
+    stream(e.gate, 2 * begin, std::min(2 * end, e.gate.panels()), tiles, acts, gate, thread);
+    stream(e.up, 2 * begin, std::min(2 * end, e.up.panels()), tiles, acts, up, thread);
     const int64_t first = begin * kBlockCols, last = std::min(end * kBlockCols, width);
     for (const Tile& t : tiles) {
       for (int64_t r = t.row; r < t.row + t.rows; ++r)
@@ -220,8 +261,10 @@ void Context::mlp(const float* x, int64_t rows, const Expert& e, float* out) {
   else gate_up(e, tiles, acts, hidden);
   const Matrix& w = e.down;
   const bool few = are_few(rows, w.blocks());
-  over_panels(w.panels(), w.stride(), rows, few, [&](int64_t begin, int64_t end, int) {
-    linear_panels(w, begin, end, tiles, few, hidden, nullptr, out);
+  const int64_t bytes = few ? w.stride() : open_stride(w);
+  reserve_open({w}, few ? 2 : grain(w.panels(), bytes, rows));
+  over_panels(w.panels(), bytes, rows, few, [&](int64_t begin, int64_t end, int thread) {
+    linear_panels(w, begin, end, tiles, few, hidden, nullptr, out, thread);
   });
 }
 

@@ -15,11 +15,12 @@ struct Matrix {
   int format;
   int64_t n, k;
   const uint8_t* data;
+  int64_t first = 0;  // the panel that `data` begins with
 
   int64_t panels() const { return round_up(n, kPanelRows) / kPanelRows; }
   int64_t stride() const { return panel_bytes(format, k); }
   int64_t blocks() const { return round_up(k, kBlockCols) / kBlockCols; }
-  const uint8_t* panel(int64_t p) const { return data + p * stride(); }
+  const uint8_t* panel(int64_t p) const { return data + (p - first) * stride(); }
 };
 
 struct Expert {
@@ -89,10 +90,13 @@ class Context {
   const uint8_t* quantized(const float* x, int64_t rows, int64_t k, const std::vector<Tile>& tiles, Buffer<uint8_t>& to);
   void multiply(const Matrix& w, int64_t p0, int64_t p1, const Tile& tile, const uint8_t* acts, const float* x,
                 float* out, const uint8_t* next = nullptr, int64_t next_bytes = 0);
-  void stream(const Matrix& w, int64_t p0, int64_t p1, const Tile* tiles, size_t count, const uint8_t* acts,
-              float* out);
+  void reserve_open(const std::vector<Matrix>& weights, int64_t panels);
+  uint8_t* room(int thread) { return open_.get(0) + thread * open_share_; }
+  Matrix opened(const Matrix& w, int64_t p0, int64_t p1, uint8_t* to);
+  void stream(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, const uint8_t* acts, float* out,
+              int thread);
   void linear_panels(const Matrix& w, int64_t p0, int64_t p1, const std::vector<Tile>& tiles, bool few,
-                     const uint8_t* acts, const float* x, float* out);
+                     const uint8_t* acts, const float* x, float* out, int thread);
   template <class Fn>
   void over_panels(int64_t panels, int64_t panel_bytes, int64_t rows, bool few, Fn&& fn);
   int64_t grain(int64_t panels, int64_t panel_bytes, int64_t rows) const;
@@ -102,7 +106,8 @@ class Context {
   const Ops& ops_;
   Pool pool_;
   std::mutex mutex_;
-  Buffer<uint8_t> acts_, hidden_;
+  Buffer<uint8_t> acts_, hidden_, open_;
+  int64_t open_share_ = 0;  // bytes of it per thread
   Buffer<float> wide_, gathered_, expert_out_, parts_, scores_, attend_;
 };
 

@@ -13,6 +13,10 @@
 // min [16], then three 32-bit words [word][16]. Of the sixteen 6-bit fields of a row, field 2b is the scale and 2b + 1
 // the min of block b; field f < 15 lies in word f / 5 at bit 6 (f % 5), field 15 in bits 30 and 31 of the three words.
 //
+// The header of kZ4 is four 32-bit words [word][16]: bits 0, 7, 14 and 21 of word i begin the scale and zero point of block
+// 2i and those of block 2i + 1, 7 bits each; bits 28 to 31 of the words, lowest first, are the half scale of all blocks, in
+// units of 1 / 1024 (kZ4Unit), so that usual scales are no denormal halves.
+//
 // Rows are padded to 16 and columns to 32 with zero values.
 #pragma once
 #include <cstddef>
@@ -35,16 +39,22 @@ enum Format : int {
   kQ51 = 7,   // nibbles + 1 bit, half scale and min: 6.0 bits; holds Q5_1
   kN4 = 8,    // nibbles through the IQ4 codebook, half scale per 32: 4.5 bits; holds IQ4_NL
   kN4K = 9,   // as kN4 with half scale per 256 x int8 per 32: 4.31 bits; holds IQ4_XS
-  kQ4K = 10,  // nibbles, (half scale, half min) per 256 x (6 bits, 6 bits) per 32: 4.5 bits; holds Q4_K and our own 4-bit
+  kQ4K = 10,  // nibbles, (half scale, half min) per 256 x (6 bits, 6 bits) per 32: 4.5 bits; holds Q4_K
   kQ5K = 11,  // as kQ4K + 1 bit: 5.5 bits; holds Q5_K
   kQ6K = 12,  // nibbles + 2 bits (code - 32), half scale per 256 x int8 per 16: 6.56 bits; holds Q6_K
   kQ3K = 13,  // 2 bits + 1 bit (code - 4), half scale per 256 x int8 per 16: 3.56 bits; holds Q3_K
   kQ2K = 14,  // 2 bits, (half, half) per 256 x (4 bit scale, 4 bit min) per 16: 2.63 bits; holds Q2_K
-  kFormats = 15,
+  kZ4 = 15,    // nibbles, half scale per 256 x (7 bits, 7-bit zero point) per 32: 4.5 bits; our own 4-bit:
+              // value = d s (8 code + z - 128), an integer times a scale
+  kFormats = 16,
+  kZ4Open = 16,  // as kZ4 with its scales and zero points as products read them: float scale per 32, zero point in each
+                 // byte of a lane. For panels that many rows multiply; never stored.
 };
 
 // The 16 values of the IQ4 codebook (ggml's kvalues_iq4nl), a published table of the format.
 constexpr int8_t kCodebook[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+constexpr float kZ4Unit = 1.0f / 1024;
 
 struct FormatInfo {
   const char* name;
@@ -52,10 +62,11 @@ struct FormatInfo {
   int block_bytes;   // per panel and 32 columns (per panel and column for float formats)
 };
 
-constexpr FormatInfo kFormatInfo[kFormats] = {
+constexpr FormatInfo kFormatInfo[kFormats + 1] = {
     {"f32", 0, 64},    {"f16", 0, 32},    {"bf16", 0, 32},   {"q8", 0, 544},    {"q4", 0, 288},
     {"q4_1", 0, 320},  {"q5", 0, 352},    {"q5_1", 0, 384},  {"n4", 0, 288},    {"n4k", 32, 272},
     {"q4k", 256, 256}, {"q5k", 256, 320},  {"q6k", 32, 416},  {"q3k", 32, 224},  {"q2k", 64, 160},
+    {"z4", 256, 256}, {"", 0, 384},
 };
 
 inline bool is_float(int format) { return format <= kBF16; }

@@ -50,7 +50,10 @@ struct Ops {
   void (*matmul)(int format, const uint8_t* panel, int panels, const uint8_t* tile, int64_t blocks, int mt, float* out,
                  int64_t ldo, const uint8_t* next, int64_t bytes);
 
-  // The same for a float panel and float rows.
+  // Writes a kZ4 panel of `blocks` blocks as a kZ4Open one, for this instruction set.
+  void (*open_panel)(const uint8_t* panel, int64_t blocks, uint8_t* to);
+
+  // `matmul` for a float panel and float rows.
   void (*matmul_float)(int format, const uint8_t* panel, const float* x, int64_t ldx, int64_t k, int rows, float* out,
                        int64_t ldo);
 

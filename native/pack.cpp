@@ -213,6 +213,23 @@ void put_six_bits(uint8_t* header, int lane, const uint8_t* fields) {
   }
 }
 
+// The half and the 7-bit fields (scale and zero point by turns) in the header of kZ4.
+uint16_t get_half(const uint8_t* header, int lane) {
+  uint32_t half = 0;
+  for (int word = 0; word < 4; ++word) half |= read32(header + 64 * word + 4 * lane) >> 28 << (4 * word);
+  return uint16_t(half);
+}
+int get_seven_bits(const uint8_t* header, int lane, int f) {
+  return int(read32(header + 64 * (f / 4) + 4 * lane) >> (7 * (f % 4)) & 127);
+}
+void put_header(uint8_t* header, int lane, uint16_t half, const uint8_t* fields) {
+  for (int word = 0; word < 4; ++word) {
+    uint32_t bits = uint32_t(half >> (4 * word) & 15) << 28;
+    for (int i = 0; i < 4; ++i) bits |= uint32_t(fields[4 * word + i]) << (7 * i);
+    std::memcpy(header + 64 * word + 4 * lane, &bits, 4);
+  }
+}
+
 void write_lane(int format, const Row& row, int lane, int64_t k, uint8_t* panel) {
   const FormatInfo& info = kFormatInfo[format];
   const Planes planes = planes_of(format);
@@ -374,7 +391,7 @@ void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* ou
   float super_scale = 0, super_min = 0;
   for (int64_t b = 0; b * 32 < k; ++b) {
     if (super && b % kSuperBlocks == 0) {
-      super_scale = half_to_float(read16(w + 2 * lane));
+      super_scale = format == kZ4 ? kZ4Unit * half_to_float(get_half(w, lane)) : half_to_float(read16(w + 2 * lane));
       super_min = has_min(format) ? half_to_float(read16(w + 32 + 2 * lane)) : 0.0f;
       header = w;
       w += info.header_bytes;
@@ -393,6 +410,11 @@ void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* ou
         min = super_min * float(tail[16 * (j / 16) + lane] >> 4);
       } else if (sub_cols(format) == 16) {
         scale = super_scale * float(int8_t(tail[16 * (j / 16) + lane]));
+      } else if (format == kZ4) {
+        const int field = int(b % kSuperBlocks) * 2;
+        const float unit = super_scale * float(get_seven_bits(header, lane, field));
+        scale = 8.0f * unit;
+        min = unit * float(128 - get_seven_bits(header, lane, field + 1));
       } else if (has_six_bits(format)) {
         const int field = int(b % kSuperBlocks) * 2;
         scale = super_scale * float(get_six_bits(header, lane, field));
@@ -401,7 +423,7 @@ void unpack_row(int format, const uint8_t* panel, int lane, int64_t k, float* ou
         scale = super_scale * float(int8_t(tail[lane]));
       }
       const float value = scale * float(code - zero_point(format));
-      out[b * 32 + j] = has_min(format) ? value - min : value;
+      out[b * 32 + j] = has_min(format) || format == kZ4 ? value - min : value;
     }
     w += info.block_bytes;
   }

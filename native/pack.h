@@ -29,9 +29,9 @@ int64_t row_bytes(int ggml, int64_t k);  // bytes of a row of k columns, -1 when
 // Pack up to 16 rows of ggml blocks into one panel; false when a scale is not finite.
 bool pack_blocks(int ggml, const uint8_t* raw, int rows, int64_t k, uint8_t* panel);
 
-// Pack up to 16 rows of floats, quantising where the format asks for it (f32 f16 bf16 q8 q4 n4 q4k); false when a value
+// Pack up to 16 rows of floats, quantising where the format asks for it (f32 f16 bf16 q8 q4 n4 z4); false when a value
 // is not finite or does not fit the format. `importance` holds k positive weights of the columns' squared errors, used by
-// q4, n4 and q4k; null weighs all columns alike.
+// q4, n4 and z4; null weighs all columns alike.
 bool pack_floats(int format, const float* x, int rows, int64_t k, const float* importance, uint8_t* panel);
 
 // Values of one row of a panel, dequantised: scale * (code - zero) or scale * code - min.

@@ -1,4 +1,4 @@
-// Floats to q8, q4 and n4, a block of 16 rows x 32 columns at a time, and to q4k. Included by pack.cpp.
+// Floats to q8, q4 and n4, a block of 16 rows x 32 columns at a time, and to z4. Included by pack.cpp.
 //
 // One lane is one row and columns are visited in ascending order, without fused operations: the bytes are the same on
 // every processor. The functions marked BISE_CLONES are compiled once per instruction set (the loops over lanes become
@@ -152,7 +152,7 @@ BISE_FAST void write_codes(int format, const uint8_t* codes, int rows, int count
 #include "quantize_super.inl"
 
 bool pack_quantized(int format, const float* x, int rows, int64_t k, const float* importance, uint8_t* panel) {
-  if (format == kQ4K) {
+  if (format == kZ4) {
     bool fine = true;
     for (int64_t k0 = 0; k0 < k && fine; k0 += kSuperCols) {
       const int count = int(k - k0 < kSuperCols ? k - k0 : kSuperCols);

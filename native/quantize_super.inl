@@ -1,10 +1,11 @@
-// Floats to q4k: value = (d ls) q - (dmin lm) with codes q of 4 bits, ls and lm of 6 bits per block of 32 columns, halves
-// d and dmin per eight blocks. Least squares throughout, 16 rows (lanes) at a time. Included by quantize.inl.
+// Floats to z4: value = d s (8 q + z - 128) with codes q of 4 bits, s and z of 7 bits per block of 32 columns, a half d per
+// eight blocks. Least squares throughout, 16 rows (lanes) at a time. Included by quantize.inl.
 
 #define BISE_LANES inline __attribute__((always_inline))
 
 constexpr int kSuperCols = kSuperBlocks * kBlockCols;
-constexpr float kTopStep = 63.0f;  // largest ls and lm
+constexpr float kTopField = 127.0f;
+constexpr float kUnits = 8.0f;  // of a zero point in a step between codes
 
 // Shares of a block's span that a first guess cuts off at its ends. With these constants the squared error of normal,
 // Laplace and t-distributed blocks lies within 1 % of what ten times the work finds (docs/log.md, 22 Nov 2026).
@@ -28,9 +29,9 @@ struct BlockFit {
   float sum_w;
 };
 
-// ls and lm.
+// s and 128 - z.
 struct BlockSteps {
-  Lanes scale, min, loss;
+  Lanes scale, zero, loss;
 };
 
 BISE_LANES Lanes inverse_of(const Lanes& x) {
@@ -105,30 +106,32 @@ BISE_LANES void fit_block(const Lanes* x, const float* weight, BlockFit& best) {
   }
 }
 
-// The integers of a block under d and dmin: scales around the wished one, each with the wished min and with its own best.
-BISE_LANES void choose_steps(const Lanes* x, const float* weight, const BlockFit& wish, const Lanes& d, const Lanes& dmin,
-                             int reach, BlockSteps& best) {
-  const Lanes per_d = inverse_of(d), per_dmin = inverse_of(dmin);
+// The integers of a block under d: scales around the wished one, each with the wished min and with its own best.
+BISE_LANES void choose_steps(const Lanes* x, const float* weight, const BlockFit& wish, const Lanes& d, int reach,
+                             BlockSteps& best) {
+  const Lanes per_d = inverse_of(d);
   best = {};
   for (int around = -reach; around <= reach; ++around) {
-    Lanes ls, scale, lm, min;
+    Lanes steps, unit, scale, zero, min = wish.min;
     EACH_LANE {
-      ls.of[lane] = nearest_integer(wish.scale.of[lane] * per_d.of[lane] + float(around), 0.0f, kTopStep);
-      scale.of[lane] = ls.of[lane] * d.of[lane];
-      min.of[lane] = wish.min.of[lane];
+      const float wished = wish.scale.of[lane] * (1.0f / kUnits) * per_d.of[lane] + float(around);
+      steps.of[lane] = nearest_integer(wished, 0.0f, kTopField);
+      unit.of[lane] = steps.of[lane] * d.of[lane];
+      scale.of[lane] = kUnits * unit.of[lane];
     }
+    const Lanes per_unit = inverse_of(unit);
     for (int pass = 0; pass < 2; ++pass) {
       CodeSums sums;
       EACH_LANE {
-        lm.of[lane] = nearest_integer(min.of[lane] * per_dmin.of[lane], 0.0f, kTopStep);
-        min.of[lane] = lm.of[lane] * dmin.of[lane];
+        zero.of[lane] = nearest_integer(min.of[lane] * per_unit.of[lane], 1.0f, kTopField + 1.0f);
+        min.of[lane] = zero.of[lane] * unit.of[lane];
       }
       sum_codes(x, weight, scale, min, sums);
       EACH_LANE {
         const float loss = loss_of(scale.of[lane], min.of[lane], sums, wish, lane);
         const bool better = loss < best.loss.of[lane];
-        best.scale.of[lane] = better ? ls.of[lane] : best.scale.of[lane];
-        best.min.of[lane] = better ? lm.of[lane] : best.min.of[lane];
+        best.scale.of[lane] = better ? steps.of[lane] : best.scale.of[lane];
+        best.zero.of[lane] = better ? zero.of[lane] : best.zero.of[lane];
         best.loss.of[lane] = better ? loss : best.loss.of[lane];
         min.of[lane] = (scale.of[lane] * sums.q.of[lane] - wish.sum_x.of[lane]) / wish.sum_w;
       }
@@ -138,69 +141,64 @@ BISE_LANES void choose_steps(const Lanes* x, const float* weight, const BlockFit
 
 // Integers of all blocks; returns the sum of their losses.
 BISE_LANES Lanes choose_all(const Lanes* x, const float* weight, const BlockFit* wish, int blocks, const Lanes& d,
-                            const Lanes& dmin, int reach, BlockSteps* steps) {
+                            int reach, BlockSteps* steps) {
   Lanes loss = {};
   for (int b = 0; b < blocks; ++b) {
-    choose_steps(x + b * kBlockCols, weight + b * kBlockCols, wish[b], d, dmin, reach, steps[b]);
+    choose_steps(x + b * kBlockCols, weight + b * kBlockCols, wish[b], d, reach, steps[b]);
     EACH_LANE loss.of[lane] += steps[b].loss.of[lane];
   }
   return loss;
 }
 
-// The d and dmin that are best for the integers and codes as they are: least squares in two unknowns.
+// The d that is best for the integers and codes as they are.
 BISE_LANES void refit_super(const Lanes* x, const float* weight, const BlockFit* wish, int blocks,
-                            const BlockSteps* steps, Lanes& d, Lanes& dmin) {
-  Lanes aa = {}, ab = {}, bb = {}, ax = {}, bx = {};  // a = ls q, b = lm
+                            const BlockSteps* steps, Lanes& d) {
+  Lanes aa = {}, ax = {};  // a = s (8 q - zero)
   for (int i = 0; i < blocks; ++i) {
     Lanes scale, min;
     CodeSums sums;
     EACH_LANE {
-      scale.of[lane] = d.of[lane] * steps[i].scale.of[lane];
-      min.of[lane] = dmin.of[lane] * steps[i].min.of[lane];
+      const float unit = d.of[lane] * steps[i].scale.of[lane];
+      scale.of[lane] = kUnits * unit;
+      min.of[lane] = unit * steps[i].zero.of[lane];
     }
     sum_codes(x + i * kBlockCols, weight + i * kBlockCols, scale, min, sums);
     EACH_LANE {
-      const float ls = steps[i].scale.of[lane], lm = steps[i].min.of[lane];
-      aa.of[lane] += ls * ls * sums.qq.of[lane];
-      ab.of[lane] += ls * lm * sums.q.of[lane];
-      bb.of[lane] += lm * lm * wish[i].sum_w;
-      ax.of[lane] += ls * sums.xq.of[lane];
-      bx.of[lane] += lm * wish[i].sum_x.of[lane];
+      const float s = steps[i].scale.of[lane], zero = steps[i].zero.of[lane];
+      const float squares = kUnits * (kUnits * sums.qq.of[lane] - 2.0f * zero * sums.q.of[lane]);
+      aa.of[lane] += s * s * (squares + zero * zero * wish[i].sum_w);
+      ax.of[lane] += s * (kUnits * sums.xq.of[lane] - zero * wish[i].sum_x.of[lane]);
     }
   }
-  EACH_LANE {  // d aa - dmin ab = ax, d ab - dmin bb = bx
-    const float det = aa.of[lane] * bb.of[lane] - ab.of[lane] * ab.of[lane];
-    const float new_d = (ax.of[lane] * bb.of[lane] - bx.of[lane] * ab.of[lane]) / det;
-    const float new_dmin = (ax.of[lane] * ab.of[lane] - bx.of[lane] * aa.of[lane]) / det;
-    const bool solved = det > 0.0f && new_d > 0.0f && new_dmin >= 0.0f;
-    d.of[lane] = solved ? new_d : d.of[lane];
-    dmin.of[lane] = solved ? new_dmin : dmin.of[lane];
+  EACH_LANE {
+    const float best = ax.of[lane] / aa.of[lane];
+    d.of[lane] = best > 0.0f ? best : d.of[lane];
   }
 }
 
 // Panels of one header: halves and integers of 16 rows.
 struct SuperScales {
-  uint16_t d[kPanelRows], dmin[kPanelRows];
-  uint8_t scale[kSuperBlocks][kPanelRows], min[kSuperBlocks][kPanelRows];
+  uint16_t d[kPanelRows];
+  uint8_t scale[kSuperBlocks][kPanelRows], zero[kSuperBlocks][kPanelRows];  // s and z
 };
 
-// x, of unit `size`, as halves and back; a half that is far too small (they are coarse below 6e-5) is made the next one.
+// x, in `size`, as halves of kZ4Unit and back; a half that is far too small (they are coarse below 6e-5) is made the next one.
 BISE_LANES bool as_halves(Lanes& x, const Lanes& size, uint16_t* halves) {
   bool fits = true;
   EACH_LANE {
-    const float wanted = x.of[lane] * size.of[lane];
+    const float wanted = x.of[lane] * size.of[lane] * (1.0f / kZ4Unit);
     uint16_t half = float_to_half(wanted);
     if (half_to_float(half) < 0.99f * wanted) ++half;
     fits = fits && finite_half(half);
     halves[lane] = half;
-    x.of[lane] = size.of[lane] > kTooSmall ? half_to_float(half) / size.of[lane] : 0.0f;
+    x.of[lane] = size.of[lane] > kTooSmall ? kZ4Unit * half_to_float(half) / size.of[lane] : 0.0f;
   }
   return fits;
 }
 
 // Quantise x[32 blocks] to codes [32 blocks][16]; false when a value is not finite or too large.
 BISE_LANES bool quantize_super_lanes(const Lanes* x, const float* weight, int blocks, uint8_t* codes, SuperScales& out) {
-  Lanes z[kSuperCols], size = {}, d = {}, dmin = {};
+  Lanes z[kSuperCols], size = {}, d = {};
   int bad = 0;
   for (int j = 0; j < blocks * kBlockCols; ++j) {
     EACH_LANE {
@@ -217,35 +215,32 @@ BISE_LANES bool quantize_super_lanes(const Lanes* x, const float* weight, int bl
   BlockSteps steps[kSuperBlocks], again[kSuperBlocks];
   for (int b = 0; b < blocks; ++b) {
     fit_block(z + b * kBlockCols, weight + b * kBlockCols, wish[b]);
-    EACH_LANE {
-      d.of[lane] = wish[b].scale.of[lane] > d.of[lane] ? wish[b].scale.of[lane] : d.of[lane];
-      dmin.of[lane] = wish[b].min.of[lane] > dmin.of[lane] ? wish[b].min.of[lane] : dmin.of[lane];
-    }
+    EACH_LANE d.of[lane] = wish[b].scale.of[lane] > d.of[lane] ? wish[b].scale.of[lane] : d.of[lane];
   }
-  EACH_LANE d.of[lane] /= kTopStep, dmin.of[lane] /= kTopStep;
-  bool fits = as_halves(d, size, out.d) && as_halves(dmin, size, out.dmin);
-  const Lanes loss = choose_all(z, weight, wish, blocks, d, dmin, kNear, steps);
-  Lanes new_d = d, new_dmin = dmin;
-  refit_super(z, weight, wish, blocks, steps, new_d, new_dmin);
-  uint16_t halves[2][kPanelRows];
-  fits = fits && as_halves(new_d, size, halves[0]) && as_halves(new_dmin, size, halves[1]);
-  if (!fits) return false;
-  const Lanes new_loss = choose_all(z, weight, wish, blocks, new_d, new_dmin, kAround, again);
+  EACH_LANE d.of[lane] /= kUnits * kTopField;
+  if (!as_halves(d, size, out.d)) return false;
+  const Lanes loss = choose_all(z, weight, wish, blocks, d, kNear, steps);
+  Lanes refitted = d;
+  uint16_t halves[kPanelRows];
+  refit_super(z, weight, wish, blocks, steps, refitted);
+  if (!as_halves(refitted, size, halves)) return false;
+  const Lanes new_loss = choose_all(z, weight, wish, blocks, refitted, kAround, again);
   EACH_LANE {
     const bool better = new_loss.of[lane] < loss.of[lane];
-    out.d[lane] = better ? halves[0][lane] : out.d[lane];
-    out.dmin[lane] = better ? halves[1][lane] : out.dmin[lane];
+    out.d[lane] = better ? halves[lane] : out.d[lane];
     for (int b = 0; b < kSuperBlocks; ++b) {
       const BlockSteps& taken = better ? again[b] : steps[b];
-      out.scale[b][lane] = b < blocks ? uint8_t(taken.scale.of[lane]) : uint8_t(0);
-      out.min[b][lane] = b < blocks ? uint8_t(taken.min.of[lane]) : uint8_t(0);
+      const bool used = b < blocks && taken.scale.of[lane] > 0.0f;
+      out.scale[b][lane] = used ? uint8_t(taken.scale.of[lane]) : uint8_t(0);
+      out.zero[b][lane] = used ? uint8_t(kTopField + 1.0f - taken.zero.of[lane]) : uint8_t(0);
     }
   }
   for (int b = 0; b < blocks; ++b) {
     Lanes scale, min;
     EACH_LANE {
-      scale.of[lane] = half_to_float(out.d[lane]) * float(out.scale[b][lane]);
-      min.of[lane] = half_to_float(out.dmin[lane]) * float(out.min[b][lane]);
+      const float unit = kZ4Unit * half_to_float(out.d[lane]) * float(out.scale[b][lane]);
+      scale.of[lane] = kUnits * unit;
+      min.of[lane] = unit * float(128 - out.zero[b][lane]);
     }
     const Lanes inverse = inverse_of(scale);
     for (int j = b * kBlockCols; j < (b + 1) * kBlockCols; ++j)
@@ -270,20 +265,18 @@ bool pack_super(const float* x, int rows, int64_t k, int64_t k0, int count, cons
   uint8_t codes[kSuperCols * kPanelRows];
   SuperScales scales;
   if (!quantize_super(values, weights, blocks, codes, scales)) return false;
-  const FormatInfo& info = kFormatInfo[kQ4K];
-  std::memcpy(to, scales.d, size_t(rows) * 2);
-  std::memcpy(to + 2 * kPanelRows, scales.dmin, size_t(rows) * 2);
+  const FormatInfo& info = kFormatInfo[kZ4];
   for (int lane = 0; lane < rows; ++lane) {
     uint8_t fields[2 * kSuperBlocks];
     for (int b = 0; b < kSuperBlocks; ++b) {
       fields[2 * b] = scales.scale[b][lane];
-      fields[2 * b + 1] = scales.min[b][lane];
+      fields[2 * b + 1] = scales.zero[b][lane];
     }
-    put_six_bits(to, lane, fields);
+    put_header(to, lane, scales.d[lane], fields);
   }
   for (int b = 0; b < blocks; ++b) {
     const int columns = count - b * kBlockCols < kBlockCols ? count - b * kBlockCols : kBlockCols;
-    write_codes(kQ4K, codes + b * kBlockCols * kPanelRows, rows, columns, to + info.header_bytes + b * info.block_bytes);
+    write_codes(kZ4, codes + b * kBlockCols * kPanelRows, rows, columns, to + info.header_bytes + b * info.block_bytes);
   }
   return true;
 }

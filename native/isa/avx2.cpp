@@ -1,6 +1,8 @@
 // AVX2 + FMA + F16C: eight lanes a register; a panel is computed as two halves of eight rows.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "../formats.h"
 #include "../ops.h"
 
@@ -79,6 +81,7 @@ struct R {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static I dot_pairs(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  static void storei(uint8_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static I loadi(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
   static I set1b(uint8_t x) { return _mm256_set1_epi8(char(x)); }
@@ -106,6 +109,13 @@ struct R {
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+  static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
+  static I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I spread(I a) { return a; }  // not needed with short sums; the name must exist
+  static I shr32(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  static F from_half(I a) {  // of halves, one in each lane
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+  }
   static I addi(I a, I b) { return _mm256_add_epi32(a, b); }
   template <class V>
   static void opaque(V& x) {
@@ -150,7 +160,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_avx2;
-const Ops ops_avx2 = {"avx2", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+const Ops ops_avx2 = {"avx2", kWidestTile, quantize, matmul, open_panel, matmul_float, norm, silu_mul, softmax, rotate,
                         store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

@@ -1,6 +1,8 @@
 // AVX-512 with VNNI: sixteen lanes in one register. Compiled with its own flags; exports one symbol.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "../formats.h"
 #include "../ops.h"
 
@@ -76,6 +78,7 @@ struct R {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
   }
+  static void storei(uint8_t* p, I x) { _mm512_storeu_si512(p, x); }
   static I loadi(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I set1i(int32_t x) { return _mm512_set1_epi32(x); }
   static I set1b(uint8_t x) { return _mm512_set1_epi8(char(x)); }
@@ -103,6 +106,12 @@ struct R {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
   }
   static I lut(I table, I index) { return _mm512_shuffle_epi8(table, index); }
+  static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
+  static I subi(I a, I b) { return _mm512_sub_epi32(a, b); }
+  // The lowest byte of each lane in all its bytes.
+  static I spread(I a) { return _mm512_shuffle_epi8(a, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)); }
+  static I shr32(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  static F from_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // of halves, one in each lane
   static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
   // Nothing to gain from 16-bit sums here (kShortSums); the names must exist.
@@ -136,7 +145,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_avx512;
-const Ops ops_avx512 = {"avx512", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+const Ops ops_avx512 = {"avx512", kWidestTile, quantize, matmul, open_panel, matmul_float, norm, silu_mul, softmax, rotate,
                         store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

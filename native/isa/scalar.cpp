@@ -1,4 +1,6 @@
 // Portable: sixteen lanes as plain arrays. The definition that the other instruction sets are tested against.
+#include <type_traits>
+
 #include "../formats.h"
 #include "../half.h"
 #include "../ops.h"
@@ -170,6 +172,7 @@ struct R {
     LANES r.w[i] = acc.w[i] + int16_t(a.h[2 * i]) * int16_t(b.h[2 * i]) + int16_t(a.h[2 * i + 1]) * int16_t(b.h[2 * i + 1]);
     return r;
   }
+  static void storei(uint8_t* p, const I& x) { __builtin_memcpy(p, x.b, 64); }
   static I loadi(const uint8_t* p) {
     I r;
     __builtin_memcpy(r.b, p, 64);
@@ -229,6 +232,32 @@ struct R {
     for (int i = 0; i < 64; ++i) r.b[i] = table.b[index.b[i] & 15];
     return r;
   }
+  static I add8(const I& a, const I& b) {
+    I r;
+    for (int i = 0; i < 64; ++i) r.b[i] = uint8_t(a.b[i] + b.b[i]);
+    return r;
+  }
+  static I subi(const I& a, const I& b) {
+    I r;
+    LANES r.w[i] = a.w[i] - b.w[i];
+    return r;
+  }
+  // The lowest byte of each lane in all its bytes.
+  static I spread(const I& a) {
+    I r;
+    for (int i = 0; i < 64; ++i) r.b[i] = a.b[i / 4 * 4];
+    return r;
+  }
+  static I shr32(const I& a, int n) {
+    I r;
+    LANES r.w[i] = int32_t(uint32_t(a.w[i]) >> n);
+    return r;
+  }
+  static F from_half(const I& a) {  // of halves, one in each lane
+    F r;
+    LANES r.v[i] = half_to_float(uint16_t(a.w[i]));
+    return r;
+  }
   static I addi(const I& a, const I& b) {
     I r;
     LANES r.w[i] = a.w[i] + b.w[i];
@@ -275,7 +304,7 @@ struct R {
 }  // namespace
 
 extern const Ops ops_scalar;
-const Ops ops_scalar = {"scalar", kWidestTile, quantize, matmul, matmul_float, norm, silu_mul, softmax, rotate,
+const Ops ops_scalar = {"scalar", kWidestTile, quantize, matmul, open_panel, matmul_float, norm, silu_mul, softmax, rotate,
                         store_kv, attend, read_all, dot_steps, float_steps};
 
 }  // namespace bise

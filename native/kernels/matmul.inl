@@ -32,6 +32,14 @@ struct Nibbles {
     hi = R::band(R::template shr16<4>(both), R::set1b(15));
   }
 };
+struct Eighths : Nibbles {  // 8 x the code
+  template <int G>
+  static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
+    const R::I both = R::loadi(w + 64 * G);
+    lo = R::band(R::template shl16<3>(both), R::set1b(0x78));
+    hi = R::band(R::template shr16<1>(both), R::set1b(0x78));
+  }
+};
 struct Codebook : Nibbles {
   template <int G>
   static void pair(const uint8_t* w, R::I& lo, R::I& hi) {
@@ -85,10 +93,10 @@ struct NibblesPlusTwo {
 };
 
 // How scales are stored. `header` reads what the eight blocks behind it share, `scales` what lies at `w` behind the codes
-// of block `b` of them. kSubs scales per block; kMin: a min per scale too.
+// of block `b` of them. kSubs scales per block; kMin: a min per scale too; kZeroPoint: a zero point per block.
 struct HalfScale {
   static constexpr int kHeader = 0, kSubs = 1;
-  static constexpr bool kMin = false;
+  static constexpr bool kMin = false, kZeroPoint = false;
   struct Header {};
   static void header(const uint8_t*, int, Header&) {}
   static void scales(const uint8_t* w, int at, const Header&, int, R::F (&s)[2], R::F (&)[2]) {
@@ -104,7 +112,7 @@ struct HalfScaleAndMin : HalfScale {
 };
 struct ByteScale {
   static constexpr int kHeader = 32, kSubs = 1;
-  static constexpr bool kMin = false;
+  static constexpr bool kMin = false, kZeroPoint = false;
   struct Header {
     R::F d;
   };
@@ -122,7 +130,7 @@ struct TwoByteScales : ByteScale {
 };
 struct SixBitScaleAndMin {
   static constexpr int kHeader = 256, kSubs = 1;
-  static constexpr bool kMin = true;
+  static constexpr bool kMin = true, kZeroPoint = false;
   struct Header {
     R::F scale[kSuperBlocks], min[kSuperBlocks];
   };
@@ -151,9 +159,45 @@ struct SixBitScaleAndMin {
     m[0] = h.min[b];
   }
 };
+struct SevenBitScaleAndZero {
+  static constexpr int kHeader = 256, kSubs = 1;
+  static constexpr bool kMin = false, kZeroPoint = true;
+  struct Header {
+    R::F d;
+    const uint8_t* words;
+  };
+  static void header(const uint8_t* w, int at, Header& h) {
+    h.words = w + 4 * at;
+    R::I half = R::set1i(0);
+    for (int i = 3; i >= 0; --i)
+      half = R::bor(R::template shl32<4>(half), R::band(R::template sar32<28>(R::loadi(h.words + 64 * i)), R::set1i(15)));
+    h.d = R::mul(R::from_half(half), R::set1(kZ4Unit));
+  }
+  static R::I field(const Header& h, int bit, int b) {
+    return R::band(R::shr32(R::loadi(h.words + b / 2 * 64), b % 2 * 14 + bit), R::set1i(127));
+  }
+  static void scales(const uint8_t*, int, const Header& h, int b, R::F (&s)[2], R::F (&)[2]) {
+    s[0] = R::mul(h.d, R::from_i(field(h, 0, b)));
+  }
+  // 128 - z per lane with short sums, else z in each of a lane's bytes
+  static R::I zero(const uint8_t*, int, const Header& h, int b) {
+    const R::I z = field(h, 7, b);
+    return R::kShortSums ? R::subi(R::set1i(128), z) : R::spread(z);
+  }
+};
+struct OpenScaleAndZero {
+  static constexpr int kHeader = 0, kSubs = 1;
+  static constexpr bool kMin = false, kZeroPoint = true;
+  struct Header {};
+  static void header(const uint8_t*, int, Header&) {}
+  static void scales(const uint8_t* w, int at, const Header&, int, R::F (&s)[2], R::F (&)[2]) {
+    s[0] = R::load(reinterpret_cast<const float*>(w) + at);
+  }
+  static R::I zero(const uint8_t* w, int at, const Header&, int) { return R::loadi(w + 64 + 4 * at); }
+};
 struct TwoNibbleScalesAndMins {
   static constexpr int kHeader = 64, kSubs = 2;
-  static constexpr bool kMin = true;
+  static constexpr bool kMin = true, kZeroPoint = false;
   struct Header {
     R::F d, dmin;
   };
@@ -200,6 +244,13 @@ struct LayoutOf<kN4> : Layout<Codebook, HalfScale, 128, 255> {};
 template <>
 struct LayoutOf<kN4K> : Layout<Codebook, ByteScale, 128, 255> {};
 template <>
+struct LayoutOf<kZ4>
+    : Layout<std::conditional_t<R::kShortSums, Nibbles, Eighths>, SevenBitScaleAndZero, 128, R::kShortSums ? 15 : 255> {
+};
+template <>
+struct LayoutOf<kZ4Open>
+    : Layout<std::conditional_t<R::kShortSums, Nibbles, Eighths>, OpenScaleAndZero, 128, R::kShortSums ? 15 : 255> {};
+template <>
 struct LayoutOf<kQ4K> : Layout<Nibbles, SixBitScaleAndMin, 0, 15> {};
 template <>
 struct LayoutOf<kQ5K> : Layout<PlusBit<Nibbles, 4>, SixBitScaleAndMin, 0, 31> {};
@@ -236,7 +287,8 @@ struct Block {
   static constexpr int kChains = kSubs == 2 || kSplit || MT <= 2 ? 2 : 1;
 
   template <int G>
-  static void add_groups(const uint8_t* const (&w)[kPanels], const uint8_t* a, R::I (&sum)[kPanels][kChains][MT]) {
+  static void add_groups(const uint8_t* const (&w)[kPanels], const R::I (&zero)[kPanels], const uint8_t* a,
+                         R::I (&sum)[kPanels][kChains][MT]) {
     R::I codes[2][kPanels];
     if constexpr (kSplit) {
       R::I low[2], high[2];
@@ -251,7 +303,11 @@ struct Block {
         }
       }
     } else {
-      for (int p = 0; p < kPanels; ++p) Form::Codes::template pair<G>(w[p], codes[0][p], codes[1][p]);
+      for (int p = 0; p < kPanels; ++p) {
+        Form::Codes::template pair<G>(w[p], codes[0][p], codes[1][p]);
+        if constexpr (Form::Scales::kZeroPoint && !Form::kShort)
+          for (int half = 0; half < 2; ++half) codes[half][p] = R::add8(codes[half][p], zero[p]);
+      }
       if constexpr (R::kRegisters < 32) {  // one half after the other: fewer registers at a time
         for (int half = 0; half < 2; ++half) {
           BISE_UNROLL(8)
@@ -294,11 +350,15 @@ struct Block {
       for (int m = 0; m < MT; ++m)
         for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort || kSplit ? R::set1i(0) : start(m, c);
     const uint8_t* codes[kPanels];
-    for (int p = 0; p < kPanels; ++p) codes[p] = w[p] + 4 * at;
-    add_groups<0>(codes, a, sum);
-    add_groups<1>(codes, a, sum);
-    add_groups<2>(codes, a, sum);
-    add_groups<3>(codes, a, sum);
+    R::I zero[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      codes[p] = w[p] + 4 * at;
+      if constexpr (Form::Scales::kZeroPoint) zero[p] = Form::Scales::zero(w[p] + Form::Codes::kBytes, at, header[p], b);
+    }
+    add_groups<0>(codes, zero, a, sum);
+    add_groups<1>(codes, zero, a, sum);
+    add_groups<2>(codes, zero, a, sum);
+    add_groups<3>(codes, zero, a, sum);
     for (int p = 0; p < kPanels; ++p) {
       R::F s[2], min[2];
       Form::Scales::scales(w[p] + Form::Codes::kBytes, at, header[p], b, s, min);
@@ -307,6 +367,10 @@ struct Block {
         if constexpr (kSplit) {
           sum[p][0][m] = R::addi(start(m, 0), R::template widen16<1>(sum[p][0][m]));
           sum[p][1][m] = R::template widen16<16>(sum[p][1][m]);
+        } else if constexpr (Form::kShort && Form::Scales::kZeroPoint) {
+          const R::I zero8 = R::dot_pairs(R::set1i(0), zero[p], R::set1i(n8[m]));  // both fit 16 bits
+          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::template widen16<8>(sum[p][c][m]);
+          sum[p][0][m] = R::addi(R::template sar32<3>(zero8), sum[p][0][m]);
         } else if constexpr (Form::kShort) {
           for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::addi(start(m, c), R::template widen16<1>(sum[p][c][m]));
         }
@@ -448,7 +512,32 @@ void matmul(int format, const uint8_t* panel, int panels, const uint8_t* tile, i
     case kQ6K: return matmul_format<kQ6K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
     case kQ3K: return matmul_format<kQ3K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
     case kQ2K: return matmul_format<kQ2K>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kZ4: return matmul_format<kZ4>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
+    case kZ4Open: return matmul_format<kZ4Open>(panel, panels, tile, blocks, mt, out, ldo, next, bytes);
     default: __builtin_trap();
+  }
+}
+
+void open_panel(const uint8_t* w, int64_t blocks, uint8_t* to) {
+  using Scales = SevenBitScaleAndZero;
+  constexpr int kCodes = Nibbles::kBytes;
+  const uint8_t* head = w;
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (b % kSuperBlocks == 0) {
+      head = w;
+      w += Scales::kHeader;
+    }
+    for (int i = 0; i < kCodes; i += int(sizeof(R::I))) R::storei(to + i, R::loadi(w + i));
+    for (int at = 0; at < kPanelRows; at += R::L) {
+      Scales::Header header;
+      R::F s[2], unused[2];
+      Scales::header(head, at, header);
+      Scales::scales(w, at, header, int(b % kSuperBlocks), s, unused);
+      R::store(reinterpret_cast<float*>(to + kCodes) + at, s[0]);
+      R::storei(to + kCodes + 64 + 4 * at, Scales::zero(w, at, header, int(b % kSuperBlocks)));
+    }
+    w += kCodes;
+    to += kFormatInfo[kZ4Open].block_bytes;
   }
 }
 

@@ -79,7 +79,7 @@ using Results = std::vector<std::vector<float>>;
 void linear_cases(Context& c, Results& out) {
   const int64_t sizes[][3] = {{1, 1, 1}, {2, 16, 32}, {3, 17, 31}, {5, 15, 33}, {17, 33, 96}, {31, 40, 257}};
   for (const auto& s : sizes)
-    for (int format : {kF32, kF16, kBF16, kQ8, kQ4, kN4, kQ4K}) {
+    for (int format : {kF32, kF16, kBF16, kQ8, kQ4, kN4, kZ4}) {
       Random r{uint64_t(s[0] * 1000 + s[1] * 10 + format)};
       const Owned w = packed(c, format, s[1], s[2], r), w2 = packed(c, format, s[1] + 3, s[2], r);
       const std::vector<float> x = r.values(s[0] * s[2]);
@@ -106,7 +106,7 @@ void linear_cases(Context& c, Results& out) {
 }
 
 void feed_forward_cases(Context& c, Results& out) {
-  for (int format : {kF32, kQ8, kQ4, kQ4K})
+  for (int format : {kF32, kQ8, kQ4, kZ4})
     for (int64_t rows : {1, 6, 35}) {
       Random r{uint64_t(format * 100 + rows)};
       std::vector<Owned> parts;

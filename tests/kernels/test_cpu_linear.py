@@ -11,7 +11,7 @@ from bise.kernels.cpu import CpuOps, arena, detected_isas, packed_format_of, pac
 from bise.kernels.dequant import dequantize
 
 ISAS = detected_isas()
-FLOAT_FORMATS = ("f32", "f16", "bf16", "q8", "q4", "q4k")
+FLOAT_FORMATS = ("f32", "f16", "bf16", "q8", "q4", "z4")
 BLOCK_FORMATS = tuple(name for name, stored in FORMATS.items() if stored.is_quantised)
 
 # Largest error of x W^T against float64, relative to the largest |x| . |W| row sum: activations are rounded
@@ -90,7 +90,7 @@ def test_products_of_odd_sizes_match_float64(isa, packed_format, rows, n, k, mon
     x = rng.standard_normal((rows, k)).astype(np.float32)
     ops = ops_on(isa, monkeypatch)
     weight = ops.quantized(rng.standard_normal((n, k)).astype(np.float32), packed_format)
-    bound = ACTIVATION_ERROR if packed_format in ("q8", "q4", "q4k") else FLOAT_ERROR
+    bound = ACTIVATION_ERROR if packed_format in ("q8", "q4", "z4") else FLOAT_ERROR
     assert largest_error(ops.linear(x, [weight])[0], x, ops.unpack(weight)) < bound
 
 
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_on_any_threads_and_isa(packe
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("packed_format", ["f32", "bf16", "q8", "q4", "q4k"])
+@pytest.mark.parametrize("packed_format", ["f32", "bf16", "q8", "q4", "z4"])
 def test_the_fused_feed_forward_equals_its_parts_bit_for_bit(isa, packed_format, monkeypatch):
     rng = np.random.default_rng(4)
     ops = ops_on(isa, monkeypatch, 2)
@@ -138,7 +138,7 @@ def test_the_fused_feed_forward_equals_its_parts_bit_for_bit(isa, packed_format,
     assert np.abs(together - ops.linear(hidden, [down])[0]).max() < 2e-2 * np.abs(together).max()
 
 
-@pytest.mark.parametrize("packed_format", ["q4", "n4", "q4k", "q8"])
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "z4", "q8"])
 def test_rows_too_many_for_the_cache_have_the_bits_that_they_have_alone(packed_format, monkeypatch):
     rng = np.random.default_rng(11)
     ops = ops_on(ISAS[0], monkeypatch, 2)
@@ -208,7 +208,7 @@ def test_infinite_activations_reach_the_result_instead_of_vanishing(monkeypatch)
 @pytest.mark.parametrize("packed_format", FLOAT_FORMATS)
 def test_packing_refuses_values_that_the_format_cannot_hold(packed_format):
     ops = CpuOps(1)
-    bad = {"f16": 1e6, "q8": 1e9, "q4": 1e9, "q4k": 1e9}.get(packed_format, np.inf)
+    bad = {"f16": 1e6, "q8": 1e9, "q4": 1e9, "z4": 1e9}.get(packed_format, np.inf)
     for value in (np.nan, -np.inf, bad):
         rows = np.ones((16, 32), np.float32)
         rows[3, 5] = value

@@ -124,7 +124,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize(("packed_format", "most"), [("q4", 0.95), ("n4", 0.80), ("q4k", 0.76)])
+@pytest.mark.parametrize(("packed_format", "most"), [("q4", 0.95), ("n4", 0.80), ("z4", 0.75)])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_the_search_beats_rounding_to_nearest(draw, packed_format, most):
     x = (0.02 * DRAWS[draw](np.random.default_rng(4), (64, 1024))).astype(np.float32)
@@ -133,13 +133,13 @@ def test_the_search_beats_rounding_to_nearest(draw, packed_format, most):
     assert relative_error(x, found) < most * relative_error(x, rounded_to_nearest(x))
 
 
-@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "q4k"])
+@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "z4"])
 def test_packed_bytes_do_not_depend_on_threads(packed_format):
     x = np.random.default_rng(5).standard_normal((100, 331)).astype(np.float32)
     assert packed_values(packed_format, x)[1] == packed_values(packed_format, x, threads=3)[1]
 
 
-@pytest.mark.parametrize("packed_format", ["q4", "n4", "q4k"])
+@pytest.mark.parametrize("packed_format", ["q4", "n4", "z4"])
 def test_an_important_column_gets_the_smaller_error(packed_format):
     x = np.random.default_rng(6).standard_normal((256, 64)).astype(np.float32)
     importance = np.ones(64, np.float32)
@@ -150,7 +150,7 @@ def test_an_important_column_gets_the_smaller_error(packed_format):
     assert relative_error(x[:, 7], weighted[:, 7]) < 0.5 * relative_error(x[:, 7], plain[:, 7])
 
 
-@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "q4k"])
+@pytest.mark.parametrize("packed_format", ["q8", "q4", "n4", "z4"])
 def test_zeros_stay_zero_and_what_no_scale_can_hold_is_refused(packed_format):
     x = np.zeros((17, 40), np.float32)
     assert (packed_values(packed_format, x)[0] == 0).all()
@@ -223,7 +223,8 @@ def test_the_card_beside_a_packed_model_says_what_was_measured(tmp_path, monkeyp
         "calibration_text", "bits_per_weight", "bits_per_weight_layers", "text", "reference", "quality",
         "not_measured",
     }  # fmt: skip
-    assert card["bits_per_weight_layers"] <= 4.5
+    # 704 columns are 2.75 superblocks; Q4_K, which needs whole ones, would take 4.6 bits.
+    assert 4.5 <= card["bits_per_weight_layers"] <= 4.5 + 0.25 * 0.0455
     assert card["text"]["name"] == "short.txt"
     assert len(card["text"]["sha256"]) == len(card["model_sha256"]) == 64
     assert card["not_measured"] is None

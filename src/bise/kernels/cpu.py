@@ -128,7 +128,7 @@ class CpuOps:
         return self.quantized(array, "f32")
 
     def quantized(self, array: Floats, packed_format: str) -> Packed:
-        """Return a float matrix [N, K] packed as f32, f16, bf16, q8, q4, n4 or q4k."""
+        """Return a float matrix [N, K] packed as f32, f16, bf16, q8, q4, n4 or z4."""
         array = np.ascontiguousarray(array, np.float32)
         memory = arena(packed_size(packed_format, *array.shape))
         if not self.pack_floats(packed_format, array, memory):
@@ -146,7 +146,7 @@ class CpuOps:
     ) -> bool:
         """Write rows [n, K] as panels to `out`; False when a value is not finite or does not fit.
 
-        q4, n4 and q4k search the scales with the smallest squared error, weighed per column by `importance` [K]
+        q4, n4 and z4 search the scales with the smallest squared error, weighed per column by `importance` [K]
         (positive) where it is given.
         """
         return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out, importance)

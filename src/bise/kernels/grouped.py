@@ -151,6 +151,8 @@ def _scales(
     if header is None:
         scale = _halves(tail[..., :32])
         return scale, _halves(tail[..., 32:64]) if layout.has_min else None
+    if layout.sub == "u7 in header":
+        return _zero_points(header, blocks)
     per_super = SUPER_COLUMNS // layout.group
     scale = _halves(header[..., :32]).float().repeat_interleave(per_super, 1)
     minimum = _halves(header[..., 32:64]).float().repeat_interleave(per_super, 1) if layout.has_min else None
@@ -163,6 +165,20 @@ def _scales(
         assert minimum is not None
         return scale * (sub & 15).float(), minimum * (sub >> 4).float()
     return scale * sub.view(torch.int8).float(), None
+
+
+def _zero_points(header: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return scales and minimums [P, B, row] of z4: a code is eight units, the zero point lies 128 - z below."""
+    words = header.contiguous().view(torch.int32).view(*header.shape[:2], 4, PANEL_ROWS)
+    parts = [words[:, :, i] >> 28 & 15 for i in range(4)]
+    bits = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
+    halves = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16)
+    fields = torch.stack([words >> shift & 127 for shift in (0, 7, 14, 21)], 3).flatten(
+        2, 3
+    )  # [P, S, 16, row]
+    unit = (halves.float() / 1024)[:, :, None] * fields[:, :, ::2].float()
+    minimum = unit * (128 - fields[:, :, 1::2]).float()
+    return (8 * unit).flatten(1, 2)[:, :blocks], minimum.flatten(1, 2)[:, :blocks]
 
 
 def _six_bits(header: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class PanelFormat:
     sub: str = ""
     """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
     `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and minimum in the halves of a byte, one
-    per 16 columns); or `u6 in header` (six bits of scale and of minimum per block, all in the header)."""
+    per 16 columns); or `u6 in header`
+    and `u7 in header` (6 or 7 bits of scale and of minimum per block, all in the header)."""
     codebook: bool = False
 
     @property
@@ -40,7 +41,7 @@ class PanelFormat:
     @property
     def header_bytes(self) -> int:
         """Bytes of scales per panel and 256 columns."""
-        if self.sub == "u6 in header":
+        if self.sub.endswith("in header"):
             return PANEL_ROWS * (2 + 2 + 12)
         return (2 * PANEL_ROWS if self.sub else 0) * (2 if self.has_min else 1)
 
@@ -50,7 +51,10 @@ class PanelFormat:
         codes = 64 * (self.low_bits + self.high_bits)
         if not self.sub:
             return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
-        return codes + PANEL_ROWS * {"s8": 1, "s8 x2": 2, "u4 x2": 2, "u6 in header": 0}[self.sub]
+        return (
+            codes
+            + PANEL_ROWS * {"s8": 1, "s8 x2": 2, "u4 x2": 2, "u6 in header": 0, "u7 in header": 0}[self.sub]
+        )
 
 
 PANEL_FORMATS: dict[str, PanelFormat] = {
@@ -65,6 +69,7 @@ PANEL_FORMATS: dict[str, PanelFormat] = {
     "q5k": PanelFormat(4, 1, has_min=True, sub="u6 in header"),
     "q6k": PanelFormat(4, 2, zero=32, sub="s8 x2"),
     "q3k": PanelFormat(2, 1, zero=4, sub="s8 x2"),
+    "z4": PanelFormat(4, has_min=True, sub="u7 in header"),
     "q2k": PanelFormat(2, has_min=True, sub="u4 x2"),
 }
 

@@ -23,14 +23,14 @@ Progress = Callable[[str, float], None]
 QUANTS = ("auto", "none", "bf16", "q8", "q4")
 """Values of `--quant`."""
 
-_FLOATS_AS = {"q4": "n4"}
-"""Packed format of floats where it is not the quant's own: 4-bit codes into the IQ4 codebook take the same
-bits as evenly spaced ones and lose a fifth less (docs/quality.md)."""
+_FLOATS_AS = {"q4": "z4"}
+"""Packed format of floats where it is not the quant's own: 4-bit codes with a zero point per block take the bits
+of those with a scale alone and lose a quarter less (docs/quality.md)."""
 
 _CALIBRATED_AS = {"q4": "n4"}
 """The same where a `Rounding` makes the codes: into the IQ4 codebook."""
 
-_FOUR_BITS = ("q4", "q4k", "n4", "n4k")
+_FOUR_BITS = ("q4", "q4k", "n4", "n4k", "z4")
 """Packed formats that a file's own blocks keep when `q4` is asked for."""
 
 Rounding = Callable[[str, npt.NDArray[np.float32]], Bytes | None]
@@ -178,7 +178,9 @@ def pack_weights(
     for slot in plan.slots:
         tensor = source.tensors[slot.name]
         out = memory[slot.offset : slot.offset + slot.size_bytes]
-        pack_tensor(source, slot, tensor, ops, out, rounding if slot.packed_format == _CALIBRATED_AS["q4"] else None)
+        pack_tensor(
+            source, slot, tensor, ops, out, rounding if slot.packed_format == _CALIBRATED_AS["q4"] else None
+        )
         done += tensor.size_bytes
         if progress is not None:
             progress("packing weights", done / max(total, 1))
