@@ -168,7 +168,7 @@ def _scales(
 
 
 def _zero_points(header: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return scales and minimums [P, B, row] of z4: a code is eight units, the zero point lies 128 - z below."""
+    """Return scales and minimums [P, B, row] of z4: a step between codes is eight units, the minimum 128 - z."""
     words = header.contiguous().view(torch.int32).view(*header.shape[:2], 4, PANEL_ROWS)
     parts = [words[:, :, i] >> 28 & 15 for i in range(4)]
     bits = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
