@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import httpx
@@ -19,6 +22,7 @@ from openai import APIStatusError, OpenAI
 from bise.engine.fleet import Fleet
 from bise.engine.model_spec import ModelSpec
 from bise.server import fine_tuning
+from bise.store.keys import KeyLimits
 from bise.store.opening import Store
 
 
@@ -64,8 +68,8 @@ class Server:
         self.thread.start()
         assert ready.wait(20)
 
-    def client(self, owner="ann"):
-        _, key = self.store.keys.create(owner, owner=owner)
+    def client(self, owner="ann", scopes=("inference", "tune"), **more):
+        _, key = self.store.keys.create(owner, owner=owner, scopes=scopes, **more)
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def close(self):
@@ -119,7 +123,34 @@ def wait(client, job_id, *statuses, seconds=120):
 OVER = ("succeeded", "failed", "cancelled")
 
 
-def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone(server):
+def losses_are_a_file_and_tokens_a_row(here, ann, done, losses):
+    (file_id,) = done.result_files
+    rows = list(csv.DictReader(io.StringIO(ann.files.content(file_id).text)))
+    assert [float(row["train_loss"]) for row in rows] == pytest.approx(losses, rel=1e-4)
+    assert rows[-1]["valid_loss"]
+    assert ann.files.retrieve(file_id).filename == "step_metrics.csv"
+    trained = [row for row in here.store.ledger.rows() if row.endpoint == "/v1/fine_tuning/jobs"]
+    assert [(row.owner, row.request_id, row.model, row.prompt_tokens) for row in trained] == [
+        ("ann", done.id, "tiny", done.trained_tokens)
+    ]
+    assert here.store.ledger.sums("endpoint", owner="ann")[0].prompt_tokens == done.trained_tokens
+
+
+def checkpoints_answer(ann, bob, job_id) -> list[str]:
+    """See that the states at the ends of epochs are models of their owner; return their names."""
+    checkpoints = ann.fine_tuning.jobs.checkpoints.list(job_id, limit=1)
+    assert [entry.step_number for entry in checkpoints] == [6, 3]  # over two pages; one at each epoch's end
+    saved = [entry.fine_tuned_model_checkpoint for entry in checkpoints]
+    for name in saved:
+        said = ann.completions.create(model=name, prompt="What is", max_tokens=3, temperature=0)
+        assert said.model == name
+        with pytest.raises(APIStatusError) as caught:
+            bob.completions.create(model=name, prompt="What is", max_tokens=3)
+        assert caught.value.status_code == 404
+    return saved
+
+
+def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone(server, tmp_path):
     here = server()
     ann, bob = here.client("ann"), here.client("bob")
     validation = upload(ann, data(4), "valid.jsonl")
@@ -129,12 +160,8 @@ def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone
         metadata={"why": "test"},
     )  # fmt: skip
     assert made.status in ("queued", "validating_files", "running")
-    assert (made.object, made.model, made.seed, made.metadata) == (
-        "fine_tuning.job",
-        "tiny",
-        3,
-        {"why": "test"},
-    )
+    assert (made.object, made.model, made.seed) == ("fine_tuning.job", "tiny", 3)
+    assert made.metadata == {"why": "test"}
     with pytest.raises(APIStatusError) as caught:
         bob.fine_tuning.jobs.retrieve(made.id)
     assert caught.value.status_code == 404
@@ -152,6 +179,10 @@ def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone
     assert losses[-1] < losses[0]
     answer = ann.completions.create(model="tiny:mine", prompt="What is", max_tokens=3, temperature=0)
     assert answer.model == "tiny:mine"
+    losses_are_a_file_and_tokens_a_row(here, ann, done, losses)
+    saved = checkpoints_answer(ann, bob, made.id)
+    assert ann.models.delete(saved[0]).deleted
+    assert [entry.step_number for entry in ann.fine_tuning.jobs.checkpoints.list(made.id)] == [3]
     assert "tiny:mine" in [entry.id for entry in ann.models.list()]
     assert "tiny:mine" not in [entry.id for entry in bob.models.list()]
     with pytest.raises(APIStatusError) as caught:
@@ -163,15 +194,19 @@ def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone
     here.close()
     again = server()  # a new process serves what was made before
     ann = OpenAI(base_url=f"{again.url}/v1", api_key=ann.api_key, max_retries=0)
+    assert ann.completions.create(model=saved[1], prompt="What is", max_tokens=3).model == saved[1]
     assert (
         ann.completions.create(model="tiny:mine", prompt="What is", max_tokens=3, temperature=0).choices
         == answer.choices
     )
     assert ann.models.delete("tiny:mine").deleted
     assert ann.fine_tuning.jobs.retrieve(made.id).fine_tuned_model is None
-    with pytest.raises(APIStatusError) as caught:
-        ann.completions.create(model="tiny:mine", prompt="What is", max_tokens=3)
-    assert caught.value.status_code == 404
+    assert ann.fine_tuning.jobs.checkpoints.list(made.id).data == []
+    for name in ("tiny:mine", saved[1]):
+        with pytest.raises(APIStatusError) as caught:
+            ann.completions.create(model=name, prompt="What is", max_tokens=3)
+        assert caught.value.status_code == 404
+    assert not list((tmp_path / "home" / "tuning").iterdir())
 
 
 def test_a_job_goes_on_after_a_restart_pauses_resumes_and_is_cancelled(server, tmp_path):
@@ -202,6 +237,9 @@ def test_a_job_goes_on_after_a_restart_pauses_resumes_and_is_cancelled(server, t
     wait(ann, job.id, "running")
     ann.fine_tuning.jobs.cancel(job.id)
     assert wait(ann, job.id, *OVER).status == "cancelled"
+    rows = [row for row in again.store.ledger.rows() if row.request_id == job.id]
+    assert len(rows) == 3  # stopped with the server, paused, cancelled: what was computed until then
+    assert all(row.prompt_tokens > 0 for row in rows)
     assert not (tmp_path / "home" / "tuning" / job.id).exists()
     with pytest.raises(APIStatusError) as caught:
         ann.fine_tuning.jobs.cancel(job.id)
@@ -285,6 +323,20 @@ def test_what_cannot_be_done_is_refused_at_once(server, monkeypatch):
     with pytest.raises(APIStatusError, match=r"bise\[torch\]") as caught:
         create(model="tiny", training_file=file)
     assert caught.value.status_code == 501
+
+
+def test_a_key_trains_only_with_the_scope_for_it_and_what_it_may_pay(server):
+    here = server()
+    for options, said in (
+        ({"scopes": ("inference",)}, "scope tune"),
+        ({"scopes": ("inference", "tune", "model:other")}, "may not use that model"),
+        ({"limits": KeyLimits(money_per_month=Decimal(1))}, "no price"),
+    ):
+        client = here.client("ann", **options)
+        with pytest.raises(APIStatusError, match=said) as caught:
+            client.fine_tuning.jobs.create(model="tiny", training_file=upload(client))
+        assert caught.value.status_code == 403
+        assert client.fine_tuning.jobs.list().data == []
 
 
 @pytest.mark.slow

@@ -180,6 +180,7 @@ def test_a_public_address_without_a_key_is_refused_unless_forced(host, access, h
 
 
 SCOPES = {
+    "tune": {"/v1/models": 200, "/v1/files": 403, "/metrics": 403, "/v1/admin/keys": 403},
     "inference": {
         "/v1/models": 200,
         "/v1/files": 200,

@@ -86,7 +86,7 @@ def command() -> None:
 @click.option("--owner", type=text, help="Whose files, jobs and usage it reaches.  [default: its own]")
 @click.option(
     "--scope", "scopes", multiple=True, type=text,
-    help="inference, admin, metrics or model:NAME; may be repeated.  [default: inference]",
+    help="inference, tune, admin, metrics or model:NAME; may be repeated.  [default: inference]",
 )  # fmt: skip
 @limit_options
 @click.option("--priority", type=int, default=0, show_default=True, help="Lower runs first.")

@@ -53,8 +53,14 @@ class Caller:
         return "admin" in self.scopes
 
     def require(self, scope: str) -> None:
-        """Raise PermissionDeniedError unless the scope was granted; `read` needs none."""
-        if scope != "read" and scope not in self.scopes and not (scope == "metrics" and self.is_admin):
+        """Raise PermissionDeniedError unless the scope was granted; `read` needs none, admins have all but
+        `inference`.
+        """
+        if (
+            scope != "read"
+            and scope not in self.scopes
+            and not (scope in ("metrics", "tune") and self.is_admin)
+        ):
             raise PermissionDeniedError(f"this key lacks the scope {scope}")
 
 

@@ -24,7 +24,7 @@ from bise.server.stored import (
     text_argument,
     whole_argument,
 )
-from bise.store.files import CHUNK_BYTES, OUTPUT, PURPOSES, SAMPLE_TYPES, StoredFile
+from bise.store.files import CHUNK_BYTES, OUTPUT, PURPOSES, RESULTS, SAMPLE_TYPES, StoredFile
 from bise.store.secret import keyed_hash
 
 router = APIRouter()
@@ -74,7 +74,7 @@ async def list_files(request: Request) -> Response:
     files, total = await gate.offload(
         gate.store.files.list,
         caller.owner,
-        purpose=choice_argument(request, "purpose", (*PURPOSES, OUTPUT)),
+        purpose=choice_argument(request, "purpose", (*PURPOSES, OUTPUT, RESULTS)),
         sample_types=choice_arguments(request, "sample_type", SAMPLE_TYPES),
         sources=sources,
         search=text_argument(request, "search"),

@@ -45,6 +45,8 @@ router = APIRouter()
 PURPOSE = "fine-tune"
 _WORDS = ("message", "metrics")
 _POLL_S = 0.5
+_MAX_CHECKPOINTS = 10_000
+"""More than any job has: there is one an epoch."""
 _FILTERS = {
     "QUEUED": ("waiting", "queued", "paused"), "RUNNING": ("running", "pausing"), "FAILED": ("failed",),
     "SUCCESS": ("succeeded",), "CANCELLED": ("cancelled",), "CANCELLATION_REQUESTED": ("cancelling",),
@@ -59,7 +61,7 @@ _FILTERS = {
 )
 async def create(request: Request) -> Response:
     """Queue a job in either form: `training_files` is Mistral's, `training_file` OpenAI's."""
-    gate, caller = await enter(request, "inference")
+    gate, caller = await enter(request, "tune")
     service: Service = request.app.state.service
     if find_spec("torch") is None:
         raise ApiError(
@@ -79,6 +81,7 @@ async def create(request: Request) -> Response:
         body = await read_json(request, OpenAiJob)
         spec = openai_spec(body)
     name = _base(service, body.model)
+    await gate.check_training(caller, name)
     for file_id in (*spec["training_files"], *spec["validation_files"]):
         file = await gate.offload(gate.store.files.get, caller.owner, file_id)
         if file.purpose != PURPOSE:
@@ -95,7 +98,7 @@ async def create(request: Request) -> Response:
         model=name,
         name=wanted,
         form="mistral" if is_mistral else "openai",
-        spec=spec,
+        spec=spec | {"key_id": caller.key_id},
         is_waiting=not spec["auto_start"],
     )
     service.tuned.wake()
@@ -105,7 +108,7 @@ async def create(request: Request) -> Response:
 @router.get("/v1/fine_tuning/jobs", **documented(None, "List your jobs.", tag="fine-tuning"))
 async def list_jobs(request: Request) -> Response:
     """List the caller's jobs, newest first."""
-    gate, caller = await enter(request, "inference")
+    gate, caller = await enter(request)
     offset, limit = page_arguments(request)
     filters: dict[str, Any] = {}
     if (model := text_argument(request, "model", 512)) is not None:
@@ -137,7 +140,7 @@ async def list_jobs(request: Request) -> Response:
 @router.get("/v1/fine_tuning/jobs/{job_id}", **documented(None, "Describe a job.", tag="fine-tuning"))
 async def retrieve(request: Request, job_id: str) -> Response:
     """Describe a job."""
-    gate, caller = await enter(request, "inference")
+    gate, caller = await enter(request)
     return JSONResponse(
         await _body(request, gate, await gate.offload(gate.store.tuning.get, caller.owner, job_id))
     )
@@ -174,7 +177,7 @@ async def start(request: Request, job_id: str) -> Response:
 )
 async def list_events(request: Request, job_id: str) -> Response:
     """List a job's events, newest first; with `stream=true` send them as they come, oldest first."""
-    gate, caller = await enter(request, "inference")
+    gate, caller = await enter(request)
     if choice_argument(request, "stream", ("true", "false")) == "true":
         await gate.offload(gate.store.tuning.get, caller.owner, job_id)
         return StreamingResponse(_stream(request, gate, caller, job_id), media_type="text/event-stream")
@@ -189,11 +192,27 @@ async def list_events(request: Request, job_id: str) -> Response:
     **documented(None, "List a job's checkpoints.", tag="fine-tuning"),
 )
 async def list_checkpoints(request: Request, job_id: str) -> Response:
-    """List a job's checkpoints, newest first."""
-    gate, caller = await enter(request, "inference")
+    """List a job's checkpoints, one an epoch, newest first: while it runs all so far, then those that are
+    kept as models.
+    """
+    gate, caller = await enter(request)
     job = await gate.offload(gate.store.tuning.get, caller.owner, job_id)
-    events, has_more = await _events(request, gate, caller, job_id, ("checkpoint",), 10)
-    data = [openai_checkpoint(job, event) for event in events]
+    limit = whole_argument(request, "limit", 10, 1, 1000)
+    after = text_argument(request, "after")
+    events = await gate.offload(
+        gate.store.tuning.events,
+        caller.owner,
+        job_id,
+        kinds=("checkpoint",),
+        after=None if after is None else event_number(after, job_id),
+        limit=_MAX_CHECKPOINTS,
+    )
+    found = [
+        openai_checkpoint(job, event)
+        for event in events
+        if not job.is_over or event.data["step"] in job.checkpoints
+    ]
+    data, has_more = found[:limit], len(found) > limit
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return JSONResponse({"object": "list", "data": data, **ends, "has_more": has_more})
 
@@ -237,7 +256,7 @@ async def _body(request: Request, gate: StoreGate, job: TuningJob) -> dict[str, 
 
 
 async def _change(request: Request, job_id: str, wish: str) -> Response:
-    gate, caller = await enter(request, "inference")
+    gate, caller = await enter(request, "tune")
     service: Service = request.app.state.service
     job = await gate.offload(gate.store.tuning.change, caller.owner, job_id, wish)
     service.tuned.wake()
@@ -290,17 +309,24 @@ def _moment(request: Request, name: str) -> float | None:
 
 
 async def remove_tuned(request: Request, base: str, adapter: str) -> Response:
-    """Stop serving what a job of the caller's made, and remove it from the disk."""
-    gate, caller = await enter(request, "inference")
+    """Stop serving what a job of the caller's made, and remove it from the disk: its model with all
+    checkpoints, or one checkpoint.
+    """
+    gate, caller = await enter(request, "tune")
     service: Service = request.app.state.service
     name = f"{base}{ADAPTER_SEPARATOR}{adapter}"
     made = service.tuned.get(name)
     if made is None or not (made.owner == caller.owner or caller.is_admin):
         raise ModelNotFoundError(f"none of your jobs made {name[:200]}", field="model")
-    path = next(card.spec.path for card in service.models.card(base).adapters if card.spec.name == adapter)
-    await service.offload(service.models.remove_adapter, base, adapter)
-    service.tuned.remove(name)
-    await gate.offload(gate.store.tuning.forget, made.owner, base, adapter)
-    if path.parent.name == made.job_id:
-        await service.offload(shutil.rmtree, path.parent, ignore_errors=True)
+    paths = {card.spec.name: card.spec.path for card in service.models.card(base).adapters}
+    gone = [adapter]
+    if made.step is None:  # checkpoints first: while one of them is in use, all stays as it is
+        gone = [*(own for own in paths if own.startswith(f"{adapter}@")), adapter]
+    for own in gone:
+        await service.offload(service.models.remove_adapter, base, own)
+        service.tuned.remove(f"{base}{ADAPTER_SEPARATOR}{own}")
+    await gate.offload(gate.store.tuning.forget, made.owner, made.job_id, made.step)
+    path = paths[adapter] if made.step is not None else paths[adapter].parent
+    if made.job_id in path.parts:
+        await service.offload(shutil.rmtree, path, ignore_errors=True)
     return JSONResponse({"id": name, "object": "model", "deleted": True})

@@ -250,8 +250,8 @@ class StoreGate:
             await self.offload(check, caller.key, prompt + most, cost or Decimal(0))
 
     async def check_training(self, caller: Caller, model: str) -> None:
-        """Raise PermissionDeniedError when the caller may not use the model, or has a limit in money and the model
-        no price; RateLimitError when nothing is left of the caller's tokens or money.
+        """Raise PermissionDeniedError when the caller may not use the model, or has a limit in money and the
+        model no price; RateLimitError when nothing is left of the caller's tokens or money.
         """
         key = caller.key
         if key is None:
@@ -263,8 +263,8 @@ class StoreGate:
         await self.check_tokens(caller, model, 1, 0)
 
     def record_training(self, row: LedgerRow, share: str) -> LedgerRow:
-        """Write what a fine-tuning job has used: its tokens are input tokens of its model, and count against the
-        days and months of the key that made it.
+        """Write what a fine-tuning job has used: its tokens are input tokens of its model, and count against
+        the days and months of the key that made it.
         """
         key_id = row.key_id
         reservation = (

@@ -23,6 +23,8 @@ class TunedModel:
 
     owner: str
     job_id: str
+    step: int | None = None
+    """The step of a checkpoint; None for the job's result."""
 
 
 class TunedModels:

@@ -203,7 +203,8 @@ def openai_body(job: TuningJob) -> dict[str, Any]:
         "model": job.model, "fine_tuned_model": model_name(job), "organization_id": job.owner,
         "status": status,
         "hyperparameters": shared, "training_file": spec["training_files"][0],
-        "validation_file": next(iter(spec["validation_files"]), None), "result_files": [],
+        "validation_file": next(iter(spec["validation_files"]), None),
+        "result_files": result.get("result_files", []),
         "trained_tokens": result.get("trained_tokens") if job.is_over else None, "error": job.error,
         "user_provided_suffix": spec["suffix"], "seed": spec["seed"], "integrations": [],
         "estimated_finish": None if estimate is None else int(estimate), "metadata": spec["metadata"],
@@ -249,14 +250,19 @@ def openai_event(event: TuningEvent) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def checkpoint_adapter(job: TuningJob, step: int) -> str:
+    """Return the name of a checkpoint's adapter; no suffix that anyone can ask for has its mark."""
+    return f"{job.adapter}@step-{step}"
+
+
 def openai_checkpoint(job: TuningJob, event: TuningEvent) -> dict[str, Any]:
-    """Return a checkpoint as OpenAI's client reads it; it is kept to resume from, and not served."""
+    """Return a checkpoint as OpenAI's client reads it."""
     step = event.data["step"]
     metrics = {name: event.data[name] for name in ("step", "train_loss", "valid_loss")}
     return {
         "id": f"ftckpt-{event.job_id}-{event.number}", "object": "fine_tuning.job.checkpoint",
         "created_at": int(event.at),
-        "fine_tuned_model_checkpoint": f"{job.model}:{job.adapter}:ckpt-step-{step}",
+        "fine_tuned_model_checkpoint": f"{job.model}:{checkpoint_adapter(job, step)}",
         "fine_tuning_job_id": job.id, "metrics": metrics, "step_number": step,
     }  # fmt: skip
 

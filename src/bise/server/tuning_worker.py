@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,9 +23,15 @@ from bise.errors import BiseError, StoreError
 from bise.server.gate import StoreGate
 from bise.server.service import Service
 from bise.server.tuned import TunedModel
+from bise.server.tuning_schema import checkpoint_adapter
+from bise.store.files import RESULTS
+from bise.store.ledger import LedgerRow
+from bise.train.layout import CHECKPOINTS, METRICS, step_name
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
+
+    from sqlalchemy.orm import Session
 
     from bise.store.tuning import TuningJob
 
@@ -37,6 +43,11 @@ _GRACE_S = 30.0
 """How long a process may take to save its checkpoint before it is killed."""
 _MAX_EVENTS = 100
 """Metrics events of a job, about."""
+KEPT_EPOCHS = 3
+"""Checkpoints of a job that are served beside its result, one an epoch, the last ones."""
+ENDPOINT = "/v1/fine_tuning/jobs"
+RESULT_FILE = "step_metrics.csv"
+"""What OpenAI calls the file with the losses of every step."""
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -47,6 +58,9 @@ class _Run:
     steps: int = 0
     started: bool = False
     tokens: int = 0
+    """Tokens that the job has computed so far, also before a restart."""
+    billed: int = 0
+    """Those of them that are in the ledger."""
     train_loss: float | None = None
     valid_loss: float | None = None
     finished: dict[str, Any] | None = None
@@ -69,7 +83,7 @@ class TuningWorker:
         """Serve what earlier jobs made, and begin to work."""
         for job in await self._gate.offload(self._jobs.made):
             try:
-                self._publish(job)
+                await self._publish(job, job.checkpoints)
             except BiseError as error:
                 logger.warning("event=tuned_model_not_served job=%s code=%s", job.id, error.code)
         self._service.tuned.wake = self._wake.set
@@ -110,18 +124,23 @@ class TuningWorker:
 
     async def _do(self, job: TuningJob) -> None:
         """Run a claimed job to its end, or to the server's."""
-        run = _Run()
+        run = _Run(billed=(job.result or {}).get("billed_tokens", 0))
+        run.tokens = run.billed
         try:
             command = await self._gate.offload(self._prepare, job)
             code, complaint = 0, ""
-            if command is None:
-                run.finished = _published_result(self.directory(job.id) / "adapter")
-            else:
-                code, complaint = await self._train(job, command, run)
+            share = self._gate.begin_share()
+            try:
+                if command is None:
+                    run.finished = _published_result(self.directory(job.id) / "adapter")
+                    run.tokens = run.finished["trained_tokens"]
+                else:
+                    code, complaint = await self._train(job, command, run)
+            finally:
+                await self._gate.offload(self._bill, job, run, share)
             status = await self._gate.offload(self._jobs.renew, job.id)
             if run.finished is not None and status != "cancelling":
-                self._publish(job)
-                await self._end(job, "succeeded", "The job has succeeded.", result=_result(run))
+                await self._succeed(job, run)
                 return
         except BiseError as error:
             if isinstance(error, StoreError):
@@ -132,12 +151,48 @@ class TuningWorker:
             await self._gate.offload(shutil.rmtree, self.directory(job.id), ignore_errors=True)
             await self._end(job, "cancelled", "The job was cancelled.")
         elif status == "pausing":
-            await self._end(job, "paused", "The job is paused; its last checkpoint is kept.")
+            told = {"billed_tokens": run.billed}
+            await self._end(job, "paused", "The job is paused; its last checkpoint is kept.", result=told)
         elif self._is_stopping and code in (*_STOPPED, -signal.SIGTERM, -signal.SIGKILL):
-            await self._end(job, "queued", "The server stops; the job goes on when it is back.")
+            told = {"billed_tokens": run.billed}
+            await self._end(job, "queued", "The server stops; the job goes on when it is back.", result=told)
         else:
             invalid = code == 2 and not run.started
             await self._fail(job, "invalid_training_file" if invalid else "training_failed", complaint)
+
+    def _bill(self, job: TuningJob, run: _Run, share: str) -> None:
+        """Write the tokens that were computed since the job's last row into the ledger."""
+        row = LedgerRow(
+            request_id=job.id,
+            key_id=job.spec.get("key_id"),
+            owner=job.owner,
+            endpoint=ENDPOINT,
+            model=job.model,
+            adapter=job.adapter,
+            prompt_tokens=run.tokens - run.billed,
+            finish_reason="stop",
+            idempotency_key=f"tuning:{job.id}:{run.tokens}",
+        )
+        if row.prompt_tokens > 0:
+            self._gate.record_training(row, share)
+            run.billed = run.tokens
+        else:
+            self._gate.end_share(share)
+
+    async def _succeed(self, job: TuningJob, run: _Run) -> None:
+        """Serve what came out, and end the job with its table of losses as a file."""
+        result, files = _result(run), self._gate.store.files
+        kept = await self._publish(job, result.pop("checkpoints") or ())
+        table = (self.directory(job.id) / "adapter" / METRICS).read_bytes()
+        content = await self._gate.offload(files.write, [table])
+        result |= {"checkpoints": kept, "result_files": [content.id], "billed_tokens": run.billed}
+
+        def enter(session: Session) -> None:
+            files.enter(session, job.owner, RESULT_FILE, RESULTS, content, source="bise")
+
+        is_ours = await self._end(job, "succeeded", "The job has succeeded.", result=result, enter=enter)
+        if not is_ours:
+            await self._gate.offload(files.discard, content)
 
     def _prepare(self, job: TuningJob) -> list[str] | None:
         """Write the data files and return the command to run; None when the result is there already."""
@@ -155,7 +210,8 @@ class TuningWorker:
                             file.write(piece)
                         file.write(b"\n")
         model = self._service.models.card(job.model).spec.path
-        command = ["tune", "run", str(model), str(folder / "training.jsonl"), "--out", str(out), "--json"]
+        command = ["tune", "run", str(model), str(folder / "training.jsonl"), "--out", str(out), "--json",
+                   "--keep-epochs", str(KEPT_EPOCHS)]  # fmt: skip
         if spec["validation_files"]:
             command += ["--validation", str(folder / "validation.jsonl")]
         for option, value in spec["options"].items():
@@ -222,7 +278,7 @@ class TuningWorker:
             run.started, run.steps = True, event["steps"]
             message = f"Files are valid: {event['texts']} texts to learn, {event['held_back']} held back."
             await self._gate.offload(add, job.id, "message", message, {"status": "validated"})
-            await self._gate.offload(self._jobs.tell, job.id, steps=run.steps)
+            await self._tell(job, run)
         elif kind == "step":
             run.train_loss = event["loss"]
             run.tokens = event["trained_tokens"]
@@ -232,26 +288,45 @@ class TuningWorker:
                 message = f"Step {event['step']}/{event['steps']}: training loss={event['loss']:.4f}"
                 await self._gate.offload(add, job.id, "metrics", message, data)
                 finish = self._gate.store.clock() + event["eta_s"]
-                await self._gate.offload(self._jobs.tell, job.id, steps=run.steps, estimated_finish=finish)
+                await self._tell(job, run, estimated_finish=finish)
         elif kind == "evaluation":
             run.valid_loss = event["loss"]
             data = {"step": event["step"], "valid_loss": event["loss"], "best_valid_loss": event["best"]}
             message = f"Step {event['step']}: validation loss={event['loss']:.4f}"
             await self._gate.offload(add, job.id, "metrics", message, data)
-        elif kind == "checkpoint":
+        elif kind == "epoch":
             data = {"step": event["step"], "train_loss": run.train_loss, "valid_loss": run.valid_loss}
-            message = f"Checkpoint created at step {event['step']}."
+            message = f"Checkpoint created at step {event['step']}, after {event['epoch']} epochs."
             await self._gate.offload(add, job.id, "checkpoint", message, data)
         elif kind == "finished":
             run.finished = event
 
-    def _publish(self, job: TuningJob) -> None:
-        """Serve what a job made as MODEL:NAME, to its owner."""
-        self._service.models.add_adapter(job.model, job.adapter, self.directory(job.id) / "adapter")
-        self._service.tuned.add(job.model, job.adapter, TunedModel(job.owner, job.id))
+    async def _tell(self, job: TuningJob, run: _Run, **values: Any) -> None:
+        await self._gate.offload(self._jobs.tell, job.id, steps=run.steps, billed_tokens=run.billed, **values)
 
-    async def _end(self, job: TuningJob, status: str, message: str, **more: Any) -> None:
-        await self._gate.offload(self._jobs.finish, job.id, status, message, **more)
+    async def _publish(self, job: TuningJob, steps: Iterable[int]) -> list[int]:
+        """Serve what a job made as MODEL:NAME, and its checkpoints, to its owner; return the steps of those
+        that are served: where memory is short it may be less than all.
+        """
+        folder, add = self.directory(job.id) / "adapter", self._service.models.add_adapter
+        await self._service.offload(add, job.model, job.adapter, folder)
+        self._service.tuned.add(job.model, job.adapter, TunedModel(job.owner, job.id))
+        served: list[int] = []
+        for step in sorted(steps):
+            name = checkpoint_adapter(job, step)
+            try:
+                path = folder / CHECKPOINTS / step_name(step)
+                await self._service.offload(add, job.model, name, path)
+            except BiseError as error:
+                message = f"The checkpoint of step {step} is not served: {error}"
+                await self._gate.offload(self._jobs.add_event, job.id, "message", message, {"step": step})
+                continue
+            self._service.tuned.add(job.model, name, TunedModel(job.owner, job.id, step))
+            served.append(step)
+        return served
+
+    async def _end(self, job: TuningJob, status: str, message: str, **more: Any) -> bool:
+        return await self._gate.offload(self._jobs.finish, job.id, status, message, **more)
 
     async def _fail(self, job: TuningJob, code: str, message: str) -> None:
         param = "training_file" if code == "invalid_training_file" else None
@@ -277,6 +352,7 @@ def _published_result(out: Path) -> dict[str, Any]:
 
 
 def _result(run: _Run) -> dict[str, Any]:
-    names = ("steps", "train_loss", "best_loss", "best_step", "parity", "seconds", "trained_tokens")
+    names = ("steps", "train_loss", "best_loss", "best_step", "parity", "seconds", "trained_tokens",
+             "checkpoints")  # fmt: skip
     finished = run.finished or {}
     return {name: finished.get(name) for name in names}

@@ -26,6 +26,8 @@ from bise.store.secret import sync_directory
 PURPOSES = ("batch", "fine-tune", "user_data")
 """What users may hand in; `batch_output` is what batch jobs make."""
 OUTPUT = "batch_output"
+RESULTS = "fine-tune-results"
+"""What fine-tuning jobs make."""
 ERROR_ENDING = "_error.jsonl"
 """How the names of batch outputs end that hold errors."""
 SAMPLE_TYPES = ("pretrain", "instruct", "batch_request", "batch_result", "batch_error")

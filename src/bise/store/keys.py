@@ -27,7 +27,7 @@ KEY_BYTES = 32
 """Random bytes of a key: 256 bits."""
 MAX_KEY_LENGTH = 200
 """Anything longer is no key of ours and is not even hashed."""
-SCOPES = ("inference", "admin", "metrics")
+SCOPES = ("inference", "tune", "admin", "metrics")
 """Besides these, `model:NAME` narrows inference to the models named."""
 MAX_COUNT = 10**15
 MAX_MONEY = Decimal(1_000_000)

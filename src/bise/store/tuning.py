@@ -82,6 +82,11 @@ class TuningJob:
     finished_at: float | None
 
     @property
+    def checkpoints(self) -> list[int]:
+        """Steps whose checkpoints are there to be used."""
+        return list((self.result or {}).get("checkpoints") or ())
+
+    @property
     def is_over(self) -> bool:
         """True when nothing will change any more."""
         return self.status not in ACTIVE
@@ -218,20 +223,15 @@ class TuningJobs:
                 self._set(session, record, to)
             return _job(record)
 
-    def forget(self, owner: str, model: str, adapter: str) -> TuningJob:
-        """Say that a job's model was removed; NotFoundError when none of the owner's jobs made it."""
+    def forget(self, owner: str, job_id: str, step: int | None = None) -> TuningJob:
+        """Say that a job's model was removed with its checkpoints, or its checkpoint of a step alone;
+        NotFoundError when the owner has no such job.
+        """
         with self._database.writing() as session:
-            record = session.scalars(
-                select(TuningJobRecord).where(
-                    TuningJobRecord.owner == owner,
-                    TuningJobRecord.model == model,
-                    TuningJobRecord.adapter == adapter,
-                    TuningJobRecord.status == "succeeded",
-                )
-            ).first()
-            if record is None:
-                raise NotFoundError(f"none of your jobs made a model {adapter[:64]!r}", field="model")
-            record.result = (record.result or {}) | {"is_deleted": True}
+            record = _find(session, owner, job_id, is_locked=True)
+            kept = [] if step is None else [kept for kept in _job(record).checkpoints if kept != step]
+            gone = {"is_deleted": True} if step is None else {}
+            record.result = (record.result or {}) | gone | {"checkpoints": kept}
             record.modified_at = self._clock()
             return _job(record)
 
@@ -285,15 +285,23 @@ class TuningJobs:
         *,
         result: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
-    ) -> None:
-        """End this process's work on a job: succeeded, failed, cancelled, paused, or queued for later."""
+        enter: Callable[[Session], object] | None = None,
+    ) -> bool:
+        """End this process's work on a job: succeeded, failed, cancelled, paused, or queued for later. What
+        `enter` writes is there together with the end, or not at all.
+
+        Return False, and do nothing, when the job is another process's by now.
+        """
         with self._database.writing() as session:
             record = session.get(TuningJobRecord, job_id, with_for_update=True)
             if record is None or record.worker != self._worker:
-                return
+                return False
+            if enter is not None:
+                enter(session)
             record.result = None if result is None else dict(result)
             record.error = None if error is None else dict(error)
             self._set(session, record, status, message)
+            return True
 
     def tell(self, job_id: str, **values: Any) -> None:
         """Keep facts about a running job (estimated_finish, steps) in its result."""
