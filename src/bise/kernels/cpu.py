@@ -146,8 +146,8 @@ class CpuOps:
     ) -> bool:
         """Write rows [n, K] as panels to `out`; False when a value is not finite or does not fit.
 
-        q4, n4 and z4 search the scales with the smallest squared error, weighed per column by `importance` [K]
-        (positive) where it is given.
+        q4, n4 and z4 search the scales with the smallest squared error, weighed per column by `importance`
+        [K] (positive) where it is given.
         """
         return self._native.pack_floats(PACKED_FORMATS[packed_format], rows, out, importance)
 

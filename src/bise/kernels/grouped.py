@@ -168,7 +168,7 @@ def _scales(
 
 
 def _zero_points(header: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return scales and minimums [P, B, row] of z4: a step between codes is eight units, the minimum 128 - z."""
+    """Return scales and minimums [P, B, row] of z4: eight units a step, 128 - z the minimum."""
     words = header.contiguous().view(torch.int32).view(*header.shape[:2], 4, PANEL_ROWS)
     parts = [words[:, :, i] >> 28 & 15 for i in range(4)]
     bits = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12

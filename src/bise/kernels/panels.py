@@ -23,9 +23,9 @@ class PanelFormat:
     has_min: bool = False
     sub: str = ""
     """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
-    `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and minimum in the halves of a byte, one
-    per 16 columns); or `u6 in header`
-    and `u7 in header` (6 or 7 bits of scale and of minimum per block, all in the header)."""
+    `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and minimum in the halves of a byte,
+    one per 16 columns); or, all in the header, `u6 in header` (six bits of scale and of minimum per block) and
+    `u7 in header` (seven of scale and of zero point)."""
     codebook: bool = False
 
     @property
@@ -51,10 +51,9 @@ class PanelFormat:
         codes = 64 * (self.low_bits + self.high_bits)
         if not self.sub:
             return codes + 2 * PANEL_ROWS * (2 if self.has_min else 1)
-        return (
-            codes
-            + PANEL_ROWS * {"s8": 1, "s8 x2": 2, "u4 x2": 2, "u6 in header": 0, "u7 in header": 0}[self.sub]
-        )
+        if self.sub.endswith("in header"):
+            return codes
+        return codes + PANEL_ROWS * (1 if self.sub == "s8" else 2)
 
 
 PANEL_FORMATS: dict[str, PanelFormat] = {

@@ -24,8 +24,8 @@ QUANTS = ("auto", "none", "bf16", "q8", "q4")
 """Values of `--quant`."""
 
 _FLOATS_AS = {"q4": "z4"}
-"""Packed format of floats where it is not the quant's own: 4-bit codes with a zero point per block take the bits
-of those with a scale alone and lose a quarter less (docs/quality.md)."""
+"""Packed format of floats where it is not the quant's own: 4-bit codes with a zero point per block take the
+bits of those with a scale alone and lose a quarter less (docs/quality.md)."""
 
 _CALIBRATED_AS = {"q4": "n4"}
 """The same where a `Rounding` makes the codes: into the IQ4 codebook."""
