@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import subprocess
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +86,20 @@ def test_provenance_names_machine_versions_and_command():
     assert origin["threads"] == 2
     assert origin["versions"]["numpy"]
     assert {"date", "machine", "cpu", "kernel", "isa", "commit"} <= set(origin)
+
+
+def test_a_tree_that_git_archive_wrote_names_its_commit():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    command = ["git", "-C", str(root), "archive", "HEAD", "src/bise/bench/commit.txt"]
+    archive = subprocess.run(command, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        member = tar.extractfile("src/bise/bench/commit.txt")
+        assert member is not None
+        stamp = member.read().decode().strip()
+    head = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    assert subprocess.run(head, capture_output=True, check=True, text=True).stdout.startswith(stamp)
 
 
 def test_joules_have_a_column_only_where_the_machine_reports_them():

@@ -6,7 +6,7 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -171,7 +171,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the source tree that this code runs from, None for an installed package."""
+    """Return the commit of the source tree that this code runs from, a checkout or what `git archive` wrote;
+    None for an installed package.
+    """
+    stamp = (resources.files("bise.bench") / "commit.txt").read_text("utf-8").strip()
+    if not stamp.startswith("$"):  # `git archive` puts the commit there (.gitattributes)
+        return stamp
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

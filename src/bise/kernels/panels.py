@@ -24,8 +24,8 @@ class PanelFormat:
     sub: str = ""
     """What a 32-column block holds below a header of scales per 256 columns: nothing (the format is flat),
     `s8` (a signed byte), `s8 x2` (one per 16 columns), `u4 x2` (scale and minimum in the halves of a byte,
-    one per 16 columns); or, all in the header, `u6 in header` (six bits of scale and of minimum per block) and
-    `u7 in header` (seven of scale and of zero point)."""
+    one per 16 columns); or, all in the header, `u6 in header` (six bits of scale and of minimum per block)
+    and `u7 in header` (seven of scale and of zero point)."""
     codebook: bool = False
 
     @property
