@@ -2,7 +2,7 @@
 
 import pytest
 
-from bise.engine.pace import ALONE, MIN_TOKENS, Pace
+from bise.engine.pace import ALONE, CHUNK, MIN_TOKENS, Pace
 from bise.engine.request import Request, SamplingParams
 
 
@@ -51,8 +51,9 @@ def test_before_several_sequences_decoded_a_row_is_taken_for_half_of_a_single_st
 
 
 def test_a_step_is_no_longer_than_what_makes_its_own_price_small():
-    small = learned(0.25e-3, 0.15e-3, 0.05e-3)
-    assert small.budget(3, 2) == pytest.approx(20 * 5 + 2, abs=10)
+    small = learned(0.5e-3, 0.15e-3, 0.05e-3)
+    assert small.budget(3, 2) == pytest.approx(20 * 10 + 2, abs=20)
+    assert learned(0.1e-3, 0.15e-3, 0.05e-3).budget(3, 2) == CHUNK + 2
     assert small.budget(1) > 10_000
     assert learned(0.1, 0.02, 0.02).budget(3, 2) == MIN_TOKENS
 

@@ -22,6 +22,9 @@ ENOUGH = 20
 MOSTLY = 8
 """A step tells the price of prompts when it has so many tokens of them for each one that is decoded."""
 
+CHUNK = 128
+"""Prompt tokens that a step may always have, as far as its duration allows: prices are never exact."""
+
 _MEMORY = 8
 """Steps over which the measured speed is averaged."""
 
@@ -70,7 +73,7 @@ class Pace:
             return max(MIN_TOKENS, int(ALONE * self._target_s / self._token_s))
         tokens, prices = int(self._target_s / self._token_s), self._measured()
         if prices is not None:
-            tokens = min(tokens, int(ENOUGH * prices.step) + num_running)
+            tokens = min(tokens, max(CHUNK, int(ENOUGH * prices.step)) + num_running)
         return max(MIN_TOKENS, tokens)
 
     def observe(self, num_prompt: int, num_decoded: int, seconds: float) -> None:
