@@ -5,7 +5,7 @@
 Only the matrices of the layers change, everything is computed with float32 activations, so that the rounding
 of the weights alone is compared. GGUF quantisers are ggml's own, through its shared library (it comes with
 llama-cpp-python); without it their rows are left out. Rows that a format does not divide are padded with
-zeros.
+zeros, which the bits per weight count.
 Needs ../shared (texts, stories260K) and the `zstandard` package.
 """
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
 ROW = 256
 Floats = np.ndarray
-GGML_BITS = {"Q8_0": 8.5, "Q6_K": 6.5625, "Q4_K": 4.5, "IQ4_NL": 4.5, "Q4_0": 4.5, "Q3_K": 3.4375}
+GGML_KINDS = ("Q8_0", "Q6_K", "Q4_K", "IQ4_NL", "Q4_0", "Q3_K")
 
 
 def valid_rows(encode: Callable[[str], list[int]], source: str, count: int) -> list[list[int]]:
@@ -139,16 +139,30 @@ def table(
         return Network(Transformer(source.config, forms, ops), ops)
 
     rounding = observe(source, pack_weights(source, "none", ops), calibration, 2)
+
+    def packed_bits(packed_format: str) -> float:
+        stored = sum(8 * packed_size(packed_format, *weights[name].shape) for name in layers)
+        return stored / sum(weights[name].size for name in layers)
+
+    def ggml_bits(kind: str) -> float:
+        length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        stored = sum(weights[n].shape[0] * -(-weights[n].shape[1] // length) * 8 * size for n in layers)
+        return stored / sum(weights[name].size for name in layers)
+
     ways: dict[str, tuple[float, Callable[[str], Floats]]] = {
-        "bise q8": (8.5, lambda name: native_values(ops, "q8", weights[name])),
-        "bise q4": (4.5, lambda name: native_values(ops, "n4", weights[name])),
-        "bise q4 --calibrate": (4.5, lambda name: calibrated_values(ops, rounding, name, weights[name])),
-        "even steps, search (format q4)": (4.5, lambda name: native_values(ops, "q4", weights[name])),
+        "bise q8": (packed_bits("q8"), lambda name: native_values(ops, "q8", weights[name])),
+        "bise q4": (packed_bits("z4"), lambda name: native_values(ops, "z4", weights[name])),
+        "bise q4 --calibrate": (
+            packed_bits("n4"),
+            lambda name: calibrated_values(ops, rounding, name, weights[name]),
+        ),
+        "codebook, search (format n4)": (packed_bits("n4"), lambda n: native_values(ops, "n4", weights[n])),
+        "even steps, search (format q4)": (packed_bits("q4"), lambda n: native_values(ops, "q4", weights[n])),
     }
     if ggml is not None:
         quantize = ggml_quantizer(ggml)
-        for kind, bits in GGML_BITS.items():
-            ways[f"GGUF {kind}"] = bits, lambda name, kind=kind: quantize(kind, weights[name])
+        for kind in GGML_KINDS:
+            ways[f"GGUF {kind}"] = ggml_bits(kind), lambda name, kind=kind: quantize(kind, weights[name])
     print(
         f"\n| {source.path.name}: weights | bits | "
         + " | ".join(f"{name}: KL | p99 | top-1 | perplexity" for name in texts)
