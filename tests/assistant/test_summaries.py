@@ -129,6 +129,23 @@ def test_a_small_model_says_that_it_is_one_and_a_window_too_small_says_so(told):
     told(scenario)
 
 
+def test_another_model_writes_it_again_as_long_as_its_own_window_lets_it_and_as_it_is_wanted(told):
+    async def scenario(site, conversation):
+        _, answer = await summed_up(site, conversation)
+        assert answer["params"]["max_tokens"] == 1024
+        facts = site.models.facts()
+        small = type(facts[0])(id="tiny", title="", context=400, parameters=10**6, state="ready")
+        site.models.facts = lambda: [*facts, small]
+        body = {"model": "tiny", "hint": "shorter"}
+        again = (await site.post(f"{API}/messages/{answer['id']}/regenerate", json=body)).json()
+        written = await site.ended(again)
+        assert (written["status"], written["parts"][0]["is_small"]) == ("complete", True)
+        assert site.models.jobs[-1].params["max_tokens"] == 100
+        assert "more briefly" in site.models.asked[-1][0]
+
+    told(scenario)
+
+
 def test_nothing_said_and_something_being_said_cannot_be_summed_up(run):
     async def scenario(site):
         empty = (await site.post(f"{API}/conversations", json={})).json()["id"]

@@ -19,7 +19,7 @@ from bise.assistant.imported import BadError, Imported, Turn, object_of, text_of
 from bise.assistant.imports import FORMAT, conversation_of
 from bise.assistant.messages import LIVE, Message, new_row
 from bise.assistant.storage import Storage, new_id
-from bise.errors import RequestError, quoted
+from bise.errors import RequestError, StoreError, quoted
 from bise.store.chat_schema import ConversationRecord, DocumentRecord
 
 MAX_IMPORTED = 20_000
@@ -108,8 +108,9 @@ def as_json(
 def import_file(storage: Storage, owner: str, file: IO[bytes]) -> Report:
     """Keep the conversations of an export; return what was taken and what was not.
 
-    A conversation that makes no sense is left out whole and the next one read; a file that is at fault half
-    way is told of after what came before. Raises RequestError, in one line, when nothing can be taken.
+    A conversation that makes no sense is left out whole and the next one read; a file (or a database) that is
+    at fault half way is told of after what came before. Raises RequestError, in one line, when nothing can be
+    taken.
     """
     report = Report()
     number = faults = 0
@@ -120,7 +121,7 @@ def import_file(storage: Storage, owner: str, file: IO[bytes]) -> Report:
             except (BadError, RequestError) as error:
                 faults += 1
                 report.skip(f"conversation {number} ({quoted(_title_of(entry), 40)}): {error}")
-    except BrokenFileError as error:
+    except (BrokenFileError, StoreError) as error:
         if not report.conversations:
             raise
         report.skip(f"after conversation {number}: {error}")

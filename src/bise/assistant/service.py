@@ -25,15 +25,13 @@ from bise.assistant.retrieval import Progress, Retrieval
 from bise.assistant.runs import Run, Runs
 from bise.assistant.shelf import Shelf
 from bise.assistant.storage import Memory, Storage
-from bise.assistant.summaries import begin_summary, summary_part, summary_prompt
+from bise.assistant.summaries import begin_summary, summary_job, summary_part, summary_prompt
 from bise.assistant.titles import first_words, is_small, write_title
 from bise.errors import BiseError, ModelNotFoundError, NotFoundError, RequestError
 
 logger = logging.getLogger(__name__)
 
 PURGE_S = 3600.0
-_LASTING = ("dropped", "summary")
-"""Types of parts that another answer to the same question has, too."""
 
 
 class Assistant:
@@ -242,12 +240,14 @@ class Assistant:
     ) -> Message:
         """Write another answer beside one, with another model or a hint such as "shorter" where given."""
         shelf, message = await self.message(owner, message_id)
-        name = self.model_facts(model or self._known(message.model)).id
+        facts = self.model_facts(model or self._known(message.model))
         chosen = dict(message.params if params is None else checked_params(dict(params)))
         answer = await asyncio.to_thread(
-            lambda: shelf.messages.ask_again(owner, message_id, model=name, params=chosen)
+            lambda: shelf.messages.ask_again(owner, message_id, model=facts.id, params=chosen)
         )
-        parts = [part for part in message.parts if part.get("type") in _LASTING]
+        parts = [part for part in message.parts if part.get("type") == "dropped"]
+        if (summary := summary_part(message)) is not None:
+            parts.append({**summary, "is_small": is_small(facts)})
         answer = await self._with_parts(shelf, answer, parts)
         await self._start(shelf, owner, answer, hint=hint)
         return self.live(answer)
@@ -416,8 +416,12 @@ class Assistant:
             if (summary := summary_part(answer)) is not None:
                 whole = await self._summed_up(shelf, owner, summary)
                 facts = self.model_facts(answer.model)
-                asked = await summary_prompt(self.models, facts, run.job, whole, reading, answer.text)
-                run.job = replace(run.job, messages=asked, continues=bool(answer.text))
+                run.job = summary_job(run.job, facts)
+                begun = answer.text
+                asked = await summary_prompt(
+                    self.models, facts, run.job, whole, reading, begun=begun, hint=hint
+                )
+                run.job = replace(run.job, messages=asked, continues=bool(begun))
                 return
             messages, sources = await self.prompt(shelf, owner, turn, hint, progress=reading)
             run.job = replace(run.job, messages=messages, continues=bool(answer.text))

@@ -86,32 +86,45 @@ def begin_summary(
     return shelf.conversations.get(owner, made.id), answer
 
 
+def summary_job(job: Job, facts: ModelFacts) -> Job:
+    """Return a job of writing a summary with the length that its model has room for."""
+    return replace(job, params={**job.params, "max_tokens": summary_room(facts)})
+
+
 async def summary_prompt(
-    models: ChatModels, facts: ModelFacts, job: Job, messages: Sequence[Message], told: Told, begun: str = ""
+    models: ChatModels,
+    facts: ModelFacts,
+    job: Job,
+    messages: Sequence[Message],
+    told: Told,
+    *,
+    begun: str = "",
+    hint: str | None = None,
 ) -> list[ChatTurn]:
     """Return what the last step of a summary of `messages` is asked with, after the steps before it.
 
-    `job` is that step, its messages still missing; `begun` is what there is of the summary already. Raises
-    RequestError where the window is too small.
+    `job` is that step, its messages still missing; `begun` is what there is of the summary already, `hint`
+    how it is wanted. Raises RequestError where the window is too small.
     """
+    ask = f"{ASK} {hint}" if hint else ASK
     room = summary_room(facts) + JOIN_TOKENS
-    frame = await models.count(facts.id, [_asked("x", "x")]) + await models.count_text(facts.id, begun)
+    frame = await models.count(facts.id, [_asked(ask, "x", "x")]) + await models.count_text(facts.id, begun)
     pieces = await _pieces(models, facts.id, messages, (facts.context or DEFAULT_WINDOW) - frame - 2 * room)
     summary = ""
     for done, piece in enumerate(pieces[:-1]):
         told(done, len(pieces))
-        step = replace(job, messages=(_asked(piece, summary),), continues=False, is_aside=True)
+        step = replace(job, messages=(_asked(ASK, piece, summary),), continues=False, is_aside=True)
         async with aclosing(models.stream(step)) as written:
             summary = "".join([part.text async for part in written]).strip() or summary
     if len(pieces) > 1:
         told(len(pieces) - 1, len(pieces))
-    start: list[ChatTurn] = [_asked(pieces[-1], summary)]
+    start: list[ChatTurn] = [_asked(ask, pieces[-1], summary)]
     return [*start, {"role": "assistant", "content": begun}] if begun else start
 
 
-def _asked(piece: str, summary: str) -> ChatTurn:
+def _asked(ask: str, piece: str, summary: str) -> ChatTurn:
     earlier = f"{EARLIER}{summary}" if summary else ""
-    return {"role": "user", "content": f"{ASK}{earlier}{BELOW}{piece}"}
+    return {"role": "user", "content": f"{ask}{earlier}{BELOW}{piece}"}
 
 
 async def _pieces(models: ChatModels, model: str, messages: Sequence[Message], room: int) -> list[str]:
