@@ -43,6 +43,10 @@ class FakeModel:
             self.world.events.append(f"-{self.name}")
 
 
+def nothing() -> None:
+    """What is left of a fake model needs no collection."""
+
+
 class World:
     """Sizes by name; loads are recorded, may fail, and may be held back until `gate` opens."""
 
@@ -105,7 +109,9 @@ class World:
         ]
         options["adapter_sizer"] = self.size_adapter
         options = {"wait_s": 0.0, "clock": lambda: self.now, **options}
-        fleet = Fleet(specs, self.budget, None, planner=self.plan, loader=self.load, **options)
+        fleet = Fleet(
+            specs, self.budget, None, planner=self.plan, loader=self.load, collect=nothing, **options
+        )
         fleet._idle_s = idle_s  # no thread: `sweep` is called by the test
         return fleet
 
@@ -317,7 +323,7 @@ def test_the_reaper_unloads_by_itself():
     world = World(a=4)
     closed = threading.Event()
     with Fleet(
-        [ModelSpec(name="a", path=Path("a"))], 10, 0.0, planner=world.plan, loader=world.load
+        [ModelSpec(name="a", path=Path("a"))], 10, 0.0, planner=world.plan, loader=world.load, collect=nothing
     ) as fleet:
         with fleet.use("a") as model:
             model.close, close = lambda: (close(), closed.set()), model.close
@@ -357,7 +363,7 @@ def test_closing_waits_for_users_only_when_it_drains():
 def test_an_alias_means_the_model_and_an_unknown_name_lists_what_is_served():
     world = World(a=4)
     specs = [ModelSpec(name="a", path=Path("a"), aliases=("gpt-4",))]
-    with Fleet(specs, 10, planner=world.plan, loader=world.load) as fleet:
+    with Fleet(specs, 10, planner=world.plan, loader=world.load, collect=nothing) as fleet:
         with fleet.use("gpt-4") as model:
             assert model.name == "a"
         with pytest.raises(ModelNotFoundError, match="'b' is not served here; served: a") as caught:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +119,22 @@ def test_a_context_that_does_not_fit_is_refused_up_front(specs):
         assert all(card.fault for card in fleet.cards())
         with pytest.raises(MemoryPlanError):
             fleet.wake("a")
+
+
+@pytest.mark.parametrize("is_serving", [False, True])
+def test_the_memory_of_a_model_is_free_when_it_sleeps(specs, is_serving):
+    with Fleet(specs[1:]) as fleet:
+        ask(fleet, "b")
+        lease = fleet.acquire("b")
+        model = weakref.ref(lease.loaded.engine._runner._model)
+        lease.release()
+        del lease
+        if is_serving:
+            gc.freeze()
+        try:
+            assert model() is not None
+            fleet.sleep("b", wait_s=5)
+            assert model() is None
+            assert bool(gc.get_freeze_count()) == is_serving
+        finally:
+            gc.unfreeze()

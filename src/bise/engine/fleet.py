@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from bise.engine.fleet_entry import Attached, Entry, Lease, Load, State
+from bise.engine.fleet_entry import Attached, Entry, Lease, Load, State, give_memory_back
 from bise.engine.load import LoadedModel, Progress
 from bise.engine.memory import available_memory
 from bise.engine.model_spec import (
@@ -59,13 +59,15 @@ class Fleet:
         planner: Planner = plan_model,
         loader: Loader = load_planned,
         adapter_sizer: AdapterSizer = adapter_bytes,
+        collect: Callable[[], None] = give_memory_back,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Plan `specs` within `memory_bytes` beyond the process itself (None: what is free now).
 
         A model without users for `idle_s` seconds is unloaded (None: only when another needs the room).
         Whoever needs the room of models in use waits `wait_s` seconds unless told otherwise. A model whose
-        files are bad shows it in its card. Loads nothing. Raises ConfigError when two models share a name.
+        files are bad shows it in its card. `collect` frees what an unloaded model left. Loads nothing. Raises
+        ConfigError when two models share a name.
         """
         self._entries: dict[str, Entry] = {}
         self._names: dict[str, Entry] = {}
@@ -82,6 +84,7 @@ class Fleet:
         self._planner = planner
         self._loader = loader
         self._adapter_sizer = adapter_sizer
+        self._collect = collect
         self._clock = clock
         self._changed = threading.Condition()
         self._queue: deque[object] = deque()
@@ -462,7 +465,10 @@ class Fleet:
                 logger.exception("event=model_close_failed")
             finally:
                 with self._changed:
-                    entry.loaded, entry.state = None, State.COLD
+                    entry.loaded = None
+                self._collect()
+                with self._changed:
+                    entry.state = State.COLD
                     for attached in entry.adapters.values():
                         attached.is_loaded = False
                     self._changed.notify_all()

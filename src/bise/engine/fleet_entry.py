@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from enum import StrEnum
@@ -9,6 +10,18 @@ from enum import StrEnum
 from bise.engine.load import LoadedModel
 from bise.engine.model_spec import AdapterCard, AdapterSpec, ModelCard, ModelPlan, ModelSpec
 from bise.errors import BiseError
+
+
+def give_memory_back() -> None:
+    """Free what nobody can reach any more, such as a model whose engine and requests know one another. A
+    serving process has put what it had at its start out of the collector's sight (`server/serving.py`): not
+    out of this one's.
+    """
+    had_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if had_frozen:
+        gc.freeze()
 
 
 class State(StrEnum):
