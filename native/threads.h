@@ -37,7 +37,8 @@ class Pool {
   void parallel(int64_t n, int64_t grain, bool shrinking, Fn& fn) {
     if (n <= 0) return;
     if (workers_.empty() || n <= grain) {
-      fn(int64_t(0), n, 0);
+      const int64_t step = shrinking ? n : grain;
+      for (int64_t begin = 0; begin < n; begin += step) fn(begin, begin + step < n ? begin + step : n, 0);
       return;
     }
     run(n, grain, shrinking,

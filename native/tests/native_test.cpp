@@ -93,6 +93,16 @@ void linear_cases(Context& c, Results& out) {
       out.push_back(y);
       out.push_back(y2);
     }
+  for (int64_t rows : {13, 70}) {  // opened panels, in pairs and in groups; more panels than a group holds
+    Random r{uint64_t(rows)};
+    const Owned w = packed(c, kZ4, 650, 4100, r);
+    const std::vector<float> x = r.values(rows * 4100);
+    std::vector<float> y(size_t(rows * 650)), one(650);
+    c.linear(x.data(), rows, {w.matrix}, {y.data()});
+    c.linear(x.data() + (rows - 1) * 4100, 1, {w.matrix}, {one.data()});
+    check(!std::memcmp(one.data(), y.data() + (rows - 1) * 650, one.size() * 4), "last row alone");
+    out.push_back(y);
+  }
   for (int ggml : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23}) {
     Random r{uint64_t(ggml)};
     const Owned w = blocks(c, ggml, 19, 512, r);
