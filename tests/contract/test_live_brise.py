@@ -80,6 +80,26 @@ def test_a_schema_is_kept(client):
     assert isinstance(value["long"], bool)
 
 
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"type": "regex", "regex": "[a-c]{3}-[0-9]{2}"}, "[a-c]{3}-[0-9]{2}"),
+        ({"type": "choice", "choice": ["the Loire", "the Rhône"]}, "the (Loire|Rhône)"),
+        ({"type": "lark", "lark": 'start: "a" start | "b"'}, "a*b"),
+    ],
+)
+def test_a_pattern_a_choice_and_a_grammar_are_kept(client, form, pattern):
+    for seed in range(3):
+        text = say(client, extra_body={"response_format": form}, temperature=2.0, max_tokens=12, seed=seed)
+        assert re.fullmatch(pattern, text)
+
+
+def test_a_pattern_that_cannot_be_kept_is_refused_by_name(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        say(client, extra_body={"response_format": {"type": "regex", "regex": "(a)\\1"}})
+    assert caught.value.param == "response_format.regex"
+
+
 def test_a_demanded_call_comes(client):
     parameters = {
         "type": "object",

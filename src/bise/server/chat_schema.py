@@ -34,15 +34,23 @@ class JsonSchemaFormat(PartModel):
 class ResponseFormat(PartModel):
     """The form of the answer."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "lark"]
     json_schema: JsonSchemaFormat | None = None
+    regex: str | None = None
+    """A pattern that the whole answer matches."""
+    choice: list[str] | None = None
+    """Texts, one of which is the answer."""
+    lark: str | None = None
+    """A grammar; its rule `start` is the answer."""
 
     @model_validator(mode="after")
-    def _has_schema(self) -> ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("json_schema is missing; type json_schema needs it")
-        if self.type != "json_schema" and self.json_schema is not None:
-            raise ValueError(f"json_schema needs type json_schema, not {self.type}")
+    def _has_its_own(self) -> ResponseFormat:
+        for name in ("json_schema", "regex", "choice", "lark"):
+            is_given = getattr(self, name) is not None
+            if self.type == name and not is_given:
+                raise ValueError(f"{name} is missing; type {name} needs it")
+            if self.type != name and is_given:
+                raise ValueError(f"{name} needs type {name}, not {self.type}")
         return self
 
 

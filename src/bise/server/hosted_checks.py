@@ -84,6 +84,11 @@ class Checks:
     def of(cls, body: ChatRequest) -> Checks:
         """Return what `body` asks for. Raises RequestError for a schema or tools that cannot be checked."""
         form = body.response_format
+        if form is not None and form.type in ("regex", "choice", "lark"):
+            raise RequestError(
+                f"a hosted model cannot be held to {form.type}; ask a local one, or use json_schema",
+                field="response_format.type",
+            )
         format_grammar(form, openai_strict=False)
         schema = None
         if form is not None and form.json_schema is not None and form.type == "json_schema":

@@ -100,6 +100,12 @@ def format_grammar(form: ResponseFormat | None, *, openai_strict: bool) -> Gramm
         return None
     if form.type == "json_object":
         return GrammarSpec.json_object(field="response_format")
+    if form.regex is not None:
+        return GrammarSpec.regex(form.regex, field="response_format.regex")
+    if form.choice is not None:
+        return GrammarSpec.choice(form.choice, field="response_format.choice")
+    if form.lark is not None:
+        return GrammarSpec.lark(form.lark, field="response_format.lark")
     assert form.json_schema is not None
     return GrammarSpec.json_schema(
         form.json_schema.document,
