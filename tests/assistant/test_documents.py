@@ -291,8 +291,9 @@ def test_an_answer_goes_on_with_the_passages_it_was_begun_with_and_the_context_c
         more = (await site.post(f"/api/v1/messages/{cut['id']}/continue")).json()
         whole = await site.ended(more)
         assert whole["sources"] == cut["sources"]
-        assert site.models.asked[-1][:1] == site.models.asked[0]
-        assert site.models.asked[-1][1] == cut["text"]
+        first, again = [job.messages for job in site.models.jobs if not job.is_aside]  # titles are asides
+        assert again[:1] == first
+        assert again[1]["content"] == cut["text"]
 
     run(scenario, models=listening(lambda _: "The code is 4711, says the document.", context=4096))
 
