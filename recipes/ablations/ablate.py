@@ -40,6 +40,8 @@ LONG_TOKENS = 2048
 LONG_ROWS = 24
 BUCKET = 64
 VALID_ROWS = 128
+CHAT_ROWS = 80
+ROUTED_ROWS = 64
 VALID_STEPS = 60
 WINDOW = 64
 
@@ -144,7 +146,7 @@ def texts(run: Path) -> dict[str, np.ndarray]:
     """Return the held-back rows on which the use of experts is told."""
     kinds = {"prose": "valid_text", "chat": "valid_chat"}
     return {
-        kind: np.load(run / f"{name}.ids.npy")[:64, :ROW_TOKENS].astype(np.int64)
+        kind: np.load(run / f"{name}.ids.npy")[:ROUTED_ROWS, :ROW_TOKENS].astype(np.int64)
         for kind, name in kinds.items()
     }
 
@@ -186,7 +188,7 @@ def result_of(
         raise SystemExit(f"stopped at step {trainer.progress.step} of {name}; the same command goes on")
     judge = Network(config, trainer.weights, size.rows, ROW_TOKENS)
     text, _ = losses_of(judge, Rows(options.run, "valid_text", size.rows, 0), VALID_ROWS)
-    chat, learned = losses_of(judge, Rows(options.run, "valid_chat", size.rows, 0), 80)
+    chat, learned = losses_of(judge, Rows(options.run, "valid_chat", size.rows, 0), CHAT_ROWS)
     log = [
         json.loads(line) for line in (options.work / f"{name}.{seed}.jsonl").read_text("utf-8").splitlines()
     ]

@@ -44,7 +44,8 @@ HEAD = """\
 
 Every variant got the training compute of `gqa`: {flops:.3g} floating-point operations (6 per active weight
 and token, attention counted), {tokens:.2f} M tokens for `gqa`. One network definition, one recipe (Muon and
-AdamW, the same rates), one order of rows per seed; {machine}. `gqa` has {shape}.
+AdamW, the same rates), one order of rows per seed; {machine}.
+`gqa` has {shape}.
 
 Loss is nats a token over {rows} held-back rows of 512 tokens of text, and over the assistant's turns of 80
 held-back rows of chats. A difference is against `gqa` with the same seed, so with the same rows in the same
@@ -71,7 +72,7 @@ def write_report(out: Path) -> None:
         _table(rows),
         _heads(rows, speeds),
         _window(rows, results, speeds),
-        _experts(rows, results),
+        _experts(rows, results, speeds),
     ]
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
     for name, picture in _pictures(rows, results).items():
@@ -223,7 +224,7 @@ def _window(rows: Rows, results: Results, speeds: Speeds) -> str:
     ])  # fmt: skip
 
 
-def _experts(rows: Rows, results: Results) -> str:
+def _experts(rows: Rows, results: Results, speeds: Speeds) -> str:
     if "moe" not in rows:
         return ""
     grids = [grid for result in results["moe"] for grid in result["expert_use"].values()]
@@ -247,6 +248,13 @@ def _experts(rows: Rows, results: Results) -> str:
     if ours and dense:
         told.append(
             f"A step took {ours / dense:.2f} times the processor time of one of `gqa`, optimiser included."
+        )
+    if speeds is not None:
+        depth = str(speeds["depths"][0])
+        own, base, whole = (f"{speeds['models'][name][depth]:,.0f}" for name in ("moe", "gqa", "dense-total"))
+        told.append(
+            f"Decode at {depth} tokens in the engine, shape as above: {own} tok/s, {base} for the dense "
+            f"model of as many active weights, {whole} for the one of as many in all."
         )
     return "\n".join([*told, "", "![use of the experts](experts.svg)", ""])
 

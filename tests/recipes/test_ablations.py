@@ -17,6 +17,7 @@ sys.path[:0] = [str(RECIPES / "ablations"), str(RECIPES / "brise"), str(RECIPES)
 
 import ablate  # noqa: E402
 import numpy as np  # noqa: E402
+import train as recipe_train  # noqa: E402
 from ablate import SIZES, Size, flops_per_token, planned_steps, result_of, trained, variants  # noqa: E402
 from report import row_of, spread, write_report  # noqa: E402
 
@@ -26,6 +27,9 @@ TINY = Size(32, 2, 8, 4, 32, 2, 3)
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setattr(ablate, "LONG_ROWS", 2)
+    for name in ("VALID_ROWS", "CHAT_ROWS", "ROUTED_ROWS"):
+        monkeypatch.setattr(ablate, name, 4)
+    monkeypatch.setattr(recipe_train, "REPORT_STEPS", 1)
     values = np.random.default_rng(5)
     for name, rows, width in (("pretrain", 16, 513), ("valid_text", 128, 513), ("valid_chat", 80, 600)):
         ids = values.integers(20, 4096, (rows, width)).astype(np.uint16)
