@@ -225,5 +225,6 @@ def test_weights_reach_a_device_without_a_second_copy_of_the_model_in_ram():
     assert done.returncode == 0, done.stderr
     size, growth = map(int, done.stdout.split())
     assert size > 240 << 20
-    # The device is RAM here: the weights themselves, two on their way, and one of 4 MiB being made.
-    assert size < growth < size + (40 << 20)
+    # The device is RAM here: the weights themselves, two on their way, and holes that the allocator leaves
+    # between them (79 MB of 254 were measured). A second copy would be as much again.
+    assert size <= growth < 1.5 * size
