@@ -128,7 +128,7 @@ def test_a_talkative_conversation_hides_no_other_and_pages_of_a_search_miss_noth
     conversations, messages = Conversations(database), Messages(database)
     talkative = conversations.create("ana").id
     parent = None
-    for number in range(200):
+    for number in range(40):
         message, _, _ = messages.ask(
             "ana", talkative, text=f"wind wind {number}", parent_id=parent, client_id=None, model="m",
             params={}, with_answer=False,
