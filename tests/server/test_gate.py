@@ -179,23 +179,12 @@ def test_a_public_address_without_a_key_is_refused_unless_forced(host, access, h
     assert caught.value.field == "host"
 
 
+PATHS = ("/v1/models", "/v1/files", "/v1/usage", "/metrics", "/v1/admin/keys")
 SCOPES = {
-    "tune": {"/v1/models": 200, "/v1/files": 403, "/metrics": 403, "/v1/admin/keys": 403},
-    "inference": {
-        "/v1/models": 200,
-        "/v1/files": 200,
-        "/v1/usage": 200,
-        "/metrics": 403,
-        "/v1/admin/keys": 403,
-    },
-    "metrics": {
-        "/v1/models": 200,
-        "/v1/files": 403,
-        "/v1/usage": 200,
-        "/metrics": 200,
-        "/v1/admin/keys": 403,
-    },
-    "admin": {"/v1/models": 200, "/v1/files": 403, "/v1/usage": 200, "/metrics": 200, "/v1/admin/keys": 200},
+    "inference": (200, 200, 200, 403, 403),
+    "tune": (200, 403, 200, 403, 403),
+    "metrics": (200, 403, 200, 200, 403),
+    "admin": (200, 403, 200, 200, 200),
 }
 
 
@@ -203,7 +192,7 @@ def test_each_scope_opens_what_it_is_for_and_nothing_else(site):
     _give_stats(site)
     for scope, statuses in SCOPES.items():
         _, key = site.key(scopes=[scope])
-        assert {path: site.get(path, key).status_code for path in statuses} == statuses
+        assert tuple(site.get(path, key).status_code for path in PATHS) == statuses
         assert site.chat(key).status_code == (200 if scope == "inference" else 403)
 
 

@@ -22,7 +22,7 @@ from bise.train.job import run_directory, run_job
 from bise.train.loop import Schedule, Training
 from bise.train.network import Network, read_weights, torch_ops
 from bise.train.objective import NextToken, Preference, passes
-from bise.train.parameters import FullParameters, LoraParameters
+from bise.train.parameters import FullParameters, LoraParameters, adaptable
 from bise.train.parity import require_parity
 from bise.train.quantised import FrozenMatrix
 from bise.train.settings import JobSettings
@@ -162,6 +162,16 @@ def test_one_batch_is_learned_by_heart(method, bound, tiny_dir, tmp_path):
     assert training.loss_of(samples(2)) < bound
 
 
+def test_what_an_adapter_changes_by_default_is_all_that_the_engine_can_adapt(tiny_dir):
+    dense = open_model(tiny_dir).config
+    assert adaptable(replace(dense, num_experts=4, experts_per_token=2)) == ("wq", "wk", "wv", "wo")
+    assert set(adaptable(dense)) == {"wq", "wk", "wv", "wo", "w1", "w2", "w3"}
+    with pytest.raises(ConfigError, match="'w9' cannot be adapted here; what can: wq, wk"):
+        LoraParameters(
+            open_model(tiny_dir), torch_ops("f32", "cpu"), rank=2, alpha=4, targets=("w9",), seed=0
+        )
+
+
 def test_passes_hold_at_most_the_tokens_asked_for():
     groups = list(passes(samples(9), 60))
     assert [sample for group in groups for sample in group] == samples(9)
@@ -176,6 +186,9 @@ def test_a_job_makes_an_adapter_that_is_bound_to_its_base(tiny_dir, data_path, t
     assert file.base_sha256 == content_hash(source)
     assert file.rank == 4
     assert {event["event"] for event in events} == {"started", "step", "evaluation", "checkpoint"}
+    evaluations = [event for event in events if event["event"] == "evaluation"]
+    assert (evaluations[0]["step"], evaluations[0]["loss"]) == (0, result.loss_before)
+    assert result.best_loss < result.loss_before
     assert (tmp_path / "out" / "loss.svg").read_text().startswith("<svg")
     assert not run_directory(tmp_path / "out").exists()
 
