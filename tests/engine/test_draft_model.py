@@ -70,8 +70,8 @@ def test_the_plan_counts_the_draft_models_weights_keys_and_values(monkeypatch):
     own = memory_need(source, "auto", context=128, kv_format=checked_kv_format("auto", "auto"))
     enough = own.weights + own.kv + own.scratch + guessing.weight_bytes + guessing.working_bytes(128, 1)
     assert guessing.working_bytes(128, 1) > own.kv
-    monkeypatch.setattr(load, "free_bytes", lambda _: enough)
+    monkeypatch.setattr(load, "available_memory", lambda: enough)
     load_model(path, threads=1, context=128, threaded=False, draft=path).close()
-    monkeypatch.setattr(load, "free_bytes", lambda _: enough - 1)
+    monkeypatch.setattr(load, "available_memory", lambda: enough - 1)
     with pytest.raises(MemoryPlanError, match="a context of 128 tokens needs"):
         load_model(path, threads=1, context=128, threaded=False, draft=path)
