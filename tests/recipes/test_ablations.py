@@ -26,7 +26,8 @@ TINY = Size(32, 2, 8, 4, 32, 2, 3)
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    monkeypatch.setattr(ablate, "LONG_ROWS", 2)
+    monkeypatch.setattr(ablate, "LONG_ROWS", 1)
+    monkeypatch.setattr(ablate, "LONG_TOKENS", 1024)
     for name in ("VALID_ROWS", "CHAT_ROWS", "ROUTED_ROWS"):
         monkeypatch.setattr(ablate, name, 4)
     monkeypatch.setattr(recipe_train, "REPORT_STEPS", 1)
@@ -64,7 +65,7 @@ def test_a_run_is_reported_whole(options: argparse.Namespace, tmp_path: Path) ->
         result = result_of(name, variants(TINY)[name], TINY, options, 0)
         (out / f"{name}.0.json").write_text(json.dumps(result))
         assert 8 < result["text_loss"] < 9
-        assert [len(row) for row in result["by_position"]] == [32] * 2
+        assert [len(row) for row in result["by_position"]] == [16]
     shares = result["expert_use"]["prose"]
     assert [len(layer) for layer in shares] == [8, 8]
     assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in shares)
