@@ -140,6 +140,7 @@ class GraphedModel:
         *,
         max_rows: int,
         max_context: int,
+        sizes: Sequence[int] = SIZES,
         recorder: Recorder | None = None,
     ) -> None:
         """Record steps of up to `max_rows` rows of texts of up to `max_context` tokens, on CUDA unless
@@ -149,7 +150,7 @@ class GraphedModel:
         self._model = model
         self._device = device
         self._recorder = recorder or CudaRecorder(device)
-        self._sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
+        self._sizes = [size for size in sizes if size < max_rows] + [min(max_rows, sizes[-1])]
         self._context = max_context
         self._width = -(-max_context // BLOCK_SIZE)
         self._cache: LayerPages | None = None
