@@ -98,7 +98,8 @@ class StepBuffers:
         self._ids, self._positions, *pairs = np.split(host, ends)
         self._slots = pairs[0::2]
         self._tables = [table.reshape(rows, -1) for table in pairs[1::2]]
-        ids, positions, *placed = self._device.split(lengths)
+        parts: Sequence[Tensor] = torch.split(self._device, lengths)
+        ids, positions, *placed = parts
         owners = torch.arange(rows, dtype=torch.int32, device=device)
         groups = [
             Placed(

@@ -226,10 +226,10 @@ class TritonOps(TorchOps):
             hidden = self._matmul.gate(operand, bank.gate, bank.up, chosen, top_k)
         else:
             width = bank.gate.shape[0]
-            both = (
+            left, right = (
                 self._matmul.slots(operand, each, chosen, top_k)[:, :width] for each in (bank.gate, bank.up)
             )
-            hidden = fused.gate(*both, self.dtype)
+            hidden = fused.gate(left, right, self.dtype)
         return Product(self._matmul, hidden, bank.down, chosen, shares)
 
     def lora(  # pyright: ignore[reportIncompatibleMethodOverride]
