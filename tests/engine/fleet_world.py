@@ -1,4 +1,4 @@
-"""A world of fake models for tests of the fleet: sizes, loads that are recorded, may fail and may be held back."""
+"""A world of fake models for tests of the fleet: loads are recorded, may fail and may be held back."""
 
 from __future__ import annotations
 
