@@ -267,7 +267,7 @@ def _sample(
         at = low + tl.arange(0, BLOCK)
         key = _keys(logits, mask, at, vocab, HAS_MASK)
         score = _scores(logits, at, vocab)
-        broken += tl.sum((score - score != 0.0).to(tl.int32), 0)
+        broken += tl.sum(tl.where(tl.abs(score) <= 3.4028234663852886e38, 0, 1), 0)  # NaN too
         count += tl.sum((key > 0).to(tl.int32), 0)
         best = tl.maximum(best, tl.max(key, 0))
         highest = tl.maximum(highest, tl.max(tl.where(key > 0, score, float("-inf")), 0))
