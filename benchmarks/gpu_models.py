@@ -17,12 +17,23 @@ from bise.kernels.triton.tiles import Tiles, tile
 from bise.model.batch import Batch
 from bise.model.transformer import Transformer, weight_shapes
 
-MISTRAL = ModelConfig("mistral", 4096, 32, 32, 8, 128, 14336, 32768, 32768)
-MIXTRAL = ModelConfig(
-    "mixtral", 4096, 32, 32, 8, 128, 14336, 32000, 32768, num_experts=8, experts_per_token=2
+
+def shape_of(family: str, dim: int, heads: tuple[int, int, int], hidden: int, **others: Any) -> ModelConfig:
+    """Return the configuration of a model; heads are queries, keys and their width."""
+    return ModelConfig(
+        family=family, dim=dim, num_heads=heads[0], num_kv_heads=heads[1], head_dim=heads[2],
+        hidden_dim=hidden, **others,
+    )  # fmt: skip
+
+
+_LARGE = {"num_layers": 32, "max_context": 32768}
+_SMALL = {"num_layers": 1, "vocab_size": 96, "max_context": 1024}
+MISTRAL = shape_of("mistral", 4096, (32, 8, 128), 14336, vocab_size=32768, **_LARGE)
+MIXTRAL = shape_of(
+    "mixtral", 4096, (32, 8, 128), 14336, vocab_size=32000, num_experts=8, experts_per_token=2, **_LARGE
 )
-TOY = ModelConfig("mistral", 64, 1, 4, 2, 16, 128, 96, 1024)
-TOY_EXPERTS = ModelConfig("mixtral", 64, 1, 4, 2, 16, 128, 96, 1024, num_experts=4, experts_per_token=2)
+TOY = shape_of("mistral", 64, (4, 2, 16), 128, **_SMALL)
+TOY_EXPERTS = shape_of("mixtral", 64, (4, 2, 16), 128, num_experts=4, experts_per_token=2, **_SMALL)
 
 ZERO = {4: 8, 8: 128}
 

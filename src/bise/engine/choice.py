@@ -27,8 +27,8 @@ class Choice:
 
 
 def choose(sequence: Sequence, logits: Candidates, draft: tuple[int, ...] = ()) -> Choice:
-    """Choose tokens from 1 + guesses rows of logits [V], or take those that a device chose from them, one after
-    the other while the guesses come true.
+    """Choose tokens from 1 + guesses rows of logits [V], or take those that a device chose from them, one
+    after the other while the guesses come true.
 
     Each is chosen with all before it accepted, exactly as if none had been guessed: penalties, min_tokens,
     stop strings and draws see the same history.

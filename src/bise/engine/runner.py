@@ -142,7 +142,7 @@ class Runner:
         return on_host(self._scores(hidden, rows))
 
     def candidates(self, step: Step, hidden: Array, rows: npt.NDArray[np.int32]) -> Candidates:
-        """Return, for the rows of a step that choose tokens, logits [V] or the token that the device chose."""
+        """Return, for the rows of a step that choose tokens, logits [V] or the token that a device chose."""
         if self._device is None:
             return self.logits(hidden, rows)
         return choose_on_device(step, self._scores(hidden, rows), self._device)
