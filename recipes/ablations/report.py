@@ -119,6 +119,10 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *body)]
 
 
+def _loss(row: Row, kind: str) -> str:
+    return f"{row[kind]:.3f}" + (f" ± {row[f'{kind}_spread']:.3f}" if row["seeds"] > 1 else "")
+
+
 def _difference(row: Row, kind: str) -> str:
     pairs = row[f"{kind}_differences"]
     if len(pairs) < 2:
@@ -134,8 +138,8 @@ def _table(rows: Rows) -> str:
             row["seeds"],
             f"{row['parameters'] / 1e6:.2f} M, {row['active_parameters'] / 1e6:.2f} M",
             f"{row['tokens'] / 1e6:.2f} M",
-            f"{row['text_loss']:.3f} ± {row['text_loss_spread']:.3f}",
-            f"{row['chat_loss']:.3f} ± {row['chat_loss_spread']:.3f}",
+            _loss(row, "text_loss"),
+            _loss(row, "chat_loss"),
             _difference(row, "text_loss") if name != "gqa" else "",
             _difference(row, "chat_loss") if name != "gqa" else "",
         )
