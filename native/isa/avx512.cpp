@@ -130,6 +130,7 @@ struct R {
 
 #include "../kernels/wide.inl"
 
+#include "../kernels/layouts.inl"
 #include "../kernels/matmul.inl"
 
 #include "../kernels/matmul_float.inl"
