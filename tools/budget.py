@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-MAX_EMBEDDED_BYTES = 20 << 20
+MAX_EMBEDDED_BYTES = 40_000_000
 """The embedded model: all files together."""
-MAX_EMBEDDED_FILE_BYTES = 16 << 20
+MAX_EMBEDDED_FILE_BYTES = 36_000_000
 MAX_PACKAGE_BYTES = 4 << 20
 """Python sources and data besides the embedded model."""
 FORBIDDEN_NAMES = {"utils", "common", "base", "manager", "helpers", "types"}
