@@ -74,7 +74,7 @@ def main() -> None:
             ("normed", {"NORMED": True}),
             ("gate", {"NORMED": True, "AFTER": 1, "TWO": 1}),
         ):
-            case = compile_kernels.matmul_case(form, rows=16, form=layout, **options)
+            case = compile_kernels.matmul_case(form, rows=8, form=layout, **options)
             name, kernel, types, constants, launch = case
             made = compile_kernels.compiled(kernel, types, constants, architecture, launch)
             counts = hot_loop(machine_code(made.asm["cubin"]))

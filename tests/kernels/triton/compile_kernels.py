@@ -64,7 +64,7 @@ def compiled(kernel, types, constants, architecture, options):
 def matmul_case(name, *, rows, form=(4, 32, 8, False, False), warps=4, stages=4, to=tl.bfloat16, **given):
     bits, group, zero, has_min, codebook = form
     constants = {
-        "NUM_SPLITS": 4, "APART": rows == 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
+        "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
         "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
         "ROWS": rows, "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
@@ -94,16 +94,16 @@ QUICK = ("matmul q4 add", "decode", "norm")
 def cases():
     """Yield name, kernel, types, constants and options."""
     for label, form in (("q4", (4, 32, 8, False, False)), ("bf16", FLOATS)):
-        yield matmul_case(f"{label} qkv", rows=16, form=form, NORMED=True)
-        yield matmul_case(f"{label} gate", rows=16, form=form, NORMED=True, AFTER=1, TWO=1)
-        yield matmul_case(f"{label} add", rows=16, form=form, AFTER=2)
+        yield matmul_case(f"{label} qkv", rows=8, form=form, NORMED=True)
+        yield matmul_case(f"{label} gate", rows=8, form=form, NORMED=True, AFTER=1, TWO=1)
+        yield matmul_case(f"{label} add", rows=8, form=form, AFTER=2)
         yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2, warps=8, stages=3)
-    yield matmul_case("q4 route", rows=16, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
-    yield matmul_case("q4 expert gate", rows=16, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("q4 expert mix", rows=16, SLOTS=1, AFTER=3, TOP_K=2)
+    yield matmul_case("q4 route", rows=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
+    yield matmul_case("q4 expert gate", rows=8, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("q4 expert mix", rows=8, SLOTS=1, AFTER=3, TOP_K=2)
     yield matmul_case("q4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1, stages=3)
     for name, form in FORMS.items():
-        yield matmul_case(f"{name} few", rows=16, form=form)
+        yield matmul_case(f"{name} few", rows=8, form=form)
         yield matmul_case(f"{name} many", rows=64, form=form, stages=3)
     yield matmul_case("q4 prompt gate", rows=128, AFTER=1, TWO=1, warps=8, stages=3)
     shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}

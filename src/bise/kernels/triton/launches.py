@@ -34,6 +34,7 @@ class Launch:
 
 _TABLE = (
     # most slots, rows, warps, stages, two blocks
+    (8, 8, 4, 4, False),
     (16, 16, 4, 4, False),
     (32, 32, 4, 4, False),
     (64, 64, 4, 3, False),

@@ -30,7 +30,12 @@ def _levels(
     """Return what codes stand for, before the scale: exact in TO."""
     if CODEBOOK:
         return tl.load(level_table + codes.to(tl.int32)).to(TO)
-    # As the low bits of 2^23 an integer is a float at once; conversions take four times as long.
+    # As the low bits of 128, of 1024 or of 2^23 an integer is a float at once, in 16 bits two of them;
+    # conversions take four times as long.
+    if BITS == 4 and TO == tl.bfloat16:
+        return (codes.to(tl.uint16) | 0x4300).to(TO, bitcast=True) - (128 + ZERO)
+    if BITS == 4 and TO == tl.float16:
+        return (codes.to(tl.uint16) | 0x6400).to(TO, bitcast=True) - (1024 + ZERO)
     wide = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
     return (wide - (8388608 + ZERO)).to(TO)
 
