@@ -53,7 +53,7 @@ tags:
 
 brise is a very small chat model that ships inside bise, so that a fresh installation has something to
 talk to and every part of the engine can be tried without a download. It is a Mistral-architecture network
-of {params:.1f} million parameters, trained from scratch in a few hours on two processor cores with the recipe
+of {params:.1f} million parameters, trained in a few hours on two processor cores with the recipe
 in `recipes/brise`.
 
 It is a toy beside any model of a billion parameters. Do not rely on anything it says.

@@ -19,6 +19,7 @@ from bise.engine.request import Request, SamplingParams
 from bise.engine.split import Split
 from bise.errors import ConfigError, MemoryPlanError
 from bise.hub.registry import resolve
+from bise.model.checkpoint import open_model
 
 torch = pytest.importorskip("torch")
 
@@ -153,7 +154,8 @@ def test_a_fleet_loads_a_model_with_the_split_that_it_planned():
     with Fleet([spec], 1 << 30) as fleet:
         plan = fleet.cards()[0].plan
         assert plan is not None
-        assert plan.split == Split(mode="layers", host_layers=4)
+        layers = open_model(resolve(None)).config.num_layers
+        assert plan.split == Split(mode="layers", host_layers=layers - SPLIT.layers)
         whole = Fleet([ModelSpec(name="m", path=resolve(None), quant="q8", context=128, placement=ON_TORCH)])
         assert plan.size_bytes < whole.cards()[0].plan.size_bytes
         with fleet.use("m") as loaded:
