@@ -84,7 +84,7 @@ def _values(file: IO[bytes]) -> Iterator[Any]:
             yield from text.elements()
             continue
         value = text.value()
-        listed = value.get("conversations") if isinstance(value, dict) else None
+        listed = cast("dict[str, Any]", value).get("conversations") if isinstance(value, dict) else None
         yield from cast("list[Any]", listed) if isinstance(listed, list) else [value]
 
 

@@ -143,16 +143,16 @@ def _open_webui_output(turn: Turn, node: Json) -> None:
         if kind == "message":
             texts.append(words)
         elif kind == "reasoning":
-            summary = step.get("summary") or []
-            said = words or "\n".join(text_of(object_of(part).get("text")) for part in summary)
+            summary = (text_of(object_of(part).get("text")) for part in list_of(step, "summary"))
+            said = words or "\n".join(summary)
             turn.parts.append(thought_part(said, step.get("duration")))
         elif kind == "function_call":
             names[text_of(step.get("call_id"))] = text_of(step.get("name"))
             turn.parts.append(call_part(step.get("name"), step.get("arguments")))
         elif kind == "function_call_output":
-            output = step.get("output")
-            given = output if isinstance(output, list) else [{"text": output}]
-            said = "\n".join(text_of(object_of(part).get("text")) for part in cast("list[Any]", given))
+            is_list = isinstance(step.get("output"), list)
+            given = list_of(step, "output") if is_list else [{"text": step.get("output")}]
+            said = "\n".join(text_of(object_of(part).get("text")) for part in given)
             turn.parts.append(result_part(names.get(text_of(step.get("call_id"))), said))
     if any(texts):
         turn.text = "\n\n".join(text for text in texts if text)
