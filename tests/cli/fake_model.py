@@ -181,6 +181,9 @@ def stand_in(make: Callable[[Path], FakeLoaded] = fake_loaded) -> ModuleType:
     module = ModuleType("bise.engine.load")
     module.LoadedModel = FakeLoaded  # type: ignore[attr-defined]
     module.load_model = lambda path, **_: make(path)  # type: ignore[attr-defined]
+    for name in ("DraftSource", "LoadedModel", "Progress", "load_text"):  # what engine.model_spec names
+        if not hasattr(module, name):
+            setattr(module, name, None)
     return module
 
 

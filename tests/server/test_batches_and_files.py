@@ -247,7 +247,10 @@ def test_everything_of_another_owner_is_not_found(site, openai):
     file = openai.files.create(file=("in", _line(0).encode()), purpose="batch")
     batch = openai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     ids = {"file_id": file.id, "batch_id": batch.id, "job_id": batch.id}
-    others = [site.key(owner="bob")[1], site.key(scopes=["inference", "admin"])[1]]
+    others = [
+        site.key(owner="bob", scopes=["inference", "tune"])[1],
+        site.key(scopes=["inference", "admin"])[1],
+    ]
     checked = 0
     for path, methods in _id_routes(site):
         for name, value in ids.items():

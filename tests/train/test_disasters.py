@@ -156,7 +156,7 @@ def test_the_backward_of_every_op_is_that_of_finite_differences_and_of_float64(n
 def test_every_op_that_training_uses_is_checked():
     used = {name for name in vars(TorchOps) if not name.startswith("_") and callable(getattr(TorchOps, name))}
     no_backward = {
-        "layer", "weight", "vector", "packed", "pages", "read_block", "write_block", "rope", "experts",
-        "lora", "route", "mix",
+        "layer", "weight", "vector", "packed", "floats", "together", "pages", "read_block", "write_block",
+        "rope", "experts", "lora", "route", "mix",
     }  # fmt: skip
     assert used - no_backward <= {name.split()[0] for name in OPS}
