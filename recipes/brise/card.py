@@ -71,7 +71,7 @@ _CAN = """\
 ## What it can and cannot do
 
 It can greet, say what it is, chat in short turns, do sums with small numbers, define common words that it
-learnt by heart, and tell a short, simple story that begins well and soon goes round in circles; see the tables.
+learnt by heart, and tell a short, simple story that begins well and soon goes round in circles.
 It cannot be asked for facts: a question for the meaning of another word gets the form of a dictionary
 entry and often a wrong meaning, and capitals, dates and translations are mostly wrong. It loses the
 thread after a few turns, fails at arithmetic of several steps, repeats itself in long answers, and cannot

@@ -98,8 +98,9 @@ def start_line(loaded: LoadedModel) -> str:
     name = model_name(loaded)
     if is_embedded(loaded.source.path):
         return (
-            f"{name}: {size} parameters in 8 bits, about a six-hundredth of a 7B. It holds small talk and makes "
-            "mistakes; do not rely on it. For a real one: bise chat PATH (a Mistral 7B directory or .gguf)"
+            f"{name}: {size} parameters in 8 bits, about a six-hundredth of a 7B. It holds small talk and "
+            "makes mistakes; do not rely on it. For a real one: "
+            "bise chat PATH (a Mistral 7B directory or .gguf)"
         )
     licence = loaded.source.licence or "not stated"
     context = loaded.engine.max_context
