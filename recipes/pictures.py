@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from bise.svg import frame
+
 WIDTH, HEIGHT, EDGE = 720, 420, 60
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#862e9c", "#343a40", "#e8590c")
-STYLE = 'font-family="system-ui, sans-serif" font-size="12" fill="#343a40"'
 Points = Sequence[tuple[float, float]]
 
 
@@ -24,7 +25,7 @@ def lines(curves: Mapping[str, Points], x_label: str, y_label: str) -> str:
             HEIGHT - EDGE - (HEIGHT - 2 * EDGE) * (y - low_y) / (high_y - low_y),
         )
 
-    parts = _begin(WIDTH, HEIGHT)
+    parts = frame(WIDTH, HEIGHT)
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 16}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text x="8" y="24">{escape(y_label)}</text>')
     for part in range(5):
@@ -53,7 +54,7 @@ def shares(grids: Mapping[str, Sequence[Sequence[float]]]) -> str:
     cell, gap, top = 34, 40, 48
     experts, layers = len(next(iter(grids.values()))[0]), max(map(len, grids.values()))
     height = top + cell * layers + 40
-    parts = _begin(gap + len(grids) * (experts * cell + gap), height)
+    parts = frame(gap + len(grids) * (experts * cell + gap), height)
     peak = max(share for grid in grids.values() for row in grid for share in row)
     for number, (name, grid) in enumerate(grids.items()):
         left = gap + number * (experts * cell + gap)
@@ -73,10 +74,3 @@ def shares(grids: Mapping[str, Sequence[Sequence[float]]]) -> str:
     foot = f"per cent of all choices; rows are layers, columns experts; {100 / experts:.1f} is even use"
     parts.append(f'<text x="{gap}" y="{height - 12}">{foot}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _begin(width: int, height: int) -> list[str]:
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {STYLE}>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]

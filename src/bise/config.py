@@ -170,6 +170,14 @@ class ModelConfig:
                 field="rope_scaling",
             )
 
+    def check_context(self, context: int) -> None:
+        """Raise ConfigError for a context, in tokens, that this model cannot have."""
+        if not 1 <= context <= self.max_context:
+            raise ConfigError(
+                f"context must be from 1 to {self.max_context} tokens (this model's), got {context}",
+                field="context",
+            )
+
     @property
     def is_moe(self) -> bool:
         """True for a mixture of experts."""

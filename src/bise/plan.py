@@ -154,11 +154,7 @@ def make_plan(
     Raises ConfigError for a context beyond the model's own or a format that does not exist.
     """
     config = source.config
-    if not 1 <= context <= config.max_context:
-        raise ConfigError(
-            f"context must be from 1 to {config.max_context} tokens (this model's), got {context}",
-            field="context",
-        )
+    config.check_context(context)
     kv_format = checked_kv_format(kv, quant)
     decode = prefill = None
     if limits is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from bise.config import ModelConfig
@@ -13,6 +12,7 @@ from bise.formats import KV_FORMATS
 from bise.kernels.cpu import packed_size
 from bise.model.transformer import weight_shapes
 from bise.plan import MachineLimits
+from bise.svg import frame, label
 
 _OP_OF_WEIGHT = {"wq": "linear", "wk": "linear", "wv": "linear", "wo": "linear", "w1": "mlp", "w2": "mlp",
                  "w3": "mlp", "router": "mlp"}  # fmt: skip
@@ -130,13 +130,8 @@ def draw_roofline(ops: Sequence[Mapping[str, Any]], limits: MachineLimits, title
     def y(gops: float) -> float:
         return height - edge - (height - 2 * edge) * (math.log10(gops) - low_y) / (high_y - low_y)
 
-    def label(at_x: float, at_y: float, text: str, anchor: str = "start") -> str:
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-    style = 'font-family="system-ui, sans-serif" font-size="12" fill="#343a40"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        *frame(width, height),
         label(edge, 24, title),
         label(width / 2, height - 16, "operations per byte (log)", "middle"),
         label(8, edge - 10, "GOPS (log)"),

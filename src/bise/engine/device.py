@@ -163,10 +163,8 @@ def choose_split(
     Raises MemoryPlanError when it does not fit, ConfigError for a context or a way the model does not have.
     """
     longest = source.config.max_context
-    if context is not None and not 1 <= context <= longest:
-        raise ConfigError(
-            f"context must be from 1 to {longest} tokens (this model's), got {context}", field="context"
-        )
+    if context is not None:
+        source.config.check_context(context)
     chooser = Chooser(
         sizes=Sizes(source, quant, placement, kv_format),
         placement=placement,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bise.engine.device import HEADROOM
 from bise.engine.placement import Placement
 from bise.engine.split import OFFLOAD_CONTEXT, Choice, Chooser, Rates, Sizes, with_longer_context
-from bise.errors import ConfigError, MemoryPlanError
+from bise.errors import MemoryPlanError
 from bise.model.source import ModelSource
 
 
@@ -50,10 +50,8 @@ def make_device_plan(
     Raises ConfigError for a context beyond the model's own and for formats or ways that do not exist.
     """
     longest = source.config.max_context
-    if context is not None and not 1 <= context <= longest:
-        raise ConfigError(
-            f"context must be from 1 to {longest} tokens (this model's), got {context}", field="context"
-        )
+    if context is not None:
+        source.config.check_context(context)
     chooser = Chooser(
         sizes=Sizes(source, quant, placement, placement.kv_format(kv, quant)),
         placement=placement,

@@ -227,11 +227,7 @@ def planned_context(
         return other + own + scratch_bytes(config, formats, rows, sequences)
 
     if context is not None:
-        if not 1 <= context <= config.max_context:
-            raise ConfigError(
-                f"context must be from 1 to {config.max_context} tokens (this model's), got {context}",
-                field="context",
-            )
+        config.check_context(context)
         if available is not None and cost(context) > available:
             raise MemoryPlanError(
                 f"a context of {context} tokens needs {_gibibytes(cost(context))} GiB of KV cache and "

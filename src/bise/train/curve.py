@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+
+from bise.svg import frame, label
 
 _WIDTH, _HEIGHT, _EDGE = 720, 400, 56
 
@@ -22,13 +23,8 @@ def draw_losses(
     def y(loss: float) -> float:
         return _HEIGHT - _EDGE - (_HEIGHT - 2 * _EDGE) * (loss - low) / (high - low)
 
-    def label(at_x: float, at_y: float, text: str, anchor: str = "start") -> str:
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-    style = 'font-family="system-ui, sans-serif" font-size="12" fill="#343a40"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {style}>',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
+        *frame(_WIDTH, _HEIGHT),
         label(_EDGE, 24, title),
         label(_WIDTH / 2, _HEIGHT - 14, "step", "middle"),
         label(8, _EDGE - 12, "loss (nats per learned token)"),
