@@ -27,7 +27,6 @@ DAMPING = 0.02
 """Share of the mean square that is added to each: keeps H invertible when the text is short."""
 
 _BLOCK = 32
-_Doubles = npt.NDArray[np.float64]
 _Expert = tuple[Packed, Packed, Packed]
 
 

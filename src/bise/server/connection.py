@@ -13,7 +13,6 @@ import secrets
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
-import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from bise.server.limits import HttpLimits
@@ -275,8 +274,3 @@ def _headers_too_large(bounds: HttpLimits) -> ApiError:
         f"{bounds.headers} bytes together",
         code="headers_too_large",
     )
-
-
-def is_parser_error(error: BaseException) -> bool:
-    """Return True for what httptools raises on malformed input."""
-    return isinstance(error, cast(type[Exception], httptools.HttpParserError))

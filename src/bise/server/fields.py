@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -168,8 +167,3 @@ class Prediction(PartModel):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content
-
-
-def text_of_parts(parts: Sequence[dict[str, Any]]) -> str:
-    """Return the text parts of a content list, joined."""
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))

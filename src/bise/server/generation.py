@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from bise.engine.handle import RequestHandle
-from bise.engine.request import Delta, FinishReason, Timings, Usage
+from bise.engine.request import Delta, Timings, Usage
 
 _MERGE_AT = 32
 """Deltas of one sequence that wait before they are put together into one."""
@@ -145,8 +145,3 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
     )
-
-
-def was_aborted(delta: Delta) -> bool:
-    """Return True when a sequence ended because somebody cancelled it."""
-    return delta.finish_reason is FinishReason.ABORT
