@@ -6,13 +6,13 @@ import threading
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, select
 
 from bise.errors import RateLimitError
 from bise.store import limits as limits_module
 from bise.store.database import Database
 from bise.store.keys import KeyLimits
-from bise.store.limits import Limits, count_open
+from bise.store.limits import Limits
 from bise.store.schema import ReservationRecord, SpendRecord
 from bise.store.worker import LEASE_S
 
@@ -234,7 +234,7 @@ def test_settled_requests_add_up_exactly(keys, limits, database):
     with database.reading() as session:
         day = session.get(SpendRecord, (key.id, "2027-01-15"))
         month = session.get(SpendRecord, (key.id, "2027-01"))
-        assert count_open(session) == 0
+        assert not session.scalars(select(ReservationRecord).where(ReservationRecord.is_open)).all()
     for record in (day, month):
         assert (record.requests, record.tokens, record.cost) == (7, 28, Decimal("28e-12"))
 

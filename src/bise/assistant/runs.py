@@ -23,6 +23,8 @@ SNAPSHOT_S = 1.0
 """A crash loses at most this much of an answer."""
 USAGE_S = 0.25
 """How often live speed and counts are told."""
+GATHER_S = 0.02
+"""What happens within this time is told at once: an answer may come faster than any screen shows it."""
 KEEP_ENDED_S = 120.0
 """How long the events of an ended run can still be read."""
 ENDED = ("complete", "stopped", "interrupted", "error")
@@ -107,7 +109,8 @@ class Run:
 
     async def follow(self, after: int, heartbeat_s: float) -> AsyncGenerator[list[Event] | None]:
         """Yield the events after number `after`, as many at once as there are, until the end; None as a sign
-        of life when nothing happens for `heartbeat_s`.
+        of life when nothing happens for `heartbeat_s`. Pieces of text that follow each other come as one,
+        under the number of the last.
         """
         position = max(0, min(after, len(self.events)))
         while True:
@@ -115,7 +118,9 @@ class Run:
             if position < len(self.events):
                 fresh = self.events[position:]
                 position = len(self.events)
-                yield fresh
+                yield _joined(fresh)
+                if not self.is_over:
+                    await asyncio.sleep(GATHER_S)
                 continue
             if self.is_over:
                 return
@@ -184,11 +189,6 @@ class Run:
             }
         return {"usage": usage, "timings": timings}
 
-    def add_part(self, part: dict[str, Any]) -> None:
-        """Put a part to the answer and tell all parts."""
-        self.parts.append(part)
-        self.tell("parts", {"parts": [*self.parts]})
-
     def end(self, status: str) -> None:
         """Tell the end; nothing comes after it."""
         self.settle()
@@ -231,6 +231,18 @@ class Run:
         if self.status != status:
             self.status = status
             self.tell("state", {"status": status, "before": 0})
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """Return events with neighbouring pieces of text as one."""
+    found: list[Event] = []
+    for event in events:
+        if found and event.kind == found[-1].kind == "piece":
+            text = found[-1].body["content"] + event.body["content"]
+            found[-1] = Event(event.seq, "piece", {"content": text})
+        else:
+            found.append(event)
+    return found
 
 
 class Runs:

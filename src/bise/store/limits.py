@@ -398,9 +398,3 @@ def _update(session: Session, reservation_id: str, values: Mapping[str, object])
     session.execute(
         update(ReservationRecord).where(ReservationRecord.id == reservation_id).values(**dict(values))
     )
-
-
-def count_open(session: Session) -> int:
-    """Return how many reservations are open, for tests and metrics."""
-    query = select(func.count()).select_from(ReservationRecord).where(ReservationRecord.is_open)
-    return session.scalar(query) or 0
