@@ -1,11 +1,11 @@
-"""SVG pictures of the reports: lines, and a grid of shares. No library, no style but this."""
+"""SVG pictures of the reports: lines, intervals, and a grid of shares. No library, no style but this."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from bise.svg import frame
+from bise.svg import frame, label
 
 WIDTH, HEIGHT, EDGE = 720, 420, 60
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#862e9c", "#343a40", "#e8590c")
@@ -46,6 +46,44 @@ def lines(curves: Mapping[str, Points], x_label: str, y_label: str) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
         at = f'x="{WIDTH - EDGE}" y="{EDGE + 16 * number}"'
         parts.append(f'<text {at} text-anchor="end" fill="{colour}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def intervals(rows: Mapping[str, tuple[Sequence[float], float | None]], x_label: str) -> str:
+    """Return named values as dots around zero, a row a name, with the mean and its interval (half of its
+    width; None draws none) as a bar.
+    """
+    line, left, top = 26, 150, 16
+    height = top + line * len(rows) + 48
+    ends: list[float] = [0.0]
+    for values, half in rows.values():
+        mean = sum(values) / len(values)
+        ends += [*values, mean - (half or 0.0), mean + (half or 0.0)]
+    edge = 0.05 * (max(ends) - min(ends)) + 1e-9
+    low, high = min(ends) - edge, max(ends) + edge
+
+    def at(value: float) -> float:
+        return left + (WIDTH - left - EDGE) * (value - low) / (high - low)
+
+    parts = frame(WIDTH, height)
+    foot = top + line * len(rows)
+    for number in range(5):
+        value = low + (high - low) * number / 4
+        parts.append(label(at(value), foot + 18, f"{value:+.3f}", "middle"))
+    parts.append(f'<line x1="{at(0):.1f}" x2="{at(0):.1f}" y1="{top}" y2="{foot}" stroke="#868e96"/>')
+    parts.append(label(WIDTH / 2, height - 8, x_label, "middle"))
+    for number, (name, (values, half)) in enumerate(rows.items()):
+        y, colour = top + line * (number + 0.5), COLOURS[number // 2 % len(COLOURS)]
+        mean = sum(values) / len(values)
+        parts.append(label(left - 10, y + 4, name, "end"))
+        if half is not None:
+            ends_x = f'x1="{at(mean - half):.1f}" x2="{at(mean + half):.1f}"'
+            parts.append(f'<line {ends_x} y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="2"/>')
+            bar = f'x="{at(mean) - 1.5:.1f}" y="{y - 7:.1f}" width="3" height="14"'
+            parts.append(f'<rect {bar} fill="{colour}"/>')
+        for value in values:
+            dot = f'cx="{at(value):.1f}" cy="{y:.1f}" r="3.5"'
+            parts.append(f'<circle {dot} fill="{colour}" fill-opacity="0.6"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

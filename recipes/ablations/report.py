@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pictures import lines, shares
+from pictures import intervals, lines, shares
 
 ORDER = ("gqa", "mha", "mqa", "window", "moe", "dense-total")
 HEADS = ("mha", "gqa", "mqa")
@@ -30,6 +30,9 @@ COPIED = (
     "kv_bytes_per_token",
     "kv_bytes_at_4096",
 )
+LOSSES = {"text_loss": "text", "chat_loss": "chat"}
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t of a two-sided 95 % interval, by the number of values from 2 on."""
 RANGES = ((0, 64), (64, 256), (256, 512), (512, 1024), (1024, 2048))
 """Positions whose losses are put together."""
 
@@ -49,10 +52,11 @@ AdamW, the same rates), one order of rows per seed; {machine}.
 
 Loss is nats a token over {rows} held-back rows of 512 tokens of text, and over the assistant's turns of 80
 held-back rows of chats. A difference is against `gqa` with the same seed, so with the same rows in the same
-order. ± is the largest distance of a seed's value from their mean. A difference is called **decided** when
-all seeds have its sign and its mean is more than twice that distance, else open: a rule of thumb and no test.
-What holds here need not hold for billions of weights and trillions of tokens; ../../README.md tells what the
-papers claim.
+order. ± is half of the 95 % interval of Student's t over seeds, which knows the luck of first weights and of
+the order of rows, and not that of the choice of held-back rows. A difference is **better** or **worse** where
+its interval leaves out zero, else open: what is smaller than its ± these seeds cannot tell from nothing. Of
+{compared} such intervals one in twenty may err by luck. What holds here need not hold for billions of weights
+and trillions of tokens; ../../README.md tells what the papers claim.
 """
 
 
@@ -66,7 +70,12 @@ def write_report(out: Path) -> None:
     rows = {name: row_of(results["gqa"], found) for name, found in results.items()}
     (out / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     first = results["gqa"][0]
-    head = HEAD.format(**{**first, "tokens": first["tokens"] / 1e6, "rows": len(first["text_rows"])})
+    told = {
+        "tokens": first["tokens"] / 1e6,
+        "rows": len(first["text_rows"]),
+        "compared": len(LOSSES) * (len(rows) - 1),
+    }
+    head = HEAD.format(**{**first, **told})
     parts = [
         head,
         _table(rows),
@@ -89,10 +98,13 @@ def read_results(out: Path) -> dict[str, list[Result]]:
     return found
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of values, and the largest distance of one from it."""
-    mean = sum(values) / len(values)
-    return mean, max(abs(value - mean) for value in values)
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of up to ten values and half of its 95 % interval; None where there is one value."""
+    mean, count = sum(values) / len(values), len(values)
+    if count == 1:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, T_95[count - 2] * math.sqrt(variance / count)
 
 
 def row_of(base: Sequence[Result], found: Sequence[Result]) -> Row:
@@ -100,15 +112,14 @@ def row_of(base: Sequence[Result], found: Sequence[Result]) -> Row:
     same = {result["seed"]: result for result in base}
     row: Row = {name: found[0][name] for name in COPIED}
     row["seeds"] = len(found)
-    for kind in ("text_loss", "chat_loss", "train_loss"):
-        row[kind], row[f"{kind}_spread"] = spread([result[kind] for result in found])
-    for kind in ("text_loss", "chat_loss"):
+    for kind in (*LOSSES, "train_loss"):
+        row[kind], row[f"{kind}_interval"] = interval([result[kind] for result in found])
+    for kind in LOSSES:
         pairs = [result[kind] - same[result["seed"]][kind] for result in found if result["seed"] in same]
-        mean, distance = spread(pairs)
-        alike = all(pair > 0 for pair in pairs) or all(pair < 0 for pair in pairs)
-        row[f"{kind}_difference"], row[f"{kind}_difference_spread"] = mean, distance
+        mean, half = interval(pairs)
+        row[f"{kind}_difference"], row[f"{kind}_difference_interval"] = mean, half
         row[f"{kind}_differences"] = pairs
-        row[f"{kind}_decided"] = len(pairs) > 1 and alike and abs(mean) > 2 * distance
+        row[f"{kind}_decided"] = half is not None and abs(mean) > half
     times = [result["core_seconds_a_step"] for result in found if result["core_seconds_a_step"]]
     row["core_seconds_a_step"] = min(times, default=None)
     return row
@@ -120,15 +131,16 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
 
 
 def _loss(row: Row, kind: str) -> str:
-    return f"{row[kind]:.3f}" + (f" ± {row[f'{kind}_spread']:.3f}" if row["seeds"] > 1 else "")
+    half = row[f"{kind}_interval"]
+    return f"{row[kind]:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def _difference(row: Row, kind: str) -> str:
-    pairs = row[f"{kind}_differences"]
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.3f}, one seed"
-    verdict = "**decided**" if row[f"{kind}_decided"] else "open"
-    return f"{row[f'{kind}_difference']:+.3f} ± {row[f'{kind}_difference_spread']:.3f}, {verdict}"
+    mean, half = row[f"{kind}_difference"], row[f"{kind}_difference_interval"]
+    if half is None:
+        return f"{mean:+.3f}, one seed"
+    verdict = ("**better**" if mean < 0 else "**worse**") if row[f"{kind}_decided"] else "open"
+    return f"{mean:+.3f} ± {half:.3f}, {verdict}"
 
 
 def _table(rows: Rows) -> str:
@@ -155,7 +167,8 @@ def _table(rows: Rows) -> str:
         "text against gqa",
         "chat against gqa",
     )
-    return "\n".join([*_grid(head, body), "", "![loss over the training](loss.svg)", ""])
+    pictures = ["![differences with their intervals](differences.svg)", "![loss over the training](loss.svg)"]
+    return "\n".join([*_grid(head, body), "", "\n\n".join(pictures), ""])
 
 
 def _heads(rows: Rows, speeds: Speeds) -> str:
@@ -265,9 +278,16 @@ def _experts(rows: Rows, results: Results, speeds: Speeds) -> str:
 
 def _pictures(rows: Rows, results: Results) -> dict[str, str]:
     curves = {
-        name: [(step / found[0]["steps"], loss) for step, loss in found[0]["curve"]]
+        name: [(column[0][0] / found[0]["steps"], sum(loss for _, loss in column) / len(found))
+               for column in zip(*(result["curve"] for result in found), strict=True)]
         for name, found in results.items()
         if found[0]["curve"]
+    }  # fmt: skip
+    apart = {
+        f"{name}, {label}": (row[f"{kind}_differences"], row[f"{kind}_difference_interval"])
+        for name, row in rows.items()
+        for kind, label in LOSSES.items()
+        if name != "gqa"
     }
     memory = {
         name: [(row["kv_bytes_at_4096"] / 1024, row["text_loss"])]
@@ -276,8 +296,10 @@ def _pictures(rows: Rows, results: Results) -> dict[str, str]:
     }
     nats = "loss on held-back text (nats a token)"
     pictures = {"kv.svg": lines(memory, "KiB of keys and values at 4,096 tokens (float16)", nats)}
+    if apart:
+        pictures["differences.svg"] = intervals(apart, "loss against gqa (nats a token)")
     if curves:
-        pictures["loss.svg"] = lines(curves, "share of the training compute (seed 0)", nats)
+        pictures["loss.svg"] = lines(curves, "share of the training compute (mean over seeds)", nats)
     bucket = results["gqa"][0]["bucket"]
     by_position = {
         name: [((index + 0.5) * bucket, loss) for index, loss in enumerate(curve)]

@@ -19,7 +19,7 @@ import ablate  # noqa: E402
 import numpy as np  # noqa: E402
 import train as recipe_train  # noqa: E402
 from ablate import SIZES, Size, flops_per_token, planned_steps, result_of, trained, variants  # noqa: E402
-from report import row_of, spread, write_report  # noqa: E402
+from report import interval, row_of, write_report  # noqa: E402
 
 TINY = Size(32, 2, 8, 4, 32, 2, 3)
 
@@ -75,7 +75,8 @@ def test_a_run_is_reported_whole(options: argparse.Namespace, tmp_path: Path) ->
     assert "one seed" in text
     for picture in out.glob("*.svg"):
         ET.fromstring(picture.read_text())
-    assert {path.name for path in out.glob("*.svg")} == {"kv.svg", "position.svg", "experts.svg"}
+    drawn = {path.stem for path in out.glob("*.svg")}
+    assert drawn == {"kv", "position", "experts", "differences"}
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(options: argparse.Namespace, tmp_path: Path) -> None:
@@ -99,8 +100,16 @@ def test_differences_are_taken_seed_by_seed() -> None:
     base = [result(0, 5.0), result(1, 6.0)]
     row = row_of(base, [result(1, 5.5), result(0, 4.52)])
     assert row["text_loss_difference"] == pytest.approx(-0.49)
-    assert row["text_loss_difference_spread"] == pytest.approx(0.01)
+    # Two values 0.02 apart: 12.706 * (0.02 / sqrt(2)) / sqrt(2).
+    assert row["text_loss_difference_interval"] == pytest.approx(0.12706)
     assert row["text_loss_decided"]
+    assert not row_of(base, [result(1, 5.5), result(0, 4.6)])["text_loss_decided"]
     assert not row["chat_loss_decided"]
     assert not row_of(base, [result(0, 4.0)])["text_loss_decided"], "one seed decides nothing"
-    assert spread([1.0, 2.0, 6.0]) == (3.0, 3.0)
+
+
+def test_an_interval_holds_the_true_mean_nineteen_times_of_twenty() -> None:
+    draws = np.random.default_rng(0).standard_normal((4000, 3))
+    held = [abs(mean) <= half for mean, half in map(interval, draws.tolist())]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.01)
+    assert interval([2.0]) == (2.0, None)
