@@ -102,14 +102,26 @@ def test_a_changed_content_is_noticed(files, tmp_path):
         list(files.read("ann", stored.id))
 
 
-def test_a_file_expires(files, clock, tmp_path):
+def test_a_file_expires(files, clock):
     stored = files.create("ann", "a", "batch", [b"x"], expires_after_s=60)
     clock.pass_(59)
     files.get("ann", stored.id)
     clock.pass_(1)
     with pytest.raises(NotFoundError):
         files.get("ann", stored.id)
-    assert files.remove_expired() == 1
+
+
+def test_the_next_upload_removes_what_expired_from_the_disk(files, clock, tmp_path):
+    files.create("ann", "a", "batch", [b"x"], expires_after_s=60)
+    clock.pass_(60)
+    later = files.create("ben", "b", "batch", [b"y"])
+    assert _names(tmp_path) == [later.id]
+
+
+def test_the_next_start_removes_what_expired_from_the_disk(files, database, clock, tmp_path):
+    files.create("ann", "a", "batch", [b"x"], expires_after_s=60)
+    clock.pass_(60)
+    Files(database, tmp_path / "files", clock)
     assert _names(tmp_path) == []
 
 

@@ -84,12 +84,15 @@ class Files:
         clock: Callable[[], float] = time.time,
         max_bytes: int = MAX_FILE_BYTES,
     ) -> None:
-        """Take a folder of our own (BISE_HOME/files by default) and clear what killed uploads left in it."""
+        """Take a folder of our own (BISE_HOME/files by default); remove the files whose time is over and what
+        killed uploads left in it.
+        """
         self._database = database
         self.folder = state_directory("files") if folder is None else folder
         """Where contents lie, each under its id."""
         self._clock = clock
         self.max_bytes = max_bytes
+        self._remove_expired()
         self._sweep()
 
     def create(
@@ -101,7 +104,10 @@ class Files:
         *,
         expires_after_s: float | None = None,
     ) -> StoredFile:
-        """Store a file that a user hands in. RequestError for a bad name or purpose or too many bytes."""
+        """Store a file that a user hands in, and remove those whose time is over.
+
+        RequestError for a bad name or purpose or too many bytes.
+        """
         if purpose not in PURPOSES:
             raise RequestError(
                 f"purpose must be one of {', '.join(PURPOSES)}, got {purpose!r}", field="purpose"
@@ -110,6 +116,7 @@ class Files:
             raise RequestError(
                 f"the file's name must have 1 to {MAX_NAME} printable characters", field="file"
             )
+        self._remove_expired()
         content = self.write(chunks)
         try:
             with self._database.writing() as session:
@@ -275,15 +282,16 @@ class Files:
             digest.update(piece)
         return digest.hexdigest() == file.sha256
 
-    def remove_expired(self) -> int:
-        """Remove the files whose time is over; return how many."""
-        with self._database.writing() as session:
-            over = FileRecord.expires_at <= self._clock()
+    def _remove_expired(self) -> None:
+        over = FileRecord.expires_at <= self._clock()
+        with self._database.reading() as session:
             ids = session.scalars(select(FileRecord.id).where(over)).all()
+        if not ids:
+            return
+        with self._database.writing() as session:
             session.execute(delete(FileRecord).where(FileRecord.id.in_(ids)))
         for file_id in ids:
             self._path(file_id).unlink(missing_ok=True)
-        return len(ids)
 
     def _find(self, session: Session, owner: str, file_id: str) -> FileRecord:
         query = select(FileRecord).where(
