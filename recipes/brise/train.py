@@ -6,8 +6,8 @@
 
 The rate warms up and stays until a run is started with `--decay-steps`: from there it falls to zero over so
 many steps, and the run ends. Resume without the flag to keep to the plan; with it, the rest of the fall is
-planned anew. SIGTERM and SIGINT write a checkpoint and stop. Progress is one JSON line a report in
-RUN/<stage>.jsonl.
+planned anew. A run that ended goes on with `--decay-level` as well. SIGTERM and SIGINT write a checkpoint and
+stop. Progress is one JSON line a report in RUN/<stage>.jsonl.
 """
 
 import argparse
@@ -74,9 +74,13 @@ class Progress:
         """Return the learning rate of the next step."""
         return stage.peak_lr * self.level * min(1.0, (self.step + 1) / stage.warmup_steps)
 
-    def ending_in(self, decay_steps: int) -> "Progress":
-        """Return this progress with the fall to zero planned from here, over `decay_steps` steps."""
-        return replace(self, decay_level=self.level, decay_start=self.step, decay_steps=decay_steps)
+    def ending_in(self, decay_steps: int, level: float | None = None) -> "Progress":
+        """Return this progress with the fall to zero planned from here, over `decay_steps` steps.
+
+        It begins at `level`, a share of the peak rate; without one, at the level reached.
+        """
+        level = self.level if level is None else level
+        return replace(self, decay_level=level, decay_start=self.step, decay_steps=decay_steps)
 
 
 class Rows:
@@ -213,7 +217,12 @@ def steps_of(path: Path) -> int:
 
 
 def start(
-    run: Path, stage: str, mixture: Mixture, decay_steps: int, begin_from: Path | None = None
+    run: Path,
+    stage: str,
+    mixture: Mixture,
+    decay_steps: int,
+    begin_from: Path | None = None,
+    decay_level: float | None = None,
 ) -> Trainer:
     """Return the trainer of a stage: resumed, begun from scratch or from a checkpoint (the stage before)."""
     path = run / f"{stage}.safetensors"
@@ -227,7 +236,7 @@ def start(
             weights = grown(weights, mixture.model, mixture.grown, mixture.seed)
         trainer = Trainer(mixture.shape(stage), weights, Progress(stage=stage))
     if decay_steps:
-        trainer.progress = trainer.progress.ending_in(decay_steps)
+        trainer.progress = trainer.progress.ending_in(decay_steps, decay_level)
     return trainer
 
 
@@ -320,6 +329,11 @@ def main() -> None:
         "--decay-steps", type=int, default=0, help="begin now to let the rate fall, over so many steps"
     )
     parser.add_argument(
+        "--decay-level",
+        type=float,
+        help="share of the peak rate to fall from, for a run that ended (default: where the rate stands)",
+    )
+    parser.add_argument(
         "--begin-from", type=Path, help="checkpoint to begin from (default: the stage before)"
     )
     parser.add_argument("--max-steps", type=int, help="stop at this step without decay (for trials)")
@@ -329,9 +343,11 @@ def main() -> None:
     )
     parser.add_argument("--mixture", type=Path, default=Path(__file__).with_name("mixture.toml"))
     args = parser.parse_args()
+    if args.decay_level is not None and not args.decay_steps:
+        parser.error("--decay-level says where the rate falls from: give --decay-steps as well")
     torch.set_num_threads(args.threads)
     mixture = Mixture.load(args.mixture)
-    trainer = start(args.run, args.stage, mixture, args.decay_steps, args.begin_from)
+    trainer = start(args.run, args.stage, mixture, args.decay_steps, args.begin_from, args.decay_level)
     train(args.run, trainer, mixture, compiled=not args.eager, max_steps=args.max_steps)
 
 

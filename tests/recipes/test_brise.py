@@ -162,6 +162,9 @@ def test_a_fall_planned_anew_goes_on_from_the_rate_it_had() -> None:
     halfway = replace(Progress(stage="tune", step=100).ending_in(10), step=105)
     longer = halfway.ending_in(20)
     assert [replace(longer, step=step).rate(stage) for step in (105, 115, 125)] == [0.5, 0.25, 0.0]
+    again = replace(longer, step=125).ending_in(10, level=0.4)
+    assert not again.is_finished
+    assert [replace(again, step=step).rate(stage) for step in (125, 130, 135)] == [0.4, 0.2, 0.0]
 
 
 def test_some_steps_overfit_one_batch(mixture: Mixture, run_folder: Path) -> None:
