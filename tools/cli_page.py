@@ -36,6 +36,8 @@ def page() -> str:
         command = bise.get_command(click.Context(bise), verb)
         assert command is not None
         sections.append(section(f"bise {verb}", command))
+        if isinstance(command, click.Group):
+            sections += [section(f"bise {verb} {name}", part) for name, part in command.commands.items()]
     return "\n".join(sections)
 
 

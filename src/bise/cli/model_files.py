@@ -83,7 +83,7 @@ def rm(name: str, yes: bool) -> None:
 @click.command("verify")
 @click.argument("names", nargs=-1, type=text, metavar="[NAME]...")
 def verify(names: tuple[str, ...]) -> None:
-    """Compare models with the hashes they were pulled or shipped with; all of them without NAME."""
+    """Compare models with the hashes that they came with; all of them without NAME."""
     from bise.hub.embedded import NAME
     from bise.hub.installed import verify as check
     from bise.hub.registry import local_models, origin_of

@@ -171,7 +171,7 @@ def check(
     batch: int,
     as_json: bool,
 ) -> None:
-    """Report every bad line, lengths in tokens, what would be cut, duplicates, time and memory.
+    """Report bad lines, lengths in tokens, what would be cut, duplicates, time, memory.
 
     Where PyTorch is installed, the time comes from a step that is timed over the model's shapes.
     """
