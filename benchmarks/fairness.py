@@ -1,17 +1,16 @@
 """What a key's time to first token becomes beside another key's 1,000 queued requests.
 
-    python benchmarks/fairness.py [--http] [--model DIR] [--prompts 20,100,300,800] [--trials 5]
+    python benchmarks/fairness.py [--any-time | --http] [--model DIR] [--prompts 20,100,300,800]
 
-Without `--http`: processor time of this process, one thread, so that other work on the machine does not
-count; the embedded model, the engine as `bise serve` makes it, without a thread of its own. `alone` is the
-median time from submit to first token on an idle engine; `crowded` the same for a request that comes between
-two steps while another key has 1,000 requests queued and as many running as there are places; `at any time`
-adds what is left of the step in which a request comes, on average over all moments, since a step is never
-interrupted.
+The embedded model, the engine as `bise serve` makes it. `alone` is the median time from submit to first token
+on an idle engine; `crowded` the same while another key has 1,000 requests queued and as many running as there
+are places.
 
-With `--http`: what a client sees. A live `bise serve` with two keys, one of which keeps 1,000 requests open;
-the other one asks now and then, streamed, at random moments. Wall clock, both threads; `alone` is the median
-before the first key begins.
+As it comes: processor time of this process, one thread, so that other work on the machine does not count, the
+engine without a thread of its own; the request comes between two steps. `--any-time`: wall clock, the engine
+with its thread; the request comes at a random moment, which is mostly within a step. `--http`: what a client
+sees; a live `bise serve` with two keys, one of which keeps 1,000 requests open; the other one asks now and
+then, streamed, at random moments.
 
 Prints one line per prompt length, and one JSON document last.
 """
@@ -22,15 +21,18 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from live_servers import LiveServer, bise_server
 from serving_client import Answer, allow_connections, post, quantile, run
 
+from bise.bench.report import provenance
 from bise.engine.engine import Engine
 from bise.engine.load import load_model
 from bise.engine.request import Request, SamplingParams
@@ -51,66 +53,69 @@ def request(rng: random.Random, length: int, max_tokens: int, tenant: str) -> Re
     )
 
 
-def first_token_s(engine: Engine, asked: Request) -> float:
-    """Return the processor time until the first token of a request; it is cancelled then."""
-    began = time.process_time()
+def first_token_s(engine: Engine, asked: Request, clock: Callable[[], float]) -> float:
+    """Return the time until the first token of a request; it is cancelled then."""
+    began = clock()
     handle = engine.submit(asked)
     next(delta for delta in handle if delta.token_ids)
-    took = time.process_time() - began
+    took = clock() - began
     handle.cancel()
     return took
 
 
-def measure(model: Path, prompts: list[int], trials: int) -> list[dict[str, float]]:
+def measure(model: Path, prompts: list[int], trials: int, *, is_threaded: bool) -> list[dict[str, float]]:
     """Return one row per prompt length, times in milliseconds."""
     rng = random.Random(0)
-    loaded = load_model(model, threads=1, context=1024, max_sequences=8, threaded=False)
+    loaded = load_model(model, threads=1, context=1024, max_sequences=8, threaded=is_threaded)
     engine = loaded.engine
+    clock = time.perf_counter if is_threaded else time.process_time
+
+    def pause() -> None:
+        if is_threaded:
+            time.sleep(rng.uniform(0.05, 0.15))
+        else:
+            for _ in range(4):
+                engine.step()
+
+    def times(length: int) -> list[float]:
+        found: list[float] = []
+        for _ in range(trials):
+            pause()
+            found.append(first_token_s(engine, request(rng, length, 4, "small"), clock))
+        return found
+
     for length in (512, *prompts):  # warm, and the pace knows what steps cost
         engine.submit(request(rng, length, 4, "small")).result()
-    alone = {
-        length: statistics.median(
-            first_token_s(engine, request(rng, length, 4, "small")) for _ in range(trials)
-        )
-        for length in prompts
-    }
+    alone = {length: times(length) for length in prompts}
     backlog = [  # kept: a handle that is dropped cancels its request
         engine.submit(request(rng, rng.randrange(50, 400), rng.randrange(20, 200), "large"))
         for _ in range(BACKLOG)
     ]
-    steps: list[float] = []
-
-    def go_on(count: int) -> None:
-        for _ in range(count):
-            began = time.process_time()
-            engine.step()
-            steps.append(time.process_time() - began)
-
-    go_on(20)
-    rows: list[dict[str, float]] = []
-    for length in prompts:
-        found: list[float] = []
-        for _ in range(trials):
-            go_on(4)
-            found.append(first_token_s(engine, request(rng, length, 4, "small")))
-        # A long step is met by more of those who come than a short one.
-        crowded, left = statistics.median(found), sum(step**2 for step in steps) / sum(steps) / 2
-        rows.append(
-            {
-                "prompt": length,
-                "alone_ms": 1e3 * alone[length],
-                "crowded_ms": 1e3 * crowded,
-                "ratio": crowded / alone[length],
-                "any_time_ratio": (crowded + left) / alone[length],
-            }
-        )
+    for _ in range(10):
+        pause()
+    crowded = {length: times(length) for length in prompts}
     waiting = engine.stats().num_waiting
     for handle in backlog:
         handle.cancel()
     loaded.close()
-    if waiting < BACKLOG * 2 // 3:
+    if waiting < BACKLOG // 3:
         raise SystemExit(f"only {waiting} requests were still waiting at the end")
-    return rows
+    return rows_of(alone, crowded)
+
+
+def rows_of(alone: dict[int, list[float]], crowded: dict[int, list[float]]) -> list[dict[str, float]]:
+    """Return one row per prompt length, times in milliseconds."""
+    return [
+        {
+            "prompt": length,
+            "alone_ms": 1e3 * statistics.median(alone[length]),
+            "crowded_ms": 1e3 * statistics.median(crowded[length]),
+            "ratio": statistics.median(crowded[length]) / statistics.median(alone[length]),
+            "mean_ratio": statistics.mean(crowded[length]) / statistics.mean(alone[length]),
+            "p90_ratio": (quantile(crowded[length], 0.9) or 0.0) / (quantile(alone[length], 0.9) or 1.0),
+        }
+        for length in alone
+    ]
 
 
 class Live:
@@ -165,16 +170,7 @@ class Live:
                 task.result()
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        return [
-            {
-                "prompt": length,
-                "alone_ms": 1e3 * statistics.median(alone[length]),
-                "crowded_ms": 1e3 * statistics.median(crowded[length]),
-                "ratio": statistics.median(crowded[length]) / statistics.median(alone[length]),
-                "p90_ratio": (quantile(crowded[length], 0.9) or 0.0) / (quantile(alone[length], 0.9) or 1.0),
-            }
-            for length in prompts
-        ]
+        return rows_of(alone, crowded)
 
 
 def measure_live(model: Path | None, prompts: list[int], trials: int) -> list[dict[str, float]]:
@@ -191,23 +187,33 @@ def measure_live(model: Path | None, prompts: list[int], trials: int) -> list[di
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--http", action="store_true", help="a live server, as its clients see it")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--any-time", action="store_true", help="requests that come within steps")
+    kinds.add_argument("--http", action="store_true", help="a live server, as its clients see it")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--prompts", default="20,100,300,800")
-    parser.add_argument("--trials", type=int, help="requests per prompt length  [default: 5, with --http 40]")
+    parser.add_argument("--trials", type=int, default=40, help="requests per prompt length  [default: 40]")
+    parser.add_argument("--out", type=Path, help="file to write")
     options = parser.parse_args()
     prompts = [int(length) for length in options.prompts.split(",")]
     if options.http:
-        rows, other = measure_live(options.model, prompts, options.trials or 40), "p90_ratio"
+        rows = measure_live(options.model, prompts, options.trials)
     else:
-        rows = measure(options.model or resolve(None), prompts, options.trials or 5)
-        other = "any_time_ratio"
+        model = options.model or resolve(None)
+        rows = measure(model, prompts, options.trials, is_threaded=options.any_time)
     for row in rows:
         sys.stdout.write(
             f"prompt {row['prompt']:5.0f}: alone {row['alone_ms']:7.1f} ms, crowded {row['crowded_ms']:7.1f} "
-            f"ms, x{row['ratio']:.2f}, {other.removesuffix('_ratio').replace('_', ' ')} x{row[other]:.2f}\n"
+            f"ms, x{row['ratio']:.2f}, mean x{row['mean_ratio']:.2f}, p90 x{row['p90_ratio']:.2f}\n"
         )
-    sys.stdout.write(json.dumps({"fairness": rows}) + "\n")
+    document = {
+        "benchmark": "fairness",
+        **provenance(shlex.join(["python", *sys.argv]), 1, ""),
+        "fairness": rows,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":

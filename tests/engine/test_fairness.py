@@ -120,6 +120,32 @@ def test_a_backlog_of_1000_requests_does_not_double_anothers_time_to_first_token
     assert shared <= 2 * alone, (shared, alone)
 
 
+def test_a_backlog_that_is_old_does_not_go_ahead_of_who_comes(monkeypatch):
+    monkeypatch.setattr(fairness, "AGING_TOKENS", 100)
+    alone = (quiet := Simulation()).wait_for(quiet.submit("small", 20, 20))
+    crowded = Simulation()
+    for _ in range(300):
+        crowded.submit("large", 100, 50)
+    for _ in range(200):
+        crowded.step()
+    assert crowded.computed["large"] > 20 * fairness.AGING_TOKENS
+    assert crowded.wait_for(crowded.submit("small", 20, 20)) <= 2 * alone
+
+
+@pytest.mark.parametrize(("aging", "waits"), [(2000, False), (1 << 60, True)])
+def test_a_stream_of_new_tenants_does_not_keep_an_old_one_waiting_for_ever(monkeypatch, aging, waits):
+    """The second case is the positive control: without hunger it does."""
+    monkeypatch.setattr(fairness, "AGING_TOKENS", aging)
+    simulation = Simulation(max_sequences=1)
+    simulation.submit("waits", 40, 400, priority=5)
+    simulation.finish(simulation.submit("old", 100, 100))
+    old = simulation.submit("old", 40, 5)
+    for number in range(300):
+        simulation.submit(f"new {number}", 40, 3)
+        simulation.step()
+    assert (old.status is Status.WAITING) == waits
+
+
 @pytest.mark.parametrize(("prices", "fewest"), [(DEVICE, 7), (LARGE, 7), (SMALL, 0)])
 def test_who_decodes_waits_for_anothers_first_token_only_where_that_would_come_late(prices, fewest):
     simulation = Simulation(prices=prices)

@@ -2,10 +2,13 @@
 
 import random
 from collections import Counter
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from bise.engine.engine import Engine
+from bise.engine.interrupt import Interrupted, Interrupts
 from bise.engine.request import FinishReason, Request, SamplingParams
 from bise.engine.speculation import Speculation
 from bise.engine.swap import SwapSpace
@@ -100,6 +103,45 @@ def test_seeded_prompts_under_random_load_return_what_they_return_alone(cpu_mode
 def test_with_preempted_sequences_swapped_to_the_host_they_do_too(cpu_model, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(SwapSpace, "observe", lambda *_: None)  # whatever fits is stored, fast machine or not
     check(*cpu_model("interleaved", "q4", 1), byte_tokenizer, 60, swap_bytes=1 << 17)
+
+
+def break_off(interrupts: Interrupts) -> None:
+    """Break a step off for whoever comes, not for few only."""
+    if interrupts._newcomers():
+        raise Interrupted
+
+
+@pytest.mark.parametrize("model", ["interleaved", "8 experts"])
+def test_requests_that_come_within_a_step_and_break_it_off_change_nothing(
+    cpu_model, byte_tokenizer, monkeypatch, model
+):
+    transformer, ops = cpu_model(model, "q4", 1)
+    requests = make_requests(60)
+    quiet = make_engine(transformer, ops, byte_tokenizer, prefix_cache=False)
+    alone = [bits(quiet.submit(request).result()) for request in requests]
+    monkeypatch.setattr(Interrupts, "watch", lambda self, step: partial(break_off, self))
+    rng, due, handles = random.Random(13), list(requests), []
+
+    def forward(batch, cache=None):
+        def layer(index):
+            if due and rng.random() < 0.2:
+                handles.append(busy.submit(due.pop(0)))
+            return cache.layer(index)
+
+        return transformer.forward(batch, SimpleNamespace(layer=layer))
+
+    model = SimpleNamespace(config=transformer.config, forward=forward, logits=transformer.logits)
+    busy = Engine(
+        model, ops, config=transformer.config, tokenizer=byte_tokenizer, kv_format="q8", num_blocks=13,
+        max_step_tokens=48, max_sequences=9, speculation=Speculation(), threaded=False,
+    )  # fmt: skip
+    while due:
+        handles.append(busy.submit(due.pop(0)))
+        while busy.step():
+            busy._scheduler.check_integrity()
+    assert [bits(handle.result()) for handle in handles] == alone
+    assert busy._interrupts.count >= 30
+    assert busy.stats().num_preemptions > 0
 
 
 @pytest.mark.slow

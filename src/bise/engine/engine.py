@@ -25,6 +25,7 @@ from bise.engine.choice import choose
 from bise.engine.device_choice import Candidates
 from bise.engine.grammar import Grammars
 from bise.engine.handle import Bells, RequestHandle
+from bise.engine.interrupt import Interrupted, Interrupts
 from bise.engine.kv_memory import KVMemory, blocks_per_group, checked_context
 from bise.engine.pace import Pace
 from bise.engine.progress import Progress, progress_of
@@ -147,6 +148,7 @@ class Engine:
         self._arrived: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()
         self._deadlines = Deadlines()
+        self._interrupts = Interrupts(self._scheduler.waiting, self._newcomers)
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._is_closing = False
@@ -281,8 +283,12 @@ class Engine:
             step = self.speculation.extend(step, self._scheduler)
         began = self._clock()
         try:
-            hidden, wanted = self._runner.forward(step)
+            hidden, wanted = self._runner.forward(step, self._interrupts.watch(step))
             logits = self._runner.candidates(step, hidden, wanted) if len(wanted) else None
+        except Interrupted:
+            self._scheduler.give_up(step)
+            self._interrupts.lost(self._clock() - began)
+            return True
         except Exception as error:  # whatever the model raises, the engine goes on with the other requests
             logger.exception("event=step_failed sequences=%d tokens=%d", len(step.rows), step.num_tokens)
             for row in step.rows:
@@ -292,12 +298,20 @@ class Engine:
             self._memory.swap.observe(step.num_tokens, self._clock() - began)
         self._scheduler.complete(step)
         self._commit(step, hidden, logits)
+        seconds = self._clock() - began
+        self._interrupts.worked(seconds)
         if pace is not None:
             num_decoded = step.num_decoded
-            pace.observe(step.num_tokens - num_decoded, num_decoded, self._clock() - began)
+            pace.observe(step.num_tokens - num_decoded, num_decoded, seconds)
         if self.speculation is not None:
             self.speculation.settle(step)
         return True
+
+    def _newcomers(self) -> SequenceOf[Sequence]:
+        if not self._arrived:
+            return ()
+        with self._wake:
+            return tuple(self._arrived)
 
     def _take_inbox(self) -> None:
         # Counted first: what is cancelled from now on may not have been taken in below.

@@ -1,11 +1,14 @@
-"""Whose turn it is: the queue, in the order of (level, service of the tenant, what it runs, arrival).
+"""Whose turn it is: the queue, in the order of (level, hunger, service of the tenant, what it runs, arrival).
 
 The level is the request's priority, lowered by one for every `AGING_TOKENS` that the engine has computed
-since the request came, so that nobody waits for ever behind better priorities. The service of a tenant is the
-number of tokens computed for it (the virtual token counter of Sheng et al. 2024, arXiv 2401.00588, with
-prompt and output tokens alike): within a level the least served tenant is first. A tenant that comes back
-after a pause starts `CREDIT_TOKENS` before the least served of those present: enough for its first prompt to
-go ahead of a backlog, and all that a pause can earn.
+since the request came, so that nobody waits for ever behind better priorities. Age makes it as good as the
+best priority there is and no better: a backlog that is old must not go ahead of who comes. The service of a
+tenant is the number of tokens computed for it (the virtual token counter of Sheng et al. 2024, arXiv
+2401.00588, with prompt and output tokens alike): within a level the least served tenant is first. A tenant
+that comes back after a pause starts `CREDIT_TOKENS` before the least served of those present: enough for its
+first prompt to go ahead of a backlog, and all that a pause can earn. Hunger keeps newcomers without end from
+holding up another tenant for ever: one for which nothing was computed while the engine computed
+`AGING_TOKENS` goes first.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from collections.abc import Iterator
 from bise.engine.sequence import Sequence
 
 AGING_TOKENS = 1 << 14
-"""Tokens computed by the engine that make up for one level of priority: 6 minutes of prefill of a 7B model on
-two cores, at most a minute on a larger machine."""
+"""Tokens computed by the engine that make up for one level of priority, or make hungry: 6 minutes of prefill
+of a 7B model on two cores, at most a minute on a larger machine."""
 
 CREDIT_TOKENS = 2048
 """Head start of a tenant that comes. At least the tokens of a step: then its time to first token is at most
@@ -27,7 +30,7 @@ twice what it would be alone, where it gets all of a step at first and half of e
 MAX_ABSENT = 4096
 """Tenants that are remembered while they have no request: those with the most service of all."""
 
-Turn = tuple[int, int, int, int]
+Turn = tuple[int, int, int, int, int]
 
 
 class FairQueue:
@@ -42,6 +45,10 @@ class FairQueue:
         self._present: Counter[str] = Counter()
         """Sequences per tenant that wait or run."""
         self._waiting: Counter[str] = Counter()
+        self._priorities: Counter[int] = Counter()
+        """Sequences per priority that wait or run."""
+        self._fed: dict[str, int] = {}
+        """What the engine had computed when a tenant present was last served, or came."""
         self._num_computed = 0
         self._num_waiting = 0
 
@@ -61,16 +68,21 @@ class FairQueue:
             self._floor = max(self._floor, least)
             start = self._floor - CREDIT_TOKENS
             self._served[tenant] = max(self._served.get(tenant, start), start)
+            self._fed[tenant] = self._num_computed
         self._present[tenant] += 1
+        self._priorities[sequence.request.priority] += 1
         sequence.clock = self._num_computed
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence that is over."""
-        tenant = sequence.request.tenant
+        tenant, priority = sequence.request.tenant, sequence.request.priority
+        self._priorities[priority] -= 1
+        if not self._priorities[priority]:
+            del self._priorities[priority]
         self._present[tenant] -= 1
         if self._present[tenant]:
             return
-        del self._present[tenant], self._waiting[tenant]
+        del self._present[tenant], self._waiting[tenant], self._fed[tenant]
         if not self._present:
             self._served.clear()
             self._floor = 0
@@ -104,7 +116,14 @@ class FairQueue:
     def turn(self, sequence: Sequence) -> Turn:
         """Return the place of a sequence in the order of service; lower is earlier."""
         tenant = sequence.request.tenant
-        return (self.level(sequence), self._served[tenant], self.num_running(tenant), sequence.arrival)
+        hunger = (self._num_computed - self._fed[tenant]) // AGING_TOKENS
+        return (
+            self.level(sequence),
+            -hunger,
+            self._served[tenant],
+            self.num_running(tenant),
+            sequence.arrival,
+        )
 
     def num_running(self, tenant: str) -> int:
         """Return how many sequences of a tenant run."""
@@ -116,7 +135,9 @@ class FairQueue:
 
     def level(self, sequence: Sequence) -> int:
         """Return the priority of a sequence, age taken into account; lower is better."""
-        return sequence.request.priority - (self._num_computed - sequence.clock) // AGING_TOKENS
+        age = (self._num_computed - sequence.clock) // AGING_TOKENS
+        best = min(self._priorities, default=sequence.request.priority)
+        return max(best, sequence.request.priority - age)
 
     def charge(self, sequence: Sequence) -> None:
         """Count what was computed for a sequence; what a preemption makes necessary again is not charged
@@ -126,6 +147,7 @@ class FairQueue:
         if tokens > 0:
             self._served[sequence.request.tenant] += tokens
             self._num_computed += tokens
+            self._fed[sequence.request.tenant] = self._num_computed
             sequence.num_charged = sequence.num_computed
 
 

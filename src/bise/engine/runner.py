@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +12,7 @@ from bise.cache.pages import KVCache
 from bise.config import ModelConfig
 from bise.engine.device_choice import Candidates, Chooses, choose_on_device, on_host
 from bise.engine.scheduler import Step, StepRow
-from bise.kernels import BLOCK_SIZE, Array, AttentionMeta, Ops
+from bise.kernels import BLOCK_SIZE, Array, AttentionMeta, Ops, Pages
 from bise.model.batch import AdaptedRows, Batch
 from bise.model.lora import Adapter
 from bise.model.transformer import LayerPages
@@ -120,6 +121,20 @@ def _attention_meta(
     return AttentionMeta(q_start=q_start, q_pos=q_pos, block_table=block_table, slots=slots)
 
 
+class WatchedPages:
+    """The pages of a KV cache, with a call before each layer that takes its pages; the call may raise."""
+
+    def __init__(self, pages: LayerPages, watch: Callable[[], None]) -> None:
+        """Call `watch` before each layer of `pages`."""
+        self._pages = pages
+        self._watch = watch
+
+    def layer(self, index: int) -> Pages:
+        """Return the pages of a layer."""
+        self._watch()
+        return self._pages.layer(index)
+
+
 class Runner:
     """Owns the model and its KV pages."""
 
@@ -128,14 +143,23 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = ops if isinstance(ops, Chooses) else None
+        # A device has a step queued as a whole: it would be computed all the same.
+        self._can_break_off = ops is not None and ops.name == "cpu"
         self._num_groups = len(model.config.window_groups)
         if isinstance(model, Prepares):
             model.prepare(cache)
 
-    def forward(self, step: Step) -> tuple[Array, npt.NDArray[np.int32]]:
-        """Compute a step; returns (hidden states [T, E], rows whose logits choose tokens [R])."""
+    def forward(
+        self, step: Step, watch: Callable[[], None] | None = None
+    ) -> tuple[Array, npt.NDArray[np.int32]]:
+        """Compute a step; returns (hidden states [T, E], rows whose logits choose tokens [R]). On the
+        processor `watch` is called before each layer, and breaks the step off where it raises.
+        """
         batch = build_batch(step, self._num_groups)
-        return self._model.forward(batch, self._cache), batch.logit_rows
+        pages: LayerPages = self._cache
+        if watch is not None and self._can_break_off:
+            pages = WatchedPages(self._cache, watch)
+        return self._model.forward(batch, pages), batch.logit_rows
 
     def logits(self, hidden: Array, rows: npt.NDArray[np.int32]) -> Logits:
         """Return the logits [R, V] of `rows` of hidden states [T, E]."""

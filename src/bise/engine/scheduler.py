@@ -224,6 +224,12 @@ class Scheduler:
             sequence.num_scored = max(sequence.num_scored, row.score_stop)
             self._advance(sequence, row.first + row.num_tokens - len(row.draft))
 
+    def give_up(self, step: Step) -> None:
+        """Record that a step was broken off: nothing of it was computed."""
+        for row in step.rows:
+            if row.draft:
+                self.keep_drafted(row.sequence, 0)
+
     def keep_drafted(self, sequence: Sequence, count: int) -> None:
         """Record that the first `count` guessed tokens came true, and free the blocks of those that did
         not.
