@@ -35,7 +35,9 @@ def test_an_answer_streams_in_numbered_events_and_is_kept(run):
         conversation, asked = await site.ask()
         events = await site.events(asked["answer"]["run_id"])
         assert text_of(events) == ANSWER
-        assert [int(event["id"]) for event in events] == list(range(1, len(events) + 1))
+        numbers = [int(event["id"]) for event in events]
+        assert numbers == sorted(set(numbers))
+        assert len(numbers) < numbers[-1]  # pieces that came at once are one
         end = json.loads(events[-1]["data"])
         assert events[-1]["event"] == "end"
         assert (end["status"], end["finish_reason"]) == ("complete", "stop")
@@ -71,8 +73,11 @@ def test_two_tabs_hear_the_same(run):
         _, asked = await site.ask()
         run_id = asked["answer"]["run_id"]
         first, second = await asyncio.gather(site.events(run_id), site.events(run_id))
-        assert first == second
-        assert text_of(first) == ANSWER
+        assert text_of(first) == text_of(second) == ANSWER
+        assert first[-1] == second[-1]
+        for event in first:  # whoever comes back goes on behind any number that was heard
+            told = text_of([other for other in first if int(other["id"]) <= int(event["id"])])
+            assert told + text_of(await site.events(run_id, after=int(event["id"]))) == ANSWER
 
     run(scenario)
 

@@ -234,6 +234,24 @@ def test_what_is_no_json_is_refused_however_the_file_is_cut(monkeypatch, content
             list(entries(io.BytesIO(content)))
 
 
+def test_a_tree_of_librechat_that_is_deeper_than_pythons_parser_goes_is_taken_whole():
+    turns = [
+        json.dumps({"messageId": f"m{number}", "text": f"Turn {number}", "isCreatedByUser": number % 2 == 0})
+        for number in range(2000)
+    ]
+    tree = "".join(turn[:-1] + ', "children": [' for turn in turns) + "]}" * len(turns)
+    content = '{"conversationId": "x", "recursive": true, "messages": [' + tree + "]}"
+    with pytest.raises(RecursionError):
+        json.loads(content)
+    storage = Memory()
+    report = import_file(storage, "ana", io.BytesIO(content.encode()))
+    (conversation,) = Conversations(storage).listing("ana")
+    branch = Messages(storage).all("ana", conversation.id)
+    assert (report.messages, report.num_skipped) == (2000, 0)
+    assert [message.text for message in branch] == [f"Turn {number}" for number in range(2000)]
+    assert [message.parent_id for message in branch] == [None, *(message.id for message in branch[:-1])]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -241,7 +259,10 @@ def test_what_is_no_json_is_refused_however_the_file_is_cut(monkeypatch, content
         (b"[]", "has no conversation"),
         (b"\xff\xfe", "is no UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"\\u0000": ' * 950 + b"1" + b"}" * 950, "nested too deeply|is of no known form"),
+        (b'{"\\u0000": ' * 950 + b"1" + b"}" * 950, "is of no known form"),
+        (b"[" + b"1" * 5000 + b"]", "a number is too long"),
+        (b'{"format": "bise-conversation-1", "params": ' + b"[" * 900 + b"]" * 900 + b"}", "too deeply"),
+        (b'{"chat": {"messages": [{"role": ' + b"[" * 2000 + b"]" * 2000 + b"}]}}", "role is no text"),
         (b"PK\x03\x04 damaged", "archive is damaged"),
     ],
 )

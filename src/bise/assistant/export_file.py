@@ -10,9 +10,10 @@ import codecs
 import json
 import re
 import zipfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO, Any, cast
 
+from bise.assistant.deep_json import TooDeepError, deep_value
 from bise.errors import RequestError
 
 PIECE = 1 << 20
@@ -131,7 +132,7 @@ class _Text:
         self.sign()
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end = self._decoded()
                 if _SUSPECT.search(self._text, self._at, end):
                     value = _clean(value)
             except json.JSONDecodeError as error:
@@ -140,8 +141,10 @@ class _Text:
                 )
                 if self._is_over or not may_go_on:
                     raise _broken(error.msg[:100]) from error
-            except RecursionError as error:
+            except TooDeepError as error:
                 raise BrokenFileError("the file is nested too deeply", field="file") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise _broken("a number is too long") from error
             else:
                 if end < len(self._text) or self._is_over:
                     self._at = end
@@ -150,6 +153,12 @@ class _Text:
             if pending > MAX_VALUE:
                 raise _broken(f"a conversation is larger than {MAX_VALUE >> 20} MiB")
             self._read(max(PIECE, pending))  # twice as much each time: it is read again from its beginning
+
+    def _decoded(self) -> tuple[Any, int]:
+        try:
+            return self._json.raw_decode(self._text, self._at)
+        except RecursionError:
+            return deep_value(self._text, self._at)
 
     def _read(self, size: int) -> None:
         content = self._file.read(size)
@@ -171,10 +180,24 @@ def _broken(reason: str) -> BrokenFileError:
 
 def _clean(value: Any) -> Any:
     """Return a value with U+FFFD for what no database keeps: NUL, and halves of surrogate pairs."""
-    if isinstance(value, str):
-        return _UNSTORABLE.sub("\ufffd", value) if _UNSTORABLE.search(value) else value
-    if isinstance(value, list):
-        return [_clean(part) for part in cast("list[Any]", value)]
-    if isinstance(value, dict):
-        return {_clean(name): _clean(part) for name, part in cast("dict[str, Any]", value).items()}
-    return value
+    holder: list[Any] = [value]
+    waiting: list[Any] = [holder]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            parts = cast("dict[str, Any]", inner)
+            for name in list(parts):
+                parts[_clean_text(name)] = parts.pop(name)  # taken out and put back: the order stays
+            places: Iterable[Any] = parts.keys()
+        else:
+            places = range(len(inner))
+        for place in places:
+            if isinstance(inner[place], str):
+                inner[place] = _clean_text(inner[place])
+            elif isinstance(inner[place], dict | list):
+                waiting.append(inner[place])
+    return holder[0]
+
+
+def _clean_text(text: str) -> str:
+    return _UNSTORABLE.sub("\ufffd", text)

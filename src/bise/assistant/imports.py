@@ -312,7 +312,8 @@ def _turn(
     shown = object_of(node)
     role = shown.get("role")
     if role not in ("user", "assistant"):
-        raise BadError(f"{place}.role is {quoted(role, 30)}, not user or assistant")
+        given = "no text" if isinstance(role, dict | list) else quoted(role, 30)
+        raise BadError(f"{place}.role is {given}, not user or assistant")
     found = shown.get(key)
     if not isinstance(found, str | int):
         raise BadError(f"{place} has no {key}")
