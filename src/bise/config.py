@@ -236,13 +236,20 @@ def bise_home() -> Path:
 
 
 def state_directory(*parts: str) -> Path:
-    """Make and return a directory under BISE_HOME; every level that is made is the user's alone (0700)."""
+    """Make and return a directory under BISE_HOME; every level that is made is the user's alone (0700).
+
+    Raises OSError.
+    """
     path = bise_home()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
-    for part in parts:
-        path = path / part
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
+        for part in parts:
+            path = path / part
+            path.mkdir(mode=0o700, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        reason = f"{error.strerror}; BISE_HOME must be a directory that you may write to"
+        raise OSError(error.errno, reason, error.filename) from error
     return path
 
 

@@ -73,13 +73,15 @@ def test_no_arguments_show_the_help(cli):
         (["--nope"], "No such option '--nope' (see `bise --help`)"),
         (["generate"], "Missing option '--prompt' / '-p' (see `bise generate --help`)"),
         (["chat", "-n", "x"], "Invalid value for '--max-tokens' / '-n': 'x' "
-         "is not a valid integer (see `bise chat --help`)"),
+         "is not a whole number (see `bise chat --help`)"),
         (["generate", "-p", "a", "--logprobs", "2"], "--logprobs needs --json (see `bise generate --help`)"),
         (["generate", "/no/such", "-p", "a"], "/no/such: no such file or directory"),
         (["inspect", "/no/such.gguf"], "/no/such.gguf: no such file or directory"),
         (["chat", "mistral-7c"],
          "'mistral-7c' is not a file, a directory or a known alias; "
          "did you mean mistral-7b? `bise models` lists the aliases"),
+        (["serve", "--port", "x"],
+         "Invalid value for '--port': 'x' is not a whole number (see `bise serve --help`)"),
         (["score"], "give a FILE, or a MODEL and a FILE (see `bise score --help`)"),
         (["quantize", "x"],
          "Missing option '--quant'. Choose from: q4, q8, bf16 (see `bise quantize --help`)"),
@@ -98,6 +100,29 @@ def test_an_alias_that_is_not_here_says_what_to_fetch_and_where_to_put_it(cli, h
     assert "mistralai/Mixtral-8x7B-Instruct-v0.1" in result.err
     assert str(home / "models" / "mixtral-8x7b") in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_removing_a_model_that_is_not_there_says_so_before_it_asks(cli, home):
+    result = cli("models", "rm", "nothere")
+    assert result.code == 2
+    assert "there is no model 'nothere'" in result.err
+
+
+def test_a_home_that_is_a_file_is_one_line_that_names_it(process, home):
+    home.write_text("")
+    result = process("keys", "list")
+    assert result.code == 1
+    assert result.err == (
+        f"bise: error: {home}: File exists; BISE_HOME must be a directory that you may write to\n"
+    )
+
+
+def test_a_database_that_cannot_be_opened_is_one_line_without_a_log(process, tmp_path):
+    (tmp_path / "bise.db").write_text("no database " * 100)
+    result = process("keys", "list", "--db", str(tmp_path / "bise.db"))
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    assert line.startswith("bise: error: sqlite:")
 
 
 def test_text_that_is_not_utf8_is_a_mistake(cli, model_dir):

@@ -213,6 +213,8 @@ def test_a_pickle_a_file_and_a_link_out_of_the_directory_are_refused(tmp_path):
     path = write(tmp_path / "x")
     with pytest.raises(ModelFileError, match="an adapter is a directory"):
         open_adapter(path / WEIGHTS_FILE, CONFIG)
+    with pytest.raises(ModelFileError, match="an adapter is a directory"):
+        open_adapter(tmp_path, CONFIG)
     elsewhere = tmp_path / "elsewhere.safetensors"
     (path / WEIGHTS_FILE).rename(elsewhere)
     with pytest.raises(ModelFileError, match="does not exist"):

@@ -5,6 +5,7 @@ A verb's module is imported only when that verb runs, so `bise --help` stays ins
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from importlib import import_module
 import click
 
 from bise import __version__
-from bise.cli.config_file import config_path, defaults_of, read_config
+from bise.cli.config_file import config_path, defaults_of, plain_kinds, read_config
 from bise.config import colour_wanted, debug_enabled
 from bise.errors import BiseError, ConfigError
 
@@ -100,6 +101,9 @@ def run(args: list[str] | None = None) -> int:
 
 
 def _run(args: list[str] | None) -> int:
+    if not debug_enabled():
+        # Errors are told in one line below; only `bise serve` keeps a log beside them.
+        logging.getLogger("bise").handlers[:] = [logging.NullHandler()]
     try:
         # Not bise.main(): it would turn a closed pipe into exit code 1.
         colour = None if colour_wanted() else False
@@ -131,7 +135,7 @@ def _run(args: list[str] | None) -> int:
 
 
 def _usage_text(error: click.UsageError) -> str:
-    return " ".join(error.format_message().split()).rstrip(".")
+    return plain_kinds(" ".join(error.format_message().split()).rstrip("."))
 
 
 def _internal(error: Exception) -> str:

@@ -6,6 +6,7 @@ and the field.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,9 +58,17 @@ def defaults_of(verb: str, command: click.Command, table: dict[str, Any]) -> dic
         try:
             parameter.type_cast_value(context, cast(Any, _checked(parameter, value)))
         except click.UsageError as error:
-            raise ConfigError(f"{path}: [{verb}] {key}: {error.message}", field=key) from error
+            raise ConfigError(
+                f"{path}: [{verb}] {key}: {plain_kinds(error.message.rstrip('.'))}", field=key
+            ) from error
         values[parameter.name] = value
     return values
+
+
+def plain_kinds(message: str) -> str:
+    """Return a message of click with its names of number types said plainly."""
+    whole = re.sub(r"is not a valid integer( range)?", "is not a whole number", message)
+    return re.sub(r"is not a valid float( range)?", "is not a number", whole)
 
 
 def _checked(parameter: click.Parameter, value: object) -> object:

@@ -114,7 +114,9 @@ def command(model: str | None, **values: Any) -> None:
             return
         write_text("\n")
         if answer.finish_reason == FinishReason.LENGTH:
-            aside(f"(stopped by the limit of {len(answer.token_ids)} tokens; --max-tokens raises it)")
+            count = len(answer.token_ids)
+            tokens = "1 token" if count == 1 else f"{count} tokens"
+            aside(f"(stopped by the limit of {tokens}; --max-tokens raises it)")
         if on_terminal(sys.stderr):
             aside(answer.speed_line(loaded.engine.max_context))
 

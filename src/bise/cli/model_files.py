@@ -74,9 +74,10 @@ def rm(name: str, yes: bool) -> None:
         forget_remote(name)
         return
     if not yes:
+        target = find_installed(name)
         if not (on_terminal(sys.stdin) and on_terminal(sys.stderr)):
-            raise UserError(f"removing {name} must be confirmed: add --yes")
-        click.confirm(f"Remove {find_installed(name)}?", abort=True, err=True)
+            raise UserError(f"removing {target} must be confirmed: add --yes")
+        click.confirm(f"Remove {target}?", abort=True, err=True)
     remove(name)
 
 

@@ -162,7 +162,8 @@ class _Cursor:
         if end <= len(self.buffer):
             return
         if end > self._size:
-            raise self.error(f"{what} reaches {end - self._size} bytes past the end of the file", what)
+            beyond = f"reaches {end - self._size} bytes past the end of the file"
+            raise self.error(f"{what} {beyond}: it is cut short or damaged; fetch it again", what)
         if end > self._limit:
             raise self.error(f"{what} reaches past {MAX_HEADER_BYTES >> 20} MiB of header", what)
         target = min(self._limit, max(end, 2 * len(self.buffer), _FIRST_READ))
@@ -275,7 +276,8 @@ def _spend(cursor: _Cursor, count: int, size: int, key: str) -> None:
     """Refuse `count` elements of at least `size` bytes unless the bytes left and the budget can hold them."""
     fit = min(cursor.left // size, cursor.elements_left)
     if count > fit:
-        raise cursor.error(f"{key} is an array of {count} elements; {fit} at most fit", key)
+        why = ": the file is cut short or damaged; fetch it again" if fit < cursor.elements_left else ""
+        raise cursor.error(f"{key} is an array of {count} elements; {fit} at most fit{why}", key)
     cursor.elements_left -= count
 
 

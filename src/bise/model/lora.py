@@ -8,6 +8,7 @@ honoured (DoRA, biases, saved modules, adapted experts ...) is refused by name; 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ def _first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def _require_files(path: Path) -> None:
-    if not path.is_dir():
+    if not (path.is_dir() and os.path.lexists(path / CONFIG_FILE)):
         raise ModelFileError(f"{path}: an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not (path / WEIGHTS_FILE).exists() and (path / "adapter_model.bin").exists():
         raise ModelFileError(
