@@ -17,6 +17,7 @@ sys.path[:0] = [str(RECIPES / "ablations"), str(RECIPES / "brise"), str(RECIPES)
 
 import ablate  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import train as recipe_train  # noqa: E402
 from ablate import SIZES, Size, flops_per_token, planned_steps, result_of, trained, variants  # noqa: E402
 from report import interval, row_of, write_report  # noqa: E402
@@ -26,6 +27,7 @@ TINY = Size(32, 2, 8, 4, 32, 2, 3)
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    torch.set_num_threads(1)  # tiny products: threads only get in the way of the tests beside this one
     monkeypatch.setattr(ablate, "LONG_ROWS", 1)
     monkeypatch.setattr(ablate, "LONG_TOKENS", 1024)
     for name in ("VALID_ROWS", "CHAT_ROWS", "ROUTED_ROWS"):

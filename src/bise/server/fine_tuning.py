@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 PURPOSE = "fine-tune"
-_WORDS = ("message", "metrics")
+_TOLD = ("message", "metrics", "checkpoint")
+"""Kinds of events that `/events` lists and streams."""
 _POLL_S = 0.5
 _MAX_CHECKPOINTS = 10_000
 """More than any job has: there is one an epoch."""
@@ -181,10 +182,18 @@ async def list_events(request: Request, job_id: str) -> Response:
     if choice_argument(request, "stream", ("true", "false")) == "true":
         await gate.offload(gate.store.tuning.get, caller.owner, job_id)
         return StreamingResponse(_stream(request, gate, caller, job_id), media_type="text/event-stream")
-    events, has_more = await _events(request, gate, caller, job_id, _WORDS, 20)
-    return JSONResponse(
-        {"object": "list", "data": [openai_event(event) for event in events], "has_more": has_more}
+    limit = whole_argument(request, "limit", 20, 1, 1000)
+    after = text_argument(request, "after")
+    events = await gate.offload(
+        gate.store.tuning.events,
+        caller.owner,
+        job_id,
+        kinds=_TOLD,
+        after=None if after is None else event_number(after, job_id),
+        limit=limit + 1,
     )
+    data = [openai_event(event) for event in events[:limit]]
+    return JSONResponse({"object": "list", "data": data, "has_more": len(events) > limit})
 
 
 @router.get(
@@ -263,22 +272,6 @@ async def _change(request: Request, job_id: str, wish: str) -> Response:
     return JSONResponse(await _body(request, gate, job))
 
 
-async def _events(
-    request: Request, gate: StoreGate, caller: Caller, job_id: str, kinds: tuple[str, ...], default: int
-) -> tuple[list[Any], bool]:
-    limit = whole_argument(request, "limit", default, 1, 1000)
-    after = text_argument(request, "after")
-    events = await gate.offload(
-        gate.store.tuning.events,
-        caller.owner,
-        job_id,
-        kinds=kinds,
-        after=None if after is None else event_number(after, job_id),
-        limit=limit + 1,
-    )
-    return events[:limit], len(events) > limit
-
-
 async def _stream(request: Request, gate: StoreGate, caller: Caller, job_id: str) -> AsyncIterator[str]:
     """Yield events as server-sent events until the job is over."""
     service: Service = request.app.state.service
@@ -286,7 +279,7 @@ async def _stream(request: Request, gate: StoreGate, caller: Caller, job_id: str
     while not service.is_draining:
         job = await gate.offload(gate.store.tuning.get, caller.owner, job_id)
         events = await gate.offload(
-            gate.store.tuning.events, caller.owner, job_id, kinds=_WORDS, limit=1_000_000
+            gate.store.tuning.events, caller.owner, job_id, kinds=_TOLD, limit=1_000_000
         )
         for event in reversed(events):
             if event.number > told:
