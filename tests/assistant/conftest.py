@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from bise.assistant.accounts import Accounts
-from bise.assistant.scripted import ScriptedModels
+from bise.assistant.scripted import ScriptedModels, quick_hasher
 from bise.assistant.service import Assistant
 from bise.assistant.storage import Memory
 from bise.errors import AuthenticationError, BiseError
@@ -63,7 +63,9 @@ class Site(httpx.AsyncClient):
         self.app = FastAPI()
         self.app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
         self.app.include_router(assistant_router(lambda: self.assistant, people))
-        self.app.include_router(accounts_router(Accounts(self.storage), people, lambda: self.assistant))
+        self.app.include_router(
+            accounts_router(Accounts(self.storage, quick_hasher()), people, lambda: self.assistant)
+        )
         super().__init__(transport=httpx.ASGITransport(self.app), base_url="http://localhost:8000")
 
     async def ask(self, text="How does the bise form?", conversation=None, **fields):

@@ -6,14 +6,15 @@ import asyncio
 
 import httpx
 import pytest
+from argon2 import PasswordHasher, extract_parameters
 from fastapi import FastAPI
 from sqlalchemy import text
 
 from bise.assistant.accounts import Accounts
-from bise.assistant.scripted import ScriptedModels
+from bise.assistant.scripted import ScriptedModels, quick_hasher
 from bise.assistant.service import Assistant
 from bise.assistant.storage import Memory
-from bise.errors import BiseError, ConflictError, RateLimitError
+from bise.errors import AuthenticationError, BiseError, ConflictError, RateLimitError
 from bise.server.assistant_accounts import accounts_router
 from bise.server.assistant_people import Household
 from bise.server.assistant_routes import assistant_router
@@ -25,7 +26,7 @@ PASSWORD = "a long enough one"
 def household(scenario, client_address=("127.0.0.1", 1)):
     async def inside():
         storage = Memory()
-        accounts = Accounts(storage)
+        accounts = Accounts(storage, quick_hasher())
         assistant = Assistant(storage, ScriptedModels(lambda _: "ok"))
         app = FastAPI()
         app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
@@ -87,7 +88,7 @@ def test_a_user_is_no_admin_and_finds_nothing_of_others():
 
 
 def test_wrong_passwords_must_wait_and_the_last_admin_stays():
-    accounts = Accounts(Memory())
+    accounts = Accounts(Memory(), quick_hasher())
     ana = accounts.create_first("ana", PASSWORD)
     for _ in range(5):
         with pytest.raises(BiseError, match="wrong"):
@@ -129,6 +130,24 @@ def test_only_argon2id_is_kept_of_a_password_and_a_hash_of_a_cookie():
     assert stored.startswith("$argon2id$")
     assert token not in kept
     assert PASSWORD not in stored
+
+
+def test_a_name_that_does_not_exist_costs_what_a_wrong_password_costs(monkeypatch):
+    accounts = Accounts(Memory())
+    accounts.create_first("ana", PASSWORD)
+    checked = []
+    verify = PasswordHasher.verify
+
+    def noted(hasher, stored, password):
+        checked.append(extract_parameters(stored))
+        return verify(hasher, stored, password)
+
+    monkeypatch.setattr(PasswordHasher, "verify", noted)
+    for name in ("ana", "nobody"):
+        with pytest.raises(AuthenticationError):
+            accounts.sign_in(name, "not this one")
+    assert checked[0] == checked[1]
+    assert checked[0].memory_cost >= 64 << 10
 
 
 def test_an_admin_deletes_an_account_with_all_it_had_once_its_name_was_repeated():

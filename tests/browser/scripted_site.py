@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from bise.assistant.accounts import Accounts
 from bise.assistant.models import Job, Piece
-from bise.assistant.scripted import ScriptedModels
+from bise.assistant.scripted import ScriptedModels, quick_hasher
 from bise.assistant.service import Assistant
 from bise.errors import BiseError
 from bise.server.assistant_accounts import accounts_router
@@ -110,7 +110,7 @@ def main() -> None:
     made: list[Assistant] = []
     app = FastAPI()
     app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
-    accounts = Accounts(database)
+    accounts = Accounts(database, quick_hasher())
     people = Household(accounts)
     app.include_router(assistant_router(lambda: made[0], people))
     app.include_router(accounts_router(accounts, people, lambda: made[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,13 +64,14 @@ class Site:
 
     def _pages(self, chats, hosted):
         from bise.assistant.accounts import Accounts
+        from bise.assistant.scripted import quick_hasher
         from bise.server.assistant_app import assistant_routers
         from bise.server.entry import StorePeople
         from bise.server.hosted_answers import HostedAnswers
         from bise.server.metered_models import MeteredModels
 
         self.chats = MeteredModels(chats, self.gate, HostedAnswers(hosted))
-        people = StorePeople(self.gate, Accounts(self.store.database))
+        people = StorePeople(self.gate, Accounts(self.store.database, quick_hasher()))
         return assistant_routers(self.store.database, people, self.chats)
 
     def key(self, name="k", **fields):
@@ -132,14 +134,23 @@ def new_url(request):
     return (lambda: None) if request.param == "sqlite" else request.getfixturevalue("postgres").new_url
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory):
+    return load_test_module("store", "conftest").migrated_file(tmp_path_factory.mktemp("migrated"))
+
+
 @pytest.fixture
-def make_site(tmp_path, new_url):
+def make_site(tmp_path, new_url, migrated):
     """Return a function that makes a site; see `Site`."""
     sites = []
 
     def make(**options):
         options.setdefault("url", new_url())
-        sites.append(Site(tmp_path / f"site{len(sites)}", **options))
+        folder = tmp_path / f"site{len(sites)}"
+        if options["url"] is None:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(migrated, folder / "bise.db")
+        sites.append(Site(folder, **options))
         return sites[-1]
 
     yield make

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bise.assistant.scripted import ScriptedModels
+from bise.assistant.scripted import ScriptedModels, quick_hasher
 from bise.assistant.service import Assistant
 from bise.store.database import Database
 from bise.store.opening import Store
@@ -47,7 +47,7 @@ class Server:
         self.gate = StoreGate(self.store)
         fleet = scripted().ScriptedFleet()
         models = MeteredModels(ScriptedModels(lambda _: ANSWER, pace_s=pace_s, piece=8), self.gate)
-        people = StorePeople(self.gate, Accounts(self.store.database))
+        people = StorePeople(self.gate, Accounts(self.store.database, quick_hasher()))
         pages = assistant_routers(self.store.database, people, models)
         self.app = create_app(fleet, self.gate, routers=pages)
         models.service = self.app.service

@@ -6,6 +6,7 @@ import pytest
 
 from bise.assistant.accounts import Accounts
 from bise.assistant.models import Job, Piece
+from bise.assistant.scripted import quick_hasher
 from bise.engine.request import Timings, Usage
 from bise.errors import AuthenticationError, EngineError
 from bise.server.access import Access
@@ -39,7 +40,7 @@ def test_there_is_no_pass_where_everybody_or_nobody_needs_a_key(make_site, acces
 def test_only_those_whom_the_gate_lets_in_make_the_first_account(make_site):
     site = make_site(is_local_only=False)
     _, key = site.key()
-    people = StorePeople(site.gate, Accounts(site.store.database))
+    people = StorePeople(site.gate, Accounts(site.store.database, quick_hasher()))
 
     def check(request):
         site.loop.run_until_complete(people.check_first(request.real))
@@ -70,7 +71,7 @@ class _Request:
 
 
 def _person(site, request):
-    people = StorePeople(site.gate, Accounts(site.store.database))
+    people = StorePeople(site.gate, Accounts(site.store.database, quick_hasher()))
     try:
         return site.loop.run_until_complete(people.person(request.real)).owner
     except Exception as error:

@@ -15,6 +15,7 @@ from bise.assistant.folders import change_many, folders_of, rename_folder
 from bise.assistant.messages import Messages
 from bise.assistant.personas import Personas
 from bise.assistant.reader import ReadText
+from bise.assistant.scripted import quick_hasher
 from bise.errors import ConflictError, NotFoundError, RequestError
 
 
@@ -166,7 +167,7 @@ def test_nul_is_refused_by_name_and_a_bad_import_leaves_nothing(database):
 
 
 def test_accounts_sign_in_and_out(database):
-    accounts = Accounts(database)
+    accounts = Accounts(database, quick_hasher())
     asked(database, "question", owner="local")
     ana = accounts.create_first("Ana", "a long enough one", adopts="local")
     assert len(Conversations(database).listing(ana.id)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import secrets
@@ -59,11 +60,11 @@ class Account:
 class Accounts:
     """The accounts in one storage. Hashing takes tens of milliseconds: call from a thread."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, hasher: PasswordHasher | None = None) -> None:
+        """`hasher` is for tests, which need no dear hashes."""
         self._storage = storage
-        self._hasher = PasswordHasher()
-        # A name that does not exist costs as much time as a wrong password.
-        self._nobody = self._hasher.hash(secrets.token_urlsafe(16))
+        self._hasher = hasher or PasswordHasher()
+        self._nobody = _hash_of_nothing(self._hasher)
         self._tries: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
         self._lock = threading.Lock()
         # A hash takes 64 MiB: a crowd at the door must not take the machine's memory.
@@ -281,6 +282,18 @@ def _checked_password(password: str) -> str:
             f"password must have {MIN_PASSWORD} to {MAX_PASSWORD} characters", field="password"
         )
     return password
+
+
+def _hash_of_nothing(hasher: PasswordHasher) -> str:
+    """Return what no password has as its hash: with it a name that does not exist costs as much time as a
+    wrong password.
+    """
+    cost = f"m={hasher.memory_cost},t={hasher.time_cost},p={hasher.parallelism}"
+    salt, value = (
+        base64.b64encode(secrets.token_bytes(length)).decode().rstrip("=")
+        for length in (hasher.salt_len, hasher.hash_len)
+    )
+    return f"$argon2id$v=19${cost}${salt}${value}"
 
 
 def _digest(token: str) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
-from bise.assistant.accounts import Accounts
 from bise.assistant.examples import checked_examples
 from bise.assistant.service import Assistant
 from bise.server.assistant_accounts import accounts_router
@@ -32,7 +31,6 @@ def assistant_routers(
     marked as interrupted here, so one process at a time may serve the assistant of one database.
     """
     assistant = Assistant(storage, models)
-    accounts = Accounts(storage)
     shown = checked_examples(examples)
 
     @asynccontextmanager
@@ -46,7 +44,7 @@ def assistant_routers(
     return [
         APIRouter(lifespan=lifespan),
         assistant_router(lambda: assistant, people, shown),
-        accounts_router(accounts, people, lambda: assistant),
-        usage_router(people),
+        accounts_router(people.accounts, people, lambda: assistant),
+        usage_router(people, models),
         page_router(StaticPage()),
     ]

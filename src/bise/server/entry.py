@@ -43,7 +43,7 @@ class StorePeople:
     def __init__(self, gate: StoreGate, accounts: Accounts) -> None:
         self._gate = gate
         self._household = Household(accounts)
-        self._accounts = accounts
+        self.accounts = accounts
 
     async def person(self, request: Request) -> Person:
         """Return who is signed in, else whose key (or the operator's pass) was sent.
@@ -68,7 +68,7 @@ class StorePeople:
         """Return the person and, unless they have an account, what the gate knows of them."""
         has_key = "authorization" in request.headers or "x-api-key" in request.headers
         if not has_key and (
-            COOKIE in request.cookies or not await self._gate.offload(self._accounts.is_empty)
+            COOKIE in request.cookies or not await self._gate.offload(self.accounts.is_empty)
         ):
             return await self._at_home(request)
         try:
