@@ -20,16 +20,21 @@ FRAMES = """() => {
   requestAnimationFrame(step);
 }"""
 KEYS = """() => {
-  window.delays = [];
-  addEventListener('keydown', (event) => {
-    const pressed = event.timeStamp;
-    requestAnimationFrame(() => {
-      const after = new MessageChannel();  // told once the frame was handed on
-      after.port1.onmessage = () => window.delays.push(performance.now() - pressed);
-      after.port2.postMessage(0);
-    });
-  }, true);
+  // The browser's own stopwatch: from the key to the paint that shows it, for all that take a frame or more.
+  const start = performance.now();
+  window.keys = [];
+  window.observer?.disconnect();
+  window.observer = new PerformanceObserver((list) => {
+    for (const { name, startTime, duration } of list.getEntries())
+      if (name === 'keydown' && startTime >= start) window.keys.push(duration);
+  });
+  window.observer.observe({ type: 'event', durationThreshold: 16 });
 }"""
+PAINTS = """() => new Promise((done) => {
+  let left = 12;  // frames, until the last key was told
+  const step = () => (left-- > 0 ? requestAnimationFrame(step) : done(window.keys));
+  step();
+})"""
 
 
 def share(sorted_values, part):
@@ -58,6 +63,24 @@ def long_conversation(server, count, times=12):
     Messages(database).copy("local", made.id, messages, {})
     database.close()
     return made.id
+
+
+def typed(page, *words, before=lambda: None):
+    """Type words as fast as keys can be pressed; return, sorted, the milliseconds to their paints."""
+    page.evaluate(KEYS)
+    for word in words:
+        before()
+        page.get_by_role("textbox", name="Message").press_sequentially(word)
+    slow = page.evaluate(PAINTS)
+    assert len(slow) <= len("".join(words))
+    return sorted([0.0] * (len("".join(words)) - len(slow)) + slow)
+
+
+def look_further_up(page):
+    """Scroll to the first message on the page and wait until earlier ones are there."""
+    first = page.get_by_role("article").first.get_attribute("data-id")
+    page.locator(".area").evaluate("area => { area.scrollTop = 0; }")
+    page.wait_for_function("id => document.querySelector('article').dataset.id !== id", arg=first)
 
 
 @pytest.mark.slow
@@ -152,23 +175,22 @@ def test_a_thousand_messages_stay_usable(own_site, visit):
     page.reload()
     page.get_by_text("Message number 999").wait_for()
     usable_s = time.monotonic() - start
+    articles = page.get_by_role("article")
+    for _ in range(16):
+        look_further_up(page)
+    assert 100 < articles.count() <= 160
+    page.get_by_role("textbox", name="Message").press_sequentially("warm")
+    delays = typed(page, "the quick brown fox jumps over the lazy dog, and then once more")
     area = page.locator(".area")
-    for _ in range(14):
-        area.evaluate("area => { area.scrollTop = 0; }")
-        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        page.wait_for_load_state("networkidle")
-    assert page.get_by_role("article").count() <= 160
-    field = page.get_by_role("textbox", name="Message")
-    field.press_sequentially("warm")
-    page.evaluate(KEYS)
-    field.press_sequentially("the quick brown fox jumps over the lazy dog, and then once more")
-    page.wait_for_function("() => window.delays.length >= 60")
-    delays = sorted(page.evaluate("window.delays"))
+    words = ("and again ", "and again ", "while earlier ", "messages come ", "into the ", "page, which")
+    loading = typed(page, *words, before=lambda: area.evaluate("area => { area.scrollTop = 0; }"))
     print(
-        f"1,000 messages: usable after {usable_s:.2f} s (budget 1), key to frame median "
-        f"{share(delays, 0.5):.0f} ms, 95 % within {share(delays, 0.95):.0f} ms (budget 50)"
+        f"1,000 messages: usable after {usable_s:.2f} s (budget 1), key to paint median "
+        f"{share(delays, 0.5):.0f} ms, 95 % within {share(delays, 0.95):.0f} ms (budget 50); while earlier "
+        f"messages come {share(loading, 0.5):.0f} and {share(loading, 0.95):.0f} ms"
     )
     assert usable_s < 3
+    assert 0 < share(loading, 0.95) < 100
     assert share(delays, 0.95) < 100
 
 
@@ -178,9 +200,8 @@ def test_three_hundred_exchanges_stay_light(own_site, visit, ask):
     made = long_conversation(server, 600, times=60)
     page = visit(f"{server.start().url}/c/{made}")
     page.get_by_text("Message number 599").wait_for()
-    for _ in range(8):
-        page.locator(".area").evaluate("area => { area.scrollTop = 0; }")
-        page.wait_for_load_state("networkidle")
+    for _ in range(40):
+        look_further_up(page)
     start = time.monotonic()
     ask(page, "count 3")
     late_s = time.monotonic() - start

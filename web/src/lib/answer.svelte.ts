@@ -17,6 +17,8 @@ export class MessageView {
   sources = $state.raw<Source[]>([]);
   parts = $state.raw<Part[]>([]);
   isOffline = $state(false);
+  /** Changes twice in an answer, not with its text: what asks for it is not drawn with every token. */
+  isWriting = $derived(isWriting(this.live.status));
 
   #markdown = new GrowingMarkdown();
   #next: Live;
@@ -36,10 +38,6 @@ export class MessageView {
 
   get id(): string {
     return this.record.id;
-  }
-
-  get isWriting(): boolean {
-    return isWriting(this.live.status);
   }
 
   /** True for an answer that ended before it was complete, with text that can be gone on with. */

@@ -1,19 +1,23 @@
-/** One redraw per frame, however many tokens arrive; fewer when redrawing is slow or nobody looks. */
-const SLOW_MS = 8;
-const SLOW_WAIT_MS = 33;
+/** One redraw per frame, however many tokens arrive; fewer where drawing is slow or nobody looks. */
+
+/** The part of the page's time that drawing may take. */
+const SHARE = 0.2;
+const LONGEST_WAIT_MS = 200;
 const HIDDEN_WAIT_MS = 250;
 
 export class Flusher {
   #isPlanned = false;
-  #last = 0;
+  /** When the next redraw may begin. */
+  #free = 0;
 
   constructor(private readonly draw: () => void) {}
 
   plan(): void {
     if (this.#isPlanned) return;
     this.#isPlanned = true;
+    const wait = this.#free - performance.now();
     if (document.hidden) setTimeout(this.#run, HIDDEN_WAIT_MS);
-    else if (this.#last > SLOW_MS) setTimeout(() => requestAnimationFrame(this.#run), SLOW_WAIT_MS);
+    else if (wait > 0) setTimeout(() => requestAnimationFrame(this.#run), wait);
     else requestAnimationFrame(this.#run);
   }
 
@@ -21,6 +25,19 @@ export class Flusher {
     this.#isPlanned = false;
     const start = performance.now();
     this.draw();
-    this.#last = performance.now() - start;
+    onceDrawn(() => {
+      const cost = performance.now() - start;
+      this.#free = start + Math.min(LONGEST_WAIT_MS, cost / SHARE);
+    });
   };
+}
+
+/** Runs `work` after the layout and the paint that this frame asks for: a message is read behind them. */
+function onceDrawn(work: () => void): void {
+  const { port1, port2 } = new MessageChannel();
+  port1.onmessage = () => {
+    port1.close();
+    work();
+  };
+  port2.postMessage(null);
 }

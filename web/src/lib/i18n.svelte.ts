@@ -23,6 +23,8 @@ const loaders: Record<Exclude<Language, 'en'>, () => Promise<{ default: Record<K
 let language = $state<Language>('en');
 let words = $state.raw<Record<Key, string>>(en);
 let plurals = new Intl.PluralRules('en');
+/** By language and options: making one takes far longer than using it. */
+const formats = new Map<string, Intl.NumberFormat>();
 
 export function isLanguage(value: unknown): value is Language {
   return typeof value === 'string' && value in LANGUAGES;
@@ -61,7 +63,14 @@ export function t(key: Key, values: Values = {}): string {
 }
 
 export function number(value: number, digits = 0): string {
-  return new Intl.NumberFormat(language, { maximumFractionDigits: digits, minimumFractionDigits: digits }).format(value);
+  return formatted(value, { maximumFractionDigits: digits, minimumFractionDigits: digits });
+}
+
+function formatted(value: number, options: Intl.NumberFormatOptions): string {
+  const key = `${language} ${Object.entries(options).join(' ')}`;
+  let format = formats.get(key);
+  if (!format) formats.set(key, (format = new Intl.NumberFormat(language, options)));
+  return format.format(value);
 }
 
 /** 6100 becomes 6.1k. */
@@ -74,7 +83,7 @@ export function short(value: number): string {
 /** Small sums keep two digits that matter. */
 export function money(value: number, currency: string): string {
   const digits = value !== 0 && Math.abs(value) < 0.1 ? { maximumSignificantDigits: 2 } : { maximumFractionDigits: 2 };
-  return new Intl.NumberFormat(language, { style: 'currency', currency, ...digits }).format(value);
+  return formatted(value, { style: 'currency', currency, ...digits });
 }
 
 export function day(seconds: number): string {
