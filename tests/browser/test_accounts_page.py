@@ -90,6 +90,7 @@ def test_an_admin_sets_roles_and_quotas_and_deletes_an_account(served, visit):
         field.fill(value)
         with page.expect_response(lambda answer: "/limits/" in answer.url and answer.ok):
             field.press("Tab")
+    page.get_by_role("alert").get_by_text("cannot use them: brise").wait_for()
     page.get_by_role("button", name="Sign out").click()
     sign_in(page, "ben", PASSWORD)
     expect(page.get_by_role("dialog")).to_have_count(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from decimal import Decimal
 
 import pytest
 from sqlalchemy import text
@@ -12,6 +13,7 @@ from sqlalchemy import text
 from bise.assistant.scripted import ScriptedModels
 from bise.server.assistant_people import COOKIE
 from bise.server.entry import ASKS
+from bise.store.prices import Price
 from bise.store.rules import Rule
 
 ANSWER = "The bise is a cold wind from the north-east."
@@ -117,6 +119,19 @@ def test_a_limit_that_only_the_prompt_shows_ends_the_answer_with_its_reason(plac
     assert "tokens per day" in message["error"]
     (row,) = place.store.ledger.rows()
     assert (row.error_code, row.completion_tokens) == ("rate_limit_exceeded", 0)
+
+
+def test_a_limit_in_money_says_which_model_has_no_price_to_who_asks_and_to_the_admin(place):
+    sign_up(place)
+    assert call(place, "GET", "/limits").json()["unpriced"] == ["stub"]
+    call(place, "PATCH", "/limits/ann", json={"limits": {"money_per_month": "2.50"}})
+    posted, message = ask(place)
+    assert (posted, message["status"], message["text"]) == (201, "error", "")
+    assert "your account has a limit in money" in message["error"]
+    assert "'stub'" in message["error"]
+    place.store.prices.set(Price(model="stub", input=Decimal(1), cached=Decimal(1), output=Decimal(1)))
+    assert call(place, "GET", "/limits").json()["unpriced"] == []
+    assert ask(place)[1]["status"] == "complete"
 
 
 def first_row(place):

@@ -15,6 +15,7 @@ from bise.errors import PermissionDeniedError
 from bise.server.assistant_people import Person, check_body, check_origin
 
 if TYPE_CHECKING:
+    from bise.assistant.models import ChatModels
     from bise.server.entry import StorePeople
     from bise.server.gate import StoreGate
 
@@ -28,7 +29,7 @@ class LimitChange(BaseModel):
     limits: dict[str, Any]
 
 
-def usage_router(people: StorePeople) -> APIRouter:
+def usage_router(people: StorePeople, models: ChatModels) -> APIRouter:
     """Return the routes; everyone sees their own sums and limits, an admin those of all accounts."""
 
     async def admin(request: Request) -> Person:
@@ -74,9 +75,18 @@ def usage_router(people: StorePeople) -> APIRouter:
 
     @router.get("/limits")
     async def limits(request: Request, person: Person = boss) -> dict[str, Any]:
-        allowances = _gate(request).store.allowances
-        entries = await _gate(request).offload(lambda: [allowances.everyone(), *allowances.list()])
-        return {"accounts": [entry.as_json() for entry in entries]}
+        store = _gate(request).store
+
+        def work() -> dict[str, Any]:
+            entries = [store.allowances.everyone(), *store.allowances.list()]
+            names = [facts.id for facts in models.facts()]
+            return {
+                "accounts": [entry.as_json() for entry in entries],
+                # Whoever has a limit in money may not use these.
+                "unpriced": [name for name in names if store.prices.get(name) is None],
+            }
+
+        return await _gate(request).offload(work)
 
     @router.patch("/limits/{account}")
     async def change(

@@ -27,12 +27,13 @@ from bise.errors import (
     RateLimitError,
     RequestError,
     StoreError,
+    quoted,
 )
 from bise.server.access import LOCAL_OWNER, Access, Caller, is_loopback, presented_key
 from bise.server.metrics import Metrics
 from bise.server.store_ticket import StoreTicket
 from bise.store.energy import MachineMeter, Shares
-from bise.store.keys import KEY_PREFIX, KeyInfo
+from bise.store.keys import ALLOWANCE_PREFIX, KEY_PREFIX, KeyInfo
 from bise.store.ledger import LedgerRow
 from bise.store.limits import UNPLACED, Reservation
 from bise.store.prices import Price
@@ -259,7 +260,7 @@ class StoreGate:
         if not key.allows_model(self._name_of(model)):
             self.metrics.refuse("forbidden")
             raise PermissionDeniedError("this key may not use that model", field="model")
-        _require_price(key, await self.offload(self.store.prices.get, model))
+        _require_price(key, model, await self.offload(self.store.prices.get, model))
         await self.check_tokens(caller, model, 1, 0)
 
     def record_training(self, row: LedgerRow, share: str) -> LedgerRow:
@@ -300,7 +301,7 @@ class StoreGate:
         key has a limit in money and the model has no price.
         """
         price = self.store.prices.get(model)
-        _require_price(key, price)
+        _require_price(key, model, price)
         try:
             return self.store.limits.extend(
                 reservation,
@@ -452,12 +453,13 @@ class StoreGate:
                 continue
 
 
-def _require_price(key: KeyInfo, price: Price | None) -> None:
+def _require_price(key: KeyInfo, model: str, price: Price | None) -> None:
     """Raise PermissionDeniedError for a key with a limit in money where nothing says what a model costs."""
     if price is None and key.limits.money_per_month is not None:
+        whose = "your account" if key.id.startswith(ALLOWANCE_PREFIX) else "this key"
         raise PermissionDeniedError(
-            "this key has a limit in money, and the model has no price; an admin can set one with "
-            "`bise prices set`",
+            f"{whose} has a limit in money, and nothing says what {quoted(model)} costs; an admin can set "
+            "its price with `bise prices set` or lift the limit",
             field="model",
         )
 
