@@ -275,6 +275,9 @@ class ScriptedFleet:
             raise self.fails_with
         return ScriptedLease(self, self.model)
 
+    def acquire_loaded(self, name: str) -> ScriptedLease:
+        return self.acquire(name)
+
     def sleep(self, name: str, *, wait_s: float | None = 0.0) -> None:
         assert self.leases == 0
         self.engine.failure = None

@@ -92,6 +92,22 @@ def test_who_waits_gets_the_room_when_the_running_model_ends():
         assert world.events == ["+a", "-a", "+b"]
 
 
+def test_only_a_model_that_is_loaded_is_had_at_once_and_then_it_stays():
+    world = World(a=6, b=6)
+    with world.fleet() as fleet:
+        assert fleet.acquire_loaded("a") is None
+        fleet.wake("a")
+        lease = fleet.acquire_loaded("a")
+        with pytest.raises(ModelBusyError, match="b waits for memory"), fleet.use("b"):
+            pass
+        lease.release()
+        with fleet.use("b"):
+            assert fleet.acquire_loaded("a") is None
+        with pytest.raises(ModelNotFoundError):
+            fleet.acquire_loaded("c")
+    assert fleet.acquire_loaded("b") is None
+
+
 def test_nobody_overtakes_the_first_who_waits_for_room():
     world = World(a=6, big=8, small=3)
     with world.fleet(wait_s=1e6) as fleet:

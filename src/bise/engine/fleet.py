@@ -166,6 +166,15 @@ class Fleet:
             self._load(entry, plan, load, victims)
         return self._leased(entry, adapter)
 
+    def acquire_loaded(self, name: str) -> Lease | None:
+        """Return a lease on a model that is loaded, at once; None where `acquire` might take time."""
+        entry, adapter = self._find(name)
+        with self._changed:
+            if self._is_closing or entry.state is not State.READY or adapter is not None:
+                return None
+            entry.pins += 1
+        return self._leased(entry, None)
+
     def wake(self, name: str, *, wait_s: float | None = None) -> None:
         """Load a model ahead of its first use; raises like `acquire`."""
         self.acquire(name, wait_s=wait_s).release()
@@ -298,7 +307,7 @@ class Fleet:
     def _check_size(self, entry: Entry, size: int) -> None:
         """Raise MemoryPlanError when a model of `size` bytes could not be loaded even alone."""
         if self.memory_bytes is not None and size > self.memory_bytes:
-            raise MemoryPlanError(_too_large(entry, size, self.memory_bytes), field="model")
+            raise MemoryPlanError(entry.too_large(size, self.memory_bytes), field="model")
 
     def _attached(self, entry: Entry, adapter: AdapterSpec) -> Attached:
         try:
@@ -328,7 +337,7 @@ class Fleet:
         fault = None if entry.fault is None else str(entry.fault)
         size = entry.full_bytes
         if entry.plan is not None and self.memory_bytes is not None and size > self.memory_bytes:
-            fault = _too_large(entry, size, self.memory_bytes)
+            fault = entry.too_large(size, self.memory_bytes)
         return entry.card(fault)
 
     def _used(self) -> int:
@@ -486,11 +495,3 @@ def _as_bise_error(name: str, error: BaseException) -> BiseError:
     if isinstance(error, BiseError):
         return error
     return EngineError(f"{name} could not be loaded: {type(error).__name__}: {error}")
-
-
-def _too_large(entry: Entry, size: int, memory: int) -> str:
-    context = "" if entry.plan is None else f" at a context of {entry.plan.context} tokens"
-    return (
-        f"{entry.spec.name} needs {size / 2**30:.2f} GiB{context}, adapters included, the fleet may take "
-        f"{memory / 2**30:.2f} GiB; give it a smaller context or a narrower quant, or the fleet more"
-    )

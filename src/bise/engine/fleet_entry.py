@@ -102,6 +102,15 @@ class Entry:
         """Bytes that count against the budget now."""
         return 0 if self.state is State.COLD else self.full_bytes
 
+    def too_large(self, size: int, memory_bytes: int) -> str:
+        """Return what to say when a fleet with so much memory cannot hold this model of `size` bytes."""
+        context = "" if self.plan is None else f" at a context of {self.plan.context} tokens"
+        return (
+            f"{self.spec.name} needs {size / 2**30:.2f} GiB{context}, adapters included, the fleet "
+            f"may take {memory_bytes / 2**30:.2f} GiB; give it a smaller context or a narrower quant, or the "
+            "fleet more"
+        )
+
     def card(self, fault: str | None) -> ModelCard:
         """Return what others may know; `fault` says why it cannot be loaded."""
         return ModelCard(

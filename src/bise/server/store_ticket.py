@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bise.errors import ContentPolicyError, RateLimitError
+from bise.store.limits import counts_tokens
 
 if TYPE_CHECKING:
     from bise.engine.request import Timings, Usage
@@ -64,6 +65,9 @@ class StoreTicket:
         if self.reservation is None or self.caller.key is None:
             return max_tokens
         held, key = self.reservation, self.caller.key
+        if not counts_tokens(key.limits):
+            self.reservation = replace(held, booked=prompt_tokens + max_tokens)
+            return max_tokens
         try:
             self.reservation = await self.gate.offload_for(
                 key.id, self.gate.extend, held, key, model, prompt_tokens, max_tokens, least

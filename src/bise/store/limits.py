@@ -111,7 +111,7 @@ class Limits:
         has left, and each one less costs `token_cost` less. Raises RateLimitError when a limit forbids it;
         the place is then given up and counts for nothing.
         """
-        if not _counts_tokens(key.limits):
+        if not counts_tokens(key.limits):
             return replace(reservation, booked=tokens)  # what it used is written when it ends
         now = self._clock()
         refusal: RateLimitError | None = None
@@ -325,7 +325,7 @@ class _State:
         raise _refusal(name, name.replace("_", " "), limit, retry)
 
 
-def _counts_tokens(limits: KeyLimits) -> bool:
+def counts_tokens(limits: KeyLimits) -> bool:
     """Return True where a limit depends on how many tokens a request may use."""
     counted = (limits.tokens_per_minute, limits.tokens_per_day, limits.money_per_month)
     return any(limit is not None for limit in counted)
