@@ -137,6 +137,14 @@ def test_flags_win_over_the_environment_over_the_file_over_the_defaults(home, ca
     assert sources["--host"] == ("127.0.0.1", "default")
 
 
+@pytest.mark.parametrize(("size", "expected"), [("16GiB", 16 << 30), ("0.5", 1 << 29), ("8G", 8 * 10**9)])
+def test_memory_of_a_server_is_an_amount_and_a_plain_number_counts_gib(home, capsys, size, expected):
+    assert _sources(capsys, "--memory", size, "--swap", size)["--memory"] == (expected, "command line")
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(f"[serve]\nswap = {size if size == '0.5' else repr(size)}\n")
+    assert _sources(capsys)["--swap"] == (expected, "file")
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [

@@ -60,7 +60,7 @@ def values():
 def test_serve_hands_the_prefix_directory_and_the_swap_to_every_model(tmp_path, values):
     from bise.cli.serve import _specs
 
-    (spec,) = _specs((None,), values | {"prefix_cache": str(tmp_path), "swap": 0.5})
+    (spec,) = _specs((None,), values | {"prefix_cache": str(tmp_path), "swap": 1 << 29})
     assert (spec.prefix_cache_dir, spec.swap_bytes) == (tmp_path, 2**29)
     (plain,) = _specs((None,), values)
     assert (plain.prefix_cache_dir, plain.swap_bytes) == (None, 0)

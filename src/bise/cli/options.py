@@ -50,6 +50,15 @@ class MemorySize(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
         return size
 
 
+class Gibibytes(MemorySize):
+    """As `MemorySize`, but a plain number counts GiB."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes."""
+        is_plain = re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", str(value))
+        return super().convert(f"{value}GiB" if is_plain else value, param, ctx)
+
+
 class LayerCount(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - generic only in stubs
     """A number of layers, or `auto`: None."""
 

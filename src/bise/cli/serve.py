@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bise.cli.logs import configure
-from bise.cli.options import device_options, kv_option, pop_placement, quant_option, text
+from bise.cli.options import Gibibytes, device_options, kv_option, pop_placement, quant_option, text
 from bise.cli.output import aside
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ DEFAULT_SEQUENCES = 8
 @click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: all cores]")
 @device_options
 @click.option(
-    "--memory", type=click.FloatRange(min=0.01), help="GiB for all models together.  [default: what is free]"
+    "--memory",
+    type=Gibibytes(),
+    help="For all models together, such as 16GiB; a plain number counts GiB.  [default: what is free]",
 )
 @click.option("--idle", type=click.FloatRange(min=1), help="Unload a model unused for so many seconds.")
 @click.option(
@@ -75,8 +77,9 @@ DEFAULT_SEQUENCES = 8
     help="Directory in which cached beginnings of prompts outlast a restart, up to 1 GiB per model.",
 )  # fmt: skip
 @click.option(
-    "--swap", type=click.FloatRange(min=0.01),
-    help="GiB per model for what preempted requests leave.  [default: it is computed again]",
+    "--swap", type=Gibibytes(),
+    help="Per model, for what preempted requests leave; a plain number counts GiB.  [default: it is computed "
+    "again]",
 )  # fmt: skip
 @click.option(
     "--grace", type=click.FloatRange(0, 3600), default=30.0, show_default=True,
@@ -132,12 +135,12 @@ def command(models: tuple[str, ...], **values: Any) -> None:
         _serve(fleet, store, listener, access, values, hosted)
 
 
-def _memory(placement: Placement, gibibytes: float | None) -> int | None:
+def _memory(placement: Placement, size: int | None) -> int | None:
     """Return the bytes for all models together; None: what is free on this machine."""
     from bise.engine.device import free_bytes
 
-    if gibibytes is not None:
-        return int(gibibytes * 2**30)
+    if size is not None:
+        return size
     return None if placement.is_native else free_bytes(placement)
 
 
@@ -261,7 +264,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
                 threads=values["threads"],
                 placement=placement,
                 prefix_cache_dir=prefixes,
-                swap_bytes=int((values["swap"] or 0) * 2**30),
+                swap_bytes=values["swap"] or 0,
                 aliases=tuple(alias for key in sorted(known) for alias in aliases.pop(key, ())),
                 adapters=tuple(adapter for key in own for adapter in adapters.pop(key, ())),
                 draft=_single([draft for key in own for draft in drafts.pop(key, ())], name),
