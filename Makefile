@@ -6,7 +6,7 @@ SOURCES := $(shell find src/bise -type f -not -name '*.pyc' -not -name '*.so' 2>
 # A development install is editable, so it serves `make chat` too.
 INSTALLED := $(if $(wildcard .venv/.dev),.venv/.dev,.venv/.run)
 CODE := src tests tools recipes benchmarks
-.PHONY: help web chat test test-slow test-gpu bench-gpu postgres identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
+.PHONY: help web pictures chat test test-slow test-gpu bench-gpu postgres identities soak load fuzz storm clients check fmt lint types layers budget docs docs-check session bench sanitize kill pull-kill tune-kill wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -15,7 +15,7 @@ chat: $(INSTALLED) ## Chat with the embedded model (ARGS="..." adds arguments; p
 	@$(BIN)/bise chat $(ARGS)
 
 test: .venv/.dev ## Run the test suite
-	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-slow: .venv/.dev ## Run the tests that take long, too
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
@@ -73,6 +73,9 @@ docs: .venv/.dev ## Regenerate docs/cli.md from --help
 
 session: .venv/.dev ## Capture the README's session anew (after a change of the embedded model)
 	@$(BIN)/python tools/readme_session.py
+
+pictures: .venv/.dev web ## Take the README's pictures of the assistant anew (needs chromium)
+	@$(BIN)/python tools/readme_pictures.py
 
 docs-check: .venv/.dev
 	@$(BIN)/python tools/cli_page.py --check
