@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -129,8 +130,32 @@ struct Locked {
   std::lock_guard<std::mutex> lock;
 };
 
-void linear(Context& c, Floats2 x, const nb::list& weights, const nb::list& outs) {
+// Operations that were told once, to be done again over the same arrays without Python between them. It holds the
+// arrays; weights, banks and pages must live as long.
+struct Program {
+  std::vector<std::function<void(Context&)>> steps;
+
+  void run(Context& c) const {
+    Locked locked(c);
+    for (const auto& step : steps) step(c);
+  }
+};
+
+// Every operation below goes to one of two: a context does it at once, a program keeps it.
+template <class Fn>
+void give(Context& c, const Fn& fn) {
+  Locked locked(c);
+  fn(c);
+}
+template <class Fn>
+void give(Program& p, Fn&& fn) {
+  p.steps.emplace_back(std::forward<Fn>(fn));
+}
+
+template <class To>
+void linear(To& to, Floats2 x, const nb::list& weights, const nb::list& outs) {
   std::vector<Matrix> matrices;
+  std::vector<Out2> held;
   std::vector<float*> pointers;
   require(weights.size() == outs.size() && weights.size() > 0, "one output per weight");
   const size_t rows = x.shape(0);
@@ -140,10 +165,13 @@ void linear(Context& c, Floats2 x, const nb::list& weights, const nb::list& outs
     require(int64_t(x.shape(1)) == matrices.back().k, "x and weight differ in columns");
     require(out.shape(0) == rows && int64_t(out.shape(1)) == matrices.back().n, "output has the wrong shape");
     pointers.push_back(out.data());
+    held.push_back(std::move(out));
   }
   if (rows == 0) return;
-  Locked locked(c);
-  c.linear(x.data(), int64_t(rows), matrices, pointers);
+  give(to, [=](Context& c) {
+    (void)held;
+    c.linear(x.data(), int64_t(rows), matrices, pointers);
+  });
 }
 
 void check_rows(const Floats2& x, const Out2& out, int64_t in, int64_t width) {
@@ -151,33 +179,57 @@ void check_rows(const Floats2& x, const Out2& out, int64_t in, int64_t width) {
   require(out.shape(0) == x.shape(0) && int64_t(out.shape(1)) == width, "output has the wrong shape");
 }
 
-void mlp(Context& c, Floats2 x, const Experts& e, Out2 out) {
+template <class To>
+void mlp(To& to, Floats2 x, const Experts& e, Out2 out) {
   check_rows(x, out, e.all[0].gate.k, e.all[0].down.n);
   if (x.shape(0) == 0) return;
-  Locked locked(c);
-  c.mlp(x.data(), int64_t(x.shape(0)), e.all[0], out.data());
+  const Expert& only = e.all[0];
+  give(to, [=](Context& c) { c.mlp(x.data(), int64_t(x.shape(0)), only, out.data()); });
 }
 
-void moe(Context& c, Floats2 x, const Packed& router, const Experts& e, int top_k, Out2 out) {
+template <class To>
+void moe(To& to, Floats2 x, const Packed& router, const Experts& e, int top_k, Out2 out) {
   check_rows(x, out, e.all[0].gate.k, e.all[0].down.n);
   require(router.matrix.n == int64_t(e.all.size()) && router.matrix.k == e.all[0].gate.k, "router does not fit");
   require(top_k >= 1 && top_k <= router.matrix.n && top_k <= 64, "bad top_k");
   if (x.shape(0) == 0) return;
-  Locked locked(c);
-  c.moe(x.data(), int64_t(x.shape(0)), router.matrix, e.all, top_k, out.data());
+  const Matrix& scores = router.matrix;
+  const std::vector<Expert>& all = e.all;
+  give(to, [=](Context& c) { c.moe(x.data(), int64_t(x.shape(0)), scores, all, top_k, out.data()); });
 }
 
-void norm(Context& c, Out2 x, std::optional<Floats2> add, Floats1 weight, float eps, Out2 y) {
+template <class To>
+void norm(To& to, Out2 x, std::optional<Floats2> add, Floats1 weight, float eps, Out2 y) {
   const size_t rows = x.shape(0), k = x.shape(1);
   require(weight.shape(0) == k && y.shape(0) == rows && y.shape(1) == k, "norm shapes differ");
   if (add) require(add->shape(0) == rows && add->shape(1) == k, "norm shapes differ");
   if (rows == 0) return;
-  const float* extra = add ? add->data() : nullptr;
-  Locked locked(c);
-  c.norm(x.data(), extra, weight.data(), eps, int64_t(rows), int64_t(k), y.data());
+  give(to, [=](Context& c) {
+    const float* extra = add ? add->data() : nullptr;
+    c.norm(x.data(), extra, weight.data(), eps, int64_t(rows), int64_t(k), y.data());
+  });
 }
 
-void attend(Context& c, Out2 q, Out2 k, Floats2 v, Floats2 cos, Floats2 sin, const Pages& pages, Ints1 q_start,
+// The parts of `attend` that change from step to step.
+void check_places(const Attention& a, int64_t rows, const Pages& pages) {
+  require(a.q_start[0] == 0 && a.q_start[a.sequences] == rows, "q_start must run from 0 to the number of rows");
+  const int64_t blocks = pages.slots / kKvBlock;
+  for (int64_t i = 0; i < rows; ++i) require(a.slots[i] >= 0 && a.slots[i] < pages.slots, "slot out of range");
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t count = a.q_start[s + 1] - a.q_start[s], first = a.q_pos[s];
+    require(count >= 0 && first >= 0, "bad sequence bounds");
+    if (count == 0) continue;
+    const int64_t low = std::max<int64_t>(0, first - a.window + 1), high = first + count - 1;
+    require(high / kKvBlock < a.table_width, "block table too short");
+    for (int64_t b = low / kKvBlock; b <= high / kKvBlock; ++b) {
+      const int32_t block = a.table[s * a.table_width + b];
+      require(block >= 0 && block < blocks, "block table entry out of range");
+    }
+  }
+}
+
+template <class To>
+void attend(To& to, Out2 q, Out2 k, Floats2 v, Floats2 cos, Floats2 sin, const Pages& pages, Ints1 q_start,
             Ints1 q_pos, Ints2 table, Ints1 slots, int64_t window, Out2 out) {
   const int64_t rows = int64_t(q.shape(0)), d = pages.view.head_dim, sequences = int64_t(q_pos.shape(0));
   require(q.shape(1) % size_t(d * pages.view.kv_heads) == 0, "query heads must be a multiple of kv heads");
@@ -189,35 +241,38 @@ void attend(Context& c, Out2 q, Out2 k, Floats2 v, Floats2 cos, Floats2 sin, con
   require(int64_t(q_start.shape(0)) == sequences + 1 && int64_t(table.shape(0)) == sequences, "sequences differ");
   require(int64_t(slots.shape(0)) == rows, "one slot per row");
   require(window >= 1, "a window is at least one token");
-  const int32_t* starts = q_start.data();
-  require(starts[0] == 0 && starts[sequences] == rows, "q_start must run from 0 to the number of rows");
-  const int64_t blocks = pages.slots / kKvBlock, width = int64_t(table.shape(1));
-  for (int64_t i = 0; i < rows; ++i)
-    require(slots.data()[i] >= 0 && slots.data()[i] < pages.slots, "slot out of range");
-  for (int64_t s = 0; s < sequences; ++s) {
-    const int64_t count = starts[s + 1] - starts[s], first = q_pos.data()[s];
-    require(count >= 0 && first >= 0, "bad sequence bounds");
-    if (count == 0) continue;
-    const int64_t low = std::max<int64_t>(0, first - window + 1), high = first + count - 1;
-    require(high / kKvBlock < width, "block table too short");
-    for (int64_t b = low / kKvBlock; b <= high / kKvBlock; ++b) {
-      const int32_t block = table.data()[s * width + b];
-      require(block >= 0 && block < blocks, "block table entry out of range");
-    }
-  }
   if (rows == 0) return;
-  const Attention a = {starts,    q_pos.data(), table.data(), slots.data(), sequences,
-                       width,     int(q.shape(1)) / int(d), window};
-  Locked locked(c);
-  c.attend(q.data(), k.data(), v.data(), cos.data(), sin.data(), rows, a, pages.view, out.data());
+  give(to, [=, place = &pages](Context& c) {
+    const Attention a = {q_start.data(), q_pos.data(), table.data(), slots.data(), sequences,
+                         int64_t(table.shape(1)), int(q.shape(1)) / int(d), window};
+    check_places(a, rows, *place);
+    c.attend(q.data(), k.data(), v.data(), cos.data(), sin.data(), rows, a, place->view, out.data());
+  });
 }
 
-void embed(Context& c, const Packed& table, Ints1 ids, Out2 out) {
+template <class To>
+void embed(To& to, const Packed& table, Ints1 ids, Out2 out) {
   require(out.shape(0) == ids.shape(0) && int64_t(out.shape(1)) == table.matrix.k, "output has the wrong shape");
-  for (size_t i = 0; i < ids.shape(0); ++i)
-    require(ids.data()[i] >= 0 && ids.data()[i] < table.matrix.n, "token id out of range");
-  Locked locked(c);
-  c.embed(table.matrix, ids.data(), int64_t(ids.shape(0)), out.data());
+  give(to, [=, rows = table.matrix](Context& c) {
+    for (size_t i = 0; i < ids.shape(0); ++i)
+      require(ids.data()[i] >= 0 && ids.data()[i] < rows.n, "token id out of range");
+    c.embed(rows, ids.data(), int64_t(ids.shape(0)), out.data());
+  });
+}
+
+// The operations as Python sees them, of a context or of a program.
+template <class To>
+void bind_operations(nb::class_<To>& to) {
+  to.def("linear", &linear<To>, nb::arg("x").noconvert(), "weights"_a, "outs"_a)
+      .def("mlp", &mlp<To>, nb::arg("x").noconvert(), "expert"_a, nb::arg("out").noconvert())
+      .def("moe", &moe<To>, nb::arg("x").noconvert(), "router"_a, "experts"_a, "top_k"_a, nb::arg("out").noconvert())
+      .def("norm", &norm<To>, nb::arg("x").noconvert(), nb::arg("add").noconvert().none(),
+           nb::arg("weight").noconvert(), "eps"_a, nb::arg("y").noconvert())
+      .def("attend", &attend<To>, nb::arg("q").noconvert(), nb::arg("k").noconvert(), nb::arg("v").noconvert(),
+           nb::arg("cos").noconvert(), nb::arg("sin").noconvert(), "pages"_a, nb::arg("q_start").noconvert(),
+           nb::arg("q_pos").noconvert(), nb::arg("table").noconvert(), nb::arg("slots").noconvert(), "window"_a,
+           nb::arg("out").noconvert())
+      .def("embed", &embed<To>, "table"_a, nb::arg("ids").noconvert(), nb::arg("out").noconvert());
 }
 
 bool pack_block_rows(Context& c, int ggml, Array<const uint8_t, 2> raw, int64_t k, Bytes out) {
@@ -279,27 +334,21 @@ NB_MODULE(_native, m) {
            "kind"_a, "kv_heads"_a, "head_dim"_a, nb::arg("k").noconvert(), nb::arg("v").noconvert(),
            nb::arg("k_scale").noconvert(), nb::arg("v_scale").noconvert())
       .def_prop_ro("head_dim", [](const Pages& p) { return p.view.head_dim; });
-  nb::class_<Context>(m, "Context")
-      .def("__init__", [](Context* self, int threads) {
+  nb::class_<Context> context(m, "Context");
+  bind_operations(context);
+  context.def("__init__", [](Context* self, int threads) {
              require(threads >= 1 && threads <= 1024, "threads must be from 1 to 1024");
              new (self) Context(threads);
            }, "threads"_a)
       .def_prop_ro("isa", [](const Context& c) { return std::string(c.isa()); })
       .def_prop_ro("threads", &Context::threads)
-      .def("linear", &linear, nb::arg("x").noconvert(), "weights"_a, "outs"_a)
-      .def("mlp", &mlp, nb::arg("x").noconvert(), "expert"_a, nb::arg("out").noconvert())
-      .def("moe", &moe, nb::arg("x").noconvert(), "router"_a, "experts"_a, "top_k"_a, nb::arg("out").noconvert())
-      .def("norm", &norm, nb::arg("x").noconvert(), nb::arg("add").noconvert().none(), nb::arg("weight").noconvert(),
-           "eps"_a, nb::arg("y").noconvert())
-      .def("attend", &attend, nb::arg("q").noconvert(), nb::arg("k").noconvert(), nb::arg("v").noconvert(),
-           nb::arg("cos").noconvert(), nb::arg("sin").noconvert(), "pages"_a, nb::arg("q_start").noconvert(),
-           nb::arg("q_pos").noconvert(), nb::arg("table").noconvert(), nb::arg("slots").noconvert(), "window"_a,
-           nb::arg("out").noconvert())
-      .def("embed", &embed, "table"_a, nb::arg("ids").noconvert(), nb::arg("out").noconvert())
       .def("pack_blocks", &pack_block_rows, "ggml"_a, nb::arg("raw").noconvert(), "k"_a, nb::arg("out").noconvert())
       .def("pack_floats", &pack_float_rows, "format"_a, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
            nb::arg("importance").noconvert().none() = nb::none())
       .def("unpack", &unpack, "matrix"_a, nb::arg("out").noconvert());
+  nb::class_<Program> program(m, "Program");
+  bind_operations(program);
+  program.def(nb::init<>()).def("run", &Program::run, "context"_a);
 }
 
 }  // namespace bise

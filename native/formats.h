@@ -47,8 +47,8 @@ enum Format : int {
   kZ4 = 15,    // nibbles, half scale per 256 x (7 bits, 7-bit zero point) per 32: 4.5 bits; our own 4-bit:
               // value = d s (8 code + z - 128), an integer times a scale
   kFormats = 16,
-  kZ4Open = 16,  // as kZ4 with its scales and zero points as products read them: float scale per 32, zero point in each
-                 // byte of a lane. For panels that many rows multiply; never stored.
+  kZ4Open = 16,  // as kZ4 with its scales and zero points as products read them: float scale per 32, and zero points
+                 // as `zero` of kernels/layouts.inl has them. For panels that many rows multiply; never stored.
 };
 
 // The 16 values of the IQ4 codebook (ggml's kvalues_iq4nl), a published table of the format.
@@ -87,9 +87,10 @@ inline int64_t packed_bytes(int format, int64_t n, int64_t k) {
 // Quantised activations: tiles of MT rows; per 32-column block [MT][32] int8, then MT values of each of
 //   n8     int32  -8 x sum of the codes
 //   scale  float
-//   n8lo   int32  -8 x sum of the first 16 codes
+//   sums   int32  low half: -8 x sum of the first 16 codes, high half: -sum of all
 //   ssum   float  scale x sum of the codes
-constexpr int kTileRowBytes = 48;  // per row and block
+//   n128   int32  -128 x sum of the codes
+constexpr int kTileRowBytes = 52;  // per row and block
 constexpr int kTileRows = 6;       // rows of a tile when there are many
 constexpr int kMostTileRows = 8;   // of any tile
 

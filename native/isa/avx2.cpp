@@ -80,7 +80,8 @@ struct R {
   static I load_pairs(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static I dot_pairs(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  static I mul_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
+  static I dot_pairs(I acc, I a, I b) { return _mm256_add_epi32(acc, mul_pairs(a, b)); }
   static void storei(uint8_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static I loadi(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
@@ -110,9 +111,10 @@ struct R {
   }
   static I lut(I table, I index) { return _mm256_shuffle_epi8(table, index); }
   static I add8(I a, I b) { return _mm256_add_epi8(a, b); }
+  static I spread16(I a) { return a; }  // not needed with short sums; the name must exist
   static I subi(I a, I b) { return _mm256_sub_epi32(a, b); }
-  static I spread(I a) { return a; }  // not needed with short sums; the name must exist
-  static I shr32(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  // Bit n of each lane becomes bit 16, those above it follow.
+  static I to_bit16(I a, int n) { return _mm256_slli_epi32(_mm256_srl_epi32(a, _mm_cvtsi32_si128(n)), 16); }
   static F from_half(I a) {  // of halves, one in each lane
     return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
   }

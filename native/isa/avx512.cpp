@@ -73,6 +73,7 @@ struct R {
   static I load_pairs(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static I mul_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
   // The intrinsic makes gcc 12 copy every sum twice and spill what then no longer fits the registers.
   static I dot_pairs(I acc, I a, I b) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
@@ -107,10 +108,11 @@ struct R {
   }
   static I lut(I table, I index) { return _mm512_shuffle_epi8(table, index); }
   static I add8(I a, I b) { return _mm512_add_epi8(a, b); }
+  // The third byte of each lane in all its bytes.
+  static I spread16(I a) { return _mm512_shuffle_epi8(a, _mm512_set4_epi32(0x0e0e0e0e, 0x0a0a0a0a, 0x06060606, 0x02020202)); }
   static I subi(I a, I b) { return _mm512_sub_epi32(a, b); }
-  // The lowest byte of each lane in all its bytes.
-  static I spread(I a) { return _mm512_shuffle_epi8(a, _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0)); }
-  static I shr32(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  // Bit n of each lane becomes bit 16, those above it follow.
+  static I to_bit16(I a, int n) { return _mm512_rolv_epi32(a, _mm512_set1_epi32(16 - n)); }
   static F from_half(I a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // of halves, one in each lane
   static I addi(I a, I b) { return _mm512_add_epi32(a, b); }
   static I dot(I acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }

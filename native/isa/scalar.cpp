@@ -167,11 +167,12 @@ struct R {
     for (int i = 0; i < 32; ++i) r.h[i] = uint16_t(p[i]);
     return r;
   }
-  static I dot_pairs(const I& acc, const I& a, const I& b) {
+  static I mul_pairs(const I& a, const I& b) {
     I r;
-    LANES r.w[i] = acc.w[i] + int16_t(a.h[2 * i]) * int16_t(b.h[2 * i]) + int16_t(a.h[2 * i + 1]) * int16_t(b.h[2 * i + 1]);
+    LANES r.w[i] = int16_t(a.h[2 * i]) * int16_t(b.h[2 * i]) + int16_t(a.h[2 * i + 1]) * int16_t(b.h[2 * i + 1]);
     return r;
   }
+  static I dot_pairs(const I& acc, const I& a, const I& b) { return addi(acc, mul_pairs(a, b)); }
   static void storei(uint8_t* p, const I& x) { __builtin_memcpy(p, x.b, 64); }
   static I loadi(const uint8_t* p) {
     I r;
@@ -237,20 +238,21 @@ struct R {
     for (int i = 0; i < 64; ++i) r.b[i] = uint8_t(a.b[i] + b.b[i]);
     return r;
   }
+  // The third byte of each lane in all its bytes.
+  static I spread16(const I& a) {
+    I r;
+    for (int i = 0; i < 64; ++i) r.b[i] = a.b[i / 4 * 4 + 2];
+    return r;
+  }
   static I subi(const I& a, const I& b) {
     I r;
     LANES r.w[i] = a.w[i] - b.w[i];
     return r;
   }
-  // The lowest byte of each lane in all its bytes.
-  static I spread(const I& a) {
+  // Bit n of each lane becomes bit 16, those above it follow.
+  static I to_bit16(const I& a, int n) {
     I r;
-    for (int i = 0; i < 64; ++i) r.b[i] = a.b[i / 4 * 4];
-    return r;
-  }
-  static I shr32(const I& a, int n) {
-    I r;
-    LANES r.w[i] = int32_t(uint32_t(a.w[i]) >> n);
+    LANES r.w[i] = int32_t(uint32_t(a.w[i]) >> n << 16);
     return r;
   }
   static F from_half(const I& a) {  // of halves, one in each lane

@@ -158,8 +158,10 @@ struct SixBitScaleAndMin {
 struct SevenBitScaleAndZero {
   static constexpr int kHeader = 256, kSubs = 1;
   static constexpr bool kMin = false, kZeroPoint = true;
+  static constexpr int kOdd = 14;                              // bits before the fields of odd blocks
+  static constexpr int32_t kScales[2] = {127, 127 << kOdd};  // the scales stay where they are in their words
   struct Header {
-    R::F d;
+    R::F d[2];  // as even and odd blocks multiply it
     const uint8_t* words;
   };
   static void header(const uint8_t* w, int at, Header& h) {
@@ -167,18 +169,18 @@ struct SevenBitScaleAndZero {
     R::I half = R::set1i(0);
     for (int i = 3; i >= 0; --i)
       half = R::bor(R::template shl32<4>(half), R::band(R::template sar32<28>(R::loadi(h.words + 64 * i)), R::set1i(15)));
-    h.d = R::mul(R::from_half(half), R::set1(kZ4Unit));
+    h.d[0] = R::mul(R::from_half(half), R::set1(kZ4Unit));
+    h.d[1] = R::mul(h.d[0], R::set1(1.0f / (1 << kOdd)));
   }
-  static R::I field(const Header& h, int bit, int b) {
-    return R::band(R::shr32(R::loadi(h.words + b / 2 * 64), b % 2 * 14 + bit), R::set1i(127));
-  }
+  static R::I word(const Header& h, int b) { return R::loadi(h.words + b / 2 * 64); }
   static void scales(const uint8_t*, int, const Header& h, int b, R::F (&s)[2], R::F (&)[2]) {
-    s[0] = R::mul(h.d, R::from_i(field(h, 0, b)));
+    s[0] = R::mul(h.d[b % 2], R::from_i(R::band(word(h, b), R::set1i(kScales[b % 2]))));
   }
-  // 128 - z per lane with short sums, else z in each of a lane's bytes
+  // z in each of a lane's bytes; with short sums 128 - z in the high half of the lane, to be multiplied by -sum, the high
+  // half of `sums` of the activations
   static R::I zero(const uint8_t*, int, const Header& h, int b) {
-    const R::I z = field(h, 7, b);
-    return R::kShortSums ? R::subi(R::set1i(128), z) : R::spread(z);
+    const R::I z = R::band(R::to_bit16(word(h, b), b % 2 * kOdd + 7), R::set1i(127 << 16));
+    return R::kShortSums ? R::subi(R::set1i(128 << 16), z) : R::spread16(z);
   }
 };
 struct OpenScaleAndZero {

@@ -4,15 +4,16 @@
 // enters the float accumulator with one fused multiply-add (two for formats with scales per 16, one more for a min),
 // blocks in ascending order: the result of a row depends on nothing but that row and the weight.
 
-// -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory
+// -zero * sum of codes, from -8 * sum: shifted in the register, so that the broadcast comes straight from memory; from
+// -128 * sum nothing needs to be shifted
 template <int kZero>
-inline R::I offset_start(int32_t n8) {
+inline R::I offset_start(int32_t n8, int32_t n128) {
   if constexpr (kZero == 0) return R::set1i(0);
   else if constexpr (kZero == 4) return R::template sar32<1>(R::set1i(n8));
   else if constexpr (kZero == 8) return R::set1i(n8);
   else if constexpr (kZero == 16) return R::template shl32<1>(R::set1i(n8));
   else if constexpr (kZero == 32) return R::template shl32<2>(R::set1i(n8));
-  else return R::template shl32<4>(R::set1i(n8));
+  else return R::set1i(n128);
 }
 
 // Rows of the widest tile.
@@ -82,22 +83,26 @@ struct Block {
                   R::F (&acc)[kPanels][MT]) {
     const int32_t* n8 = reinterpret_cast<const int32_t*>(a + MT * 32);
     const float* scale = reinterpret_cast<const float*>(a + MT * 36);
-    const int32_t* n8lo = reinterpret_cast<const int32_t*>(a + MT * 40);
+    const int32_t* sums = reinterpret_cast<const int32_t*>(a + MT * 40);
     const float* ssum = reinterpret_cast<const float*>(a + MT * 44);
-    const auto start = [&](int m, int chain) {
-      if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - n8lo[m] : n8lo[m]);
-      else return chain ? R::set1i(0) : offset_start<Form::kZero>(n8[m]);
-    };
-    R::I sum[kPanels][kChains][MT];
-    for (int p = 0; p < kPanels; ++p)
-      for (int m = 0; m < MT; ++m)
-        for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort || kSplit ? R::set1i(0) : start(m, c);
+    const int32_t* n128 = reinterpret_cast<const int32_t*>(a + MT * 48);
     const uint8_t* codes[kPanels];
     R::I zero[kPanels];
     for (int p = 0; p < kPanels; ++p) {
       codes[p] = w[p] + 4 * at;
       if constexpr (Form::Scales::kZeroPoint) zero[p] = Form::Scales::zero(w[p] + Form::Codes::kBytes, at, header[p], b);
     }
+    const auto low8 = [&](int m) { return int32_t(int16_t(sums[m])); };
+    const auto start = [&](int p, int m, int chain) {
+      if constexpr (kSubs == 2) return offset_start<Form::kZero>(chain ? n8[m] - low8(m) : low8(m), 0);
+      else if (chain) return R::set1i(0);
+      else if constexpr (Form::Scales::kZeroPoint && Form::kShort) return R::mul_pairs(zero[p], R::set1i(sums[m]));
+      else return offset_start<Form::kZero>(n8[m], n128[m]);
+    };
+    R::I sum[kPanels][kChains][MT];
+    for (int p = 0; p < kPanels; ++p)
+      for (int m = 0; m < MT; ++m)
+        for (int c = 0; c < kChains; ++c) sum[p][c][m] = Form::kShort || kSplit ? R::set1i(0) : start(p, m, c);
     add_groups<0>(codes, zero, a, sum);
     add_groups<1>(codes, zero, a, sum);
     add_groups<2>(codes, zero, a, sum);
@@ -108,14 +113,12 @@ struct Block {
       BISE_UNROLL(8)
       for (int m = 0; m < MT; ++m) {
         if constexpr (kSplit) {
-          sum[p][0][m] = R::addi(start(m, 0), R::template widen16<1>(sum[p][0][m]));
+          sum[p][0][m] = R::addi(start(p, m, 0), R::template widen16<1>(sum[p][0][m]));
           sum[p][1][m] = R::template widen16<16>(sum[p][1][m]);
-        } else if constexpr (Form::kShort && Form::Scales::kZeroPoint) {
-          const R::I zero8 = R::dot_pairs(R::set1i(0), zero[p], R::set1i(n8[m]));  // both fit 16 bits
-          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::template widen16<8>(sum[p][c][m]);
-          sum[p][0][m] = R::addi(R::template sar32<3>(zero8), sum[p][0][m]);
         } else if constexpr (Form::kShort) {
-          for (int c = 0; c < kChains; ++c) sum[p][c][m] = R::addi(start(m, c), R::template widen16<1>(sum[p][c][m]));
+          constexpr int kCode = Form::Scales::kZeroPoint ? 8 : 1;
+          for (int c = 0; c < kChains; ++c)
+            sum[p][c][m] = R::addi(start(p, m, c), R::template widen16<kCode>(sum[p][c][m]));
         }
         const R::F factor = R::set1(scale[m]);
         R::F r = acc[p][m];
@@ -128,8 +131,8 @@ struct Block {
           r = R::fma(R::from_i(sum[p][0][m]), R::mul(s[0], factor), r);
           r = R::fma(R::from_i(sum[p][1][m]), R::mul(s[1], factor), r);
           if constexpr (Form::Scales::kMin) {
-            r = R::fnma(min[0], R::set1(scale[m] * float(n8lo[m] / -8)), r);
-            r = R::fnma(min[1], R::set1(scale[m] * float((n8[m] - n8lo[m]) / -8)), r);
+            r = R::fnma(min[0], R::set1(scale[m] * float(low8(m) / -8)), r);
+            r = R::fnma(min[1], R::set1(scale[m] * float((n8[m] - low8(m)) / -8)), r);
           }
         }
         acc[p][m] = r;
@@ -285,7 +288,7 @@ void open_panel(const uint8_t* w, int64_t blocks, uint8_t* to) {
 }
 
 // Quantise 32 floats to int8 with scale max|x| / 127 (round to nearest even).
-inline void quantize_block(const float* x, int8_t* codes, int32_t& n8, float& scale, int32_t& n8lo, float& ssum) {
+inline void quantize_block(const float* x, int8_t* codes, int32_t& n8, float& scale, int32_t& sums, float& ssum) {
   const F16 lo = load16(x), hi = load16(x + 16);
   const F16 zero = zero16();
   const float top = max_lanes(max16(max16(lo, sub16(zero, lo)), max16(hi, sub16(zero, hi))));
@@ -302,7 +305,7 @@ inline void quantize_block(const float* x, int8_t* codes, int32_t& n8, float& sc
   for (int j = 16; j < 32; ++j) sum += codes[j];
   sum += sum_lo;
   n8 = -8 * sum;
-  n8lo = -8 * sum_lo;
+  sums = int32_t(uint32_t(-sum) << 16 | uint32_t(-8 * sum_lo & 0xffff));
   ssum = scale * float(sum);
 }
 
@@ -311,8 +314,9 @@ void quantize(const float* x, int64_t ldx, int rows, int64_t k, int64_t b0, int6
     uint8_t* block = tile + b * mt * kTileRowBytes;
     int32_t* n8 = reinterpret_cast<int32_t*>(block + mt * 32);
     float* scale = reinterpret_cast<float*>(block + mt * 36);
-    int32_t* n8lo = reinterpret_cast<int32_t*>(block + mt * 40);
+    int32_t* sums = reinterpret_cast<int32_t*>(block + mt * 40);
     float* ssum = reinterpret_cast<float*>(block + mt * 44);
+    int32_t* n128 = reinterpret_cast<int32_t*>(block + mt * 48);
     for (int m = 0; m < mt; ++m) {
       int8_t* codes = reinterpret_cast<int8_t*>(block) + m * 32;
       float padded[32];
@@ -323,7 +327,8 @@ void quantize(const float* x, int64_t ldx, int rows, int64_t k, int64_t b0, int6
       } else {
         for (int j = 0; j < 32; ++j) padded[j] = j < left ? x[m * ldx + b * 32 + j] : 0.0f;
       }
-      quantize_block(source, codes, n8[m], scale[m], n8lo[m], ssum[m]);
+      quantize_block(source, codes, n8[m], scale[m], sums[m], ssum[m]);
+      n128[m] = 16 * n8[m];
     }
   }
 }

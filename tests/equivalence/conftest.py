@@ -64,12 +64,14 @@ class Backend:
     is_exact: bool
     kv_format: str
 
-    def transformer(self, config: ModelConfig, ops: Any) -> Transformer:
-        weights = {
+    def weights(self, config: ModelConfig, ops: Any) -> dict[str, Any]:
+        return {
             name: ops.vector(array) if array.ndim == 1 else self.pack(ops, array)
             for name, array in random_weights(config).items()
         }
-        return Transformer(config, weights, ops)
+
+    def transformer(self, config: ModelConfig, ops: Any) -> Any:
+        return Transformer(config, self.weights(config, ops), ops)
 
 
 def _torch_backend() -> Backend:
@@ -84,12 +86,20 @@ def _torch_backend() -> Backend:
 
 
 def _cpu_backend(packed_format: str, kv_format: str) -> Backend:
+    """Return the processor with its decode steps recorded, as `bise serve` runs it."""
     cpu = pytest.importorskip("bise.kernels.cpu", exc_type=ImportError)
+    from bise.engine.replay import ReplayedModel
 
     def pack(ops: Any, array: np.ndarray) -> Any:
         return ops.quantized(array, packed_format)
 
-    return Backend(f"cpu-{packed_format}-{kv_format}", cpu.CpuOps, pack, True, kv_format)
+    class OnProcessor(Backend):
+        def transformer(self, config: ModelConfig, ops: Any) -> Any:
+            weights = self.weights(config, ops)
+            plain = Transformer(config, weights, ops)
+            return ReplayedModel(plain, weights, ops, max_context=config.max_context)
+
+    return OnProcessor(f"cpu-{packed_format}-{kv_format}", cpu.CpuOps, pack, True, kv_format)
 
 
 def _triton_backend(packed_format: str, kv_format: str) -> Backend:

@@ -24,7 +24,9 @@ from bise.engine.memory import (
     packed_formats,
     require_weights,
 )
+from bise.engine.replay import ReplayedModel
 from bise.engine.request import Delta, Request, SamplingParams
+from bise.engine.runner import Model
 from bise.errors import EngineError
 from bise.kernels import Array, Ops
 from bise.kernels.cpu import CpuOps
@@ -59,6 +61,7 @@ class BiseContestant:
             packed, _ = load_packed(source, quant, self._ops)
         weights = packed.weights(self._ops)
         self._transformer = Transformer(self.config, weights, self._ops)
+        self._weights = weights
         self._timed = TimedOps(self._ops)
         self._timed_transformer = Transformer(self.config, weights, cast(Ops, self._timed))
         self._engine: Engine | None = None
@@ -75,7 +78,8 @@ class BiseContestant:
         if free is not None and needed > free:
             raise PeerError(f"its KV cache needs {needed >> 20:,} MiB, {free >> 20:,} MiB of memory are free")
         self._case = case
-        self._engine = _engine(self._transformer, self._ops, self.config, self.kv_format, context, case.batch)
+        model = ReplayedModel(self._transformer, self._weights, self._ops, max_context=context)
+        self._engine = _engine(model, self._ops, self.config, self.kv_format, context, case.batch)
         if case.op == "decode":
             handles = [self._submit(case.context, None) for _ in range(case.batch)]
             self._running = [iter(handle) for handle in handles]
@@ -138,7 +142,7 @@ class BiseContestant:
 
 
 def _engine(
-    transformer: Transformer, ops: Ops, config: ModelConfig, kv_format: str, context: int, batch: int
+    transformer: Model, ops: Ops, config: ModelConfig, kv_format: str, context: int, batch: int
 ) -> Engine:
     return Engine(
         transformer,

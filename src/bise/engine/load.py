@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from bise.engine.memory import (
 from bise.engine.pace import Pace
 from bise.engine.placement import NATIVE, Placement
 from bise.engine.receipt import NUMERICS_VERSION
+from bise.engine.replay import ReplayedModel
 from bise.engine.runner import Model
 from bise.engine.speculation import Speculation
 from bise.engine.split import Choice, Sizes, Split
@@ -83,6 +84,8 @@ class LoadedModel:
     """The backend that the model lies on; None: it cannot take adapters."""
     placement: Placement = NATIVE
     """The device that it runs on."""
+    split: Split | None = None
+    """What of it lies there; None on the processor."""
 
     def load_adapter(self, name: str, path: Path) -> Adapter:
         """Let requests name the LoRA adapter in directory `path` as `name`, while others run.
@@ -163,7 +166,7 @@ def load_model(
     guesser = None if guessing is None else guessing.load(ops, tokens, max_sequences, threads, progress)
     seats = max(SEATS * max_sequences, 8)
     engine = Engine(
-        _recorded(transformer, ops, seats, tokens),
+        _recorded(transformer, weights, ops, seats, tokens),
         ops,
         config=source.config,
         tokenizer=tokenizer,
@@ -181,12 +184,16 @@ def load_model(
     )
     notes, temperature = notes + choice_notes, suggested_temperature(source.path)
     return LoadedModel(
-        source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops, placement
+        source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops, placement, split
     )
 
 
-def _recorded(model: Transformer, ops: Ops, max_rows: int, context: int) -> Model:
-    """Return the model with its decode steps recorded where the device can do that, else as it is."""
+def _recorded(
+    model: Transformer, weights: Mapping[str, Weight | Array], ops: Ops, max_rows: int, context: int
+) -> Model:
+    """Return the model with its decode steps recorded where the backend can do that, else as it is."""
+    if isinstance(ops, CpuOps):
+        return ReplayedModel(model, weights, ops, max_context=context)
     if ops.name != "triton":
         return model
     from bise.engine.graphs import GraphedModel

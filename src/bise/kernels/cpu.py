@@ -8,6 +8,7 @@ count and instruction set (docs/numerics.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -310,3 +311,32 @@ class CpuOps:
     def logits(self, x: Floats, head: Packed) -> Floats:
         """See `Ops.logits`."""
         return self.linear(np.ascontiguousarray(x), [head])[0]
+
+
+class RecordingOps(CpuOps):
+    """The ops, noted instead of done; `replay` does them over the same arrays, whose contents may have
+    changed.
+
+    Pages and weights must live as long. Adapters are not for it: numpy computes their share.
+    """
+
+    def __init__(self, ops: CpuOps) -> None:
+        """Note what `ops` is to do."""
+        self._program = _native.Program()
+        self._native = cast(_native.Context, self._program)  # the same operations by the same names
+        self._context = ops._native
+        self._angles: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], float, Floats, Floats]] = []
+
+    def rope(
+        self, inv_freq: npt.NDArray[np.float64], positions: npt.NDArray[np.int32], factor: float
+    ) -> tuple[Floats, Floats]:
+        """See `Ops.rope`; computed anew before each replay."""
+        cos, sin = super().rope(inv_freq, positions, factor)
+        self._angles.append((inv_freq, positions, factor, cos, sin))
+        return cos, sin
+
+    def replay(self) -> None:
+        """Do everything that was noted, in its order."""
+        for inv_freq, positions, factor, cos, sin in self._angles:
+            cos[:], sin[:] = super().rope(inv_freq, positions, factor)
+        self._program.run(self._context)
