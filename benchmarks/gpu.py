@@ -66,7 +66,7 @@ def main() -> None:
 
     scale = Scale(arguments.toy, "cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name().replace(" ", "-").lower() if on_gpu else "toy"
-    out = arguments.out or RESULTS / f"{date.today()}-gpu-{name}.json"
+    out = arguments.out = arguments.out or RESULTS / f"{date.today()}-gpu-{name}.json"
     result: Record = {"machine": machine(torch, on_gpu), "toy": arguments.toy, "sections": {}}
     chosen = [part for part in arguments.only.split(",") if part]
     sections: dict[str, Callable[..., Record]] = gpu_sections.SECTIONS

@@ -35,8 +35,6 @@ MIXTRAL = shape_of(
 TOY = shape_of("mistral", 64, (4, 2, 16), 128, **_SMALL)
 TOY_EXPERTS = shape_of("mixtral", 64, (4, 2, 16), 128, num_experts=4, experts_per_token=2, **_SMALL)
 
-ZERO = {4: 8, 8: 128}
-
 
 def with_window(config: ModelConfig, window: int | None) -> ModelConfig:
     """Return the model with one window on every layer."""
@@ -46,16 +44,27 @@ def with_window(config: ModelConfig, window: int | None) -> ModelConfig:
 
 
 def random_matrix(num_rows: int, num_columns: int, bits: int, ops: TritonOps) -> Tiles:
-    """Return random tiles: codes of 4 or 8 bits under a scale per 32 columns, or the compute type (0)."""
+    """Return random tiles: 4 bits as `--quant q4` makes them of floats (z4), 8 bits with a scale for 32
+    columns (q8), or the compute type (0).
+    """
     device = ops.device
     if not bits:
         values = torch.randn(num_rows, num_columns, device=device) / num_columns**0.5
         return tile(values.to(ops.dtype))
     codes = torch.randint(0, 256, (num_rows, num_columns * bits // 8), dtype=torch.uint8, device=device)
-    scale = torch.full(
-        (num_rows, num_columns // 32), num_columns**-0.5 / (4 if bits == 4 else 64), device=device
-    )
-    return tile(Grouped(codes, scale.half(), None, bits, 32, ZERO[bits], False, num_columns))
+    if bits == 4:
+        words = random_words(num_rows, -(-num_columns // 256), num_columns**-0.5 / 3, device)
+        return tile(Grouped(codes, words, None, bits, 32, 0, False, num_columns, "u7"))
+    scale = torch.full((num_rows, num_columns // 32), num_columns**-0.5 / 64, device=device)
+    return tile(Grouped(codes, scale.half(), None, bits, 32, 128, False, num_columns))
+
+
+def random_words(num_rows: int, supers: int, top: float, device: torch.device) -> torch.Tensor:
+    """Return the words of z4's scales: fields of 7 bits at random below one half, `top`."""
+    low = torch.randint(0, 1 << 28, (num_rows, supers, 4), dtype=torch.int32, device=device)
+    half = int(np.float16(top).view(np.uint16))
+    tops = torch.tensor([half >> 4 * i & 15 for i in range(4)], dtype=torch.int32, device=device)
+    return (low | tops << 28).flatten(1)
 
 
 def random_model(config: ModelConfig, bits: int, ops: TritonOps) -> tuple[Transformer, int]:

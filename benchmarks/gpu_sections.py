@@ -11,68 +11,28 @@ from typing import Any
 
 import torch
 from gpu_models import MISTRAL, MIXTRAL, TOY, TOY_EXPERTS, Runs, random_matrix, with_window
+from gpu_peers import llama_cpp, peers, peers_of_kernels
+from gpu_timing import Record, gb_per_s, graph_seconds, kv_of, ops_of, seconds_of
 
 from bise.kernels.triton.matmul import Normed
 from bise.kernels.triton.ops import TritonOps
 
-Record = dict[str, Any]
 FORMS = {"bf16": 0, "int8": 8, "int4": 4}
 
 
-def seconds_of(run: Callable[[], object], scale: Any, *, repeats: int = 30) -> float:
-    """Return the median seconds of a call, by the device's own clock where there is one."""
-    repeats = scale.pick(repeats, 1)
-    if scale.device != "cuda":
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    for _ in range(3):
-        run()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2]
-
-
-def graph_seconds(run: Callable[[], object], scale: Any, launches: int) -> float:
-    """Return the seconds of one of `launches` calls that `run` makes, recorded and replayed as one."""
-    if scale.device != "cuda":
-        return seconds_of(run, scale) / launches
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return seconds_of(graph.replay, scale) / launches
-
-
-def ops_of(scale: Any) -> TritonOps:
-    """Return the backend: bf16, or float32 in the interpreter, which has no bf16."""
-    return TritonOps(torch.bfloat16 if scale.device == "cuda" else torch.float32, scale.device)
-
-
-def kv_of(scale: Any) -> str:
-    return "bf16" if scale.device == "cuda" else "f32"
-
-
-def gb_per_s(found: Record) -> float:
-    return found["bandwidth"]["read_gb_per_s"]
-
-
 def bandwidth(scale: Any, found: Record, _: Any) -> Record:
-    """What this device's memory gives: reading alone, and copying."""
+    """What this device gives: reading its memory alone, copying it, multiplying matrices."""
     count = scale.pick(1 << 30, 1 << 12)
     source = torch.empty(count, dtype=torch.float32, device=scale.device).fill_(1)
     target = torch.empty_like(source)
     read = 4 * count / seconds_of(lambda: source.sum(), scale)
     copied = 8 * count / seconds_of(lambda: target.copy_(source), scale)
     best = max(read, copied)
-    return {"read_gb_per_s": best / 1e9, "sum_gb_per_s": read / 1e9, "copy_gb_per_s": copied / 1e9}
+    size = scale.pick(8192, 64)
+    square = torch.randn(size, size, device=scale.device).to(torch.bfloat16)  # zeros would be faster
+    flops = 2 * size**3 / seconds_of(lambda: square @ square, scale, repeats=10)
+    return {"read_gb_per_s": best / 1e9, "sum_gb_per_s": read / 1e9, "copy_gb_per_s": copied / 1e9,
+            "bf16_tflops": flops / 1e12}  # fmt: skip
 
 
 def kernels(scale: Any, found: Record, _: Any) -> Record:
@@ -103,7 +63,8 @@ def kernels(scale: Any, found: Record, _: Any) -> Record:
                 seconds = graph_seconds(run, scale, copies)
                 gb = size / seconds / 1e9
                 lines.append(
-                    {"form": form, "shape": name, "rows": count, "bytes": size, "us": seconds * 1e6,
+                    {"form": form, "shape": name, "rows": count, "bytes": size,
+                     "operations": 2 * n * k * count * (2 if name == "gate_up" else 1), "us": seconds * 1e6,
                      "gb_per_s": gb, "share": gb / gb_per_s(found)}
                 )  # fmt: skip
     return {"lines": lines, "target_share": 0.85, "peers": peers_of_kernels(scale, found, shapes)}
@@ -120,53 +81,6 @@ def layer_products(
             ops._matmul.gate(normed, matrix, ups[index])
         else:
             ops._matmul.add(plain, matrix, stream)
-
-
-def peers_of_kernels(scale: Any, found: Record, shapes: dict[str, tuple[int, int]]) -> list[Record]:
-    """torch's own products of one row: bf16 by its BLAS, int4 by its own kernel."""
-    lines: list[Record] = []
-    for name, (n, k) in shapes.items():
-        dtype = torch.bfloat16
-        size = n * k * 2
-        copies = scale.pick(max(2, -(-(400 << 20) // size)), 1)
-        matrices = [torch.randn(n, k, device=scale.device, dtype=dtype) for _ in range(copies)]
-        x = torch.randn(1, k, device=scale.device, dtype=dtype)
-
-        seconds = graph_seconds(partial(blas_products, x, matrices), scale, copies)
-        gb = size / seconds / 1e9
-        lines.append(
-            {"peer": "torch bf16", "shape": name, "us": seconds * 1e6, "share": gb / gb_per_s(found)}
-        )
-        if scale.device != "cuda":
-            lines.append({"peer": "torch int4", "shape": name, "skipped": "its kernel needs CUDA"})
-            continue
-        lines.append(torch_int4(scale, found, name, n, k, x))
-    return lines
-
-
-def blas_products(x: torch.Tensor, matrices: list[torch.Tensor]) -> None:
-    """Multiply by the device's BLAS."""
-    for matrix in matrices:
-        torch.nn.functional.linear(x, matrix)
-
-
-def torch_int4(scale: Any, found: Record, name: str, n: int, k: int, x: torch.Tensor) -> Record:
-    """torch's int4 product (groups of 128) of one row."""
-    groups, size = 128, n * k // 2 + n * k // 128 * 4
-    copies = max(2, -(-(400 << 20) // size))
-    weights: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for _ in range(copies):
-        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=scale.device)
-        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-        weights.append((packed, torch.ones(k // groups, n, 2, device=scale.device, dtype=torch.bfloat16)))
-
-    def run() -> None:
-        for packed, scales in weights:
-            torch.ops.aten._weight_int4pack_mm(x, packed, groups, scales)
-
-    seconds = graph_seconds(run, scale, copies)
-    gb = size / seconds / 1e9
-    return {"peer": "torch int4", "shape": name, "us": seconds * 1e6, "share": gb / gb_per_s(found)}
 
 
 def decode_line(scale: Any, found: Record, runs: Runs, position: int, rows: int) -> Record:
@@ -279,41 +193,6 @@ def sampling(scale: Any, found: Record, _: Any) -> Record:
     return {"us": lines}
 
 
-def peers(scale: Any, found: Record, _: Any) -> Record:
-    """transformers with a static cache, as it is and compiled: tokens per second at batch 1, bf16."""
-    try:
-        from transformers import MistralConfig, MistralForCausalLM, StaticCache
-    except ImportError as error:
-        return {"skipped": str(error)}
-    c = scale.pick(MISTRAL, TOY)
-    config = MistralConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.hidden_dim, head_dim=c.head_dim,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        max_position_embeddings=c.max_context, sliding_window=None,
-    )  # fmt: skip
-    dtype = torch.bfloat16 if scale.device == "cuda" else torch.float32
-    with torch.device(scale.device), torch.no_grad():
-        torch.set_default_dtype(dtype)
-        try:
-            model = MistralForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    cache = StaticCache(config=config, max_cache_len=scale.pick(1024, 64))
-    token = torch.ones((1, 1), dtype=torch.long, device=scale.device)
-    place = torch.tensor([scale.pick(512, 20)], device=scale.device)
-
-    def step(run: Any) -> object:
-        return run(token, past_key_values=cache, cache_position=place, use_cache=True).logits
-
-    lines: Record = {}
-    with torch.no_grad():
-        lines["static cache"] = 1 / seconds_of(lambda: step(model), scale)
-        if scale.device == "cuda":
-            compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-            lines["static cache, compiled"] = 1 / seconds_of(lambda: step(compiled), scale)
-    return {"tok_per_s": lines}
-
-
 def spans(profiler: Any, on_device: bool) -> list[tuple[str, float, float]]:
     """Return (name, start, end) in us of what ran on the device (of torch's own operations, without one)."""
     found: list[tuple[str, float, float]] = []
@@ -370,6 +249,29 @@ def start(scale: Any, found: Record, arguments: Any) -> Record:
     return {"cold_seconds": times[0], "seconds": times[1], "target_seconds": 10}
 
 
+def roofline(scale: Any, found: Record, arguments: Any) -> Record:
+    """A picture of the products under the device's roofs, as measured in this run, beside the result."""
+    from bise.bench.roofline import draw_roofline
+    from bise.plan import MachineLimits
+
+    if "lines" not in found.get("kernels", {}):
+        return {"skipped": "needs the section kernels"}
+    rows = scale.pick((1, 64), (1,))
+    ops = [
+        {"op": f"{line['form']} {line['shape']}", "phase": f"{line['rows']} rows",
+         "gops": line["operations"] / line["us"] / 1e3, "ops_per_byte": line["operations"] / line["bytes"]}
+        for line in found["kernels"]["lines"] if line["rows"] in rows
+    ]  # fmt: skip
+    limits = MachineLimits(
+        read_bytes_s=1e9 * gb_per_s(found),
+        int8_ops_s=None,
+        float_ops_s=1e12 * found["bandwidth"]["bf16_tflops"],
+    )
+    path = arguments.out.with_suffix(".svg")
+    path.write_text(draw_roofline(ops, limits, "products of a Mistral layer", decades=(2.0, 6.0)), "utf-8")
+    return {"picture": path.name}
+
+
 SECTIONS: dict[str, Callable[..., Record]] = {
     section.__name__: section
     for section in (
@@ -383,6 +285,8 @@ SECTIONS: dict[str, Callable[..., Record]] = {
         sampling,
         profile,
         peers,
+        llama_cpp,
+        roofline,
         start,
     )
 }

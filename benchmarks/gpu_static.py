@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_static.py [--architecture 90]
 
-For each form of weights: instructions that a warp issues in the loop that multiplies, bytes of weights that
-the loop takes, and the share of a bandwidth at which issuing alone would keep a processor busy. One processor
-of an H200 issues four instructions a cycle; at 4.3 TB/s, 132 processors and 1.755 GHz it has 18.6 bytes a
-cycle to take. A share above 1 means that memory is the limit. Prints one JSON document.
+For each form of weights and one row or eight: instructions that a warp issues in the loop that multiplies,
+bytes of weights that the loop takes, loads that are not under way before they are needed (`waits_for`), and
+the share of a bandwidth at which issuing alone would keep a processor busy. One processor of an H200 issues
+four instructions a cycle; at 4.3 TB/s, 132 processors and 1.755 GHz it has 18.6 bytes a cycle to take. A share
+above 1 means that memory is the limit. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent / "tests" / "kernels" / "triton"
 BYTES_PER_CYCLE = 4.3e12 / 132 / 1.755e9
 ISSUED_PER_CYCLE = 4
-TILE_BYTES = {"q4": 2048 + 256, "n4": 2048 + 256, "q8": 4096 + 256, "bf16": 8192}
-"""A tile of 64 x 64 weights with its scales."""
+STEP_BYTES = {"z4": 9216, "q4": 9216, "q4k": 9216, "n4": 9216, "q8": 4096 + 256, "bf16": 8192}
+"""What a step of the loop takes of a block of 64 rows, with scales: 256 columns of 4-bit codes, else 64."""
 
 
 def machine_code(cubin: bytes) -> str:
@@ -54,6 +55,20 @@ def hot_loop(code: str) -> Counter[str]:
     return Counter(name.split(".")[0] for _, name, _ in best)
 
 
+def counted(code: str, size: int, warps: int) -> dict[str, object]:
+    """Return what a loop that takes `size` bytes of weights issues."""
+    counts = hot_loop(code)
+    issued = sum(counts.values())
+    share = size / BYTES_PER_CYCLE / (issued * warps / ISSUED_PER_CYCLE) if issued else 0
+    return {
+        "instructions": issued,
+        "bytes": size,
+        "issue_share": round(share, 2),
+        "waits_for": counts["LDG"],
+        "most": dict(counts.most_common(8)),
+    }
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -65,33 +80,22 @@ def main() -> None:
     import compile_kernels
 
     result: dict[str, object] = {}
-    forms = {"q4": (4, 32, 8, False, False), "bf16": compile_kernels.FLOATS} | {
-        name: compile_kernels.FORMS[name] for name in ("n4", "q8")
-    }
-    for form, layout in forms.items():
+    forms = compile_kernels.FORMS | {"q4": compile_kernels.Q4, "bf16": compile_kernels.FLOATS}
+    for form, step_bytes in STEP_BYTES.items():
         for kind, options in (
             ("plain", {"AFTER": 2}),
             ("normed", {"NORMED": True}),
             ("gate", {"NORMED": True, "AFTER": 1, "TWO": 1}),
         ):
-            case = compile_kernels.matmul_case(form, rows=8, form=layout, **options)
-            name, kernel, types, constants, launch = case
-            made = compile_kernels.compiled(kernel, types, constants, architecture, launch)
-            counts = hot_loop(machine_code(made.asm["cubin"]))
-            issued = sum(counts.values())
-            tiles = 2 if kind == "gate" else 1
-            size = TILE_BYTES[form] * tiles
-            warps = launch["num_warps"]
-            result[f"{form} {kind}"] = {
-                "instructions": issued,
-                "bytes": size,
-                "issue_share": round(size / BYTES_PER_CYCLE / (issued * warps / ISSUED_PER_CYCLE), 2)
-                if issued
-                else None,
-                "shared_memory": made.metadata.shared,
-                "most": dict(counts.most_common(8)),
-            }
-            print(name, kind, result[f"{form} {kind}"], file=sys.stderr, flush=True)
+            for rows, stages in ((1, 3), (8, 4)) if forms[form][0] == 4 else ((8, 4),):
+                name, kernel, types, constants, launch = compile_kernels.matmul_case(
+                    form, rows=rows, stages=stages, form=forms[form], **options
+                )
+                made = compile_kernels.compiled(kernel, types, constants, architecture, launch)
+                size = step_bytes * (2 if kind == "gate" else 1)
+                found = counted(machine_code(made.asm["cubin"]), size, launch["num_warps"])
+                result[f"{form} {kind} {rows}"] = found | {"shared_memory": made.metadata.shared}
+                print(name, kind, rows, found, file=sys.stderr, flush=True)
     print(json.dumps(result, indent=1))
 
 

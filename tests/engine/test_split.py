@@ -15,7 +15,7 @@ from bise.plan import known_shape, shape_source
 
 GIB = 1 << 30
 RATES = Rates(1000e9, 25e9, 50e9)
-DEVICE_BITS = {"n4": 4.5, "q4": 4.5, "q4k": 6.0}
+DEVICE_BITS = {"z4": 4.5, "n4": 4.5, "q4": 4.5, "q4k": 4.5}
 
 
 def plan(name="mistral-7b", *, offload="auto", layers=None, **changes):
@@ -27,10 +27,7 @@ def plan(name="mistral-7b", *, offload="auto", layers=None, **changes):
 
 
 def four_bits(name):
-    packed_format = packed_formats(known_shape(name), "q4")["layers.0.wq"]
-    if packed_format not in DEVICE_BITS:
-        return device_bytes(packed_format, 64, 4096, float_bytes=2, is_tiled=True) / (64 * 4096 / 8)
-    return DEVICE_BITS[packed_format]
+    return DEVICE_BITS[packed_formats(known_shape(name), "q4")["layers.0.wq"]]
 
 
 def small(**changes):

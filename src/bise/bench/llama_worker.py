@@ -28,9 +28,9 @@ class LlamaPeer:
         self.version: str = self._api.__version__
         self._threads = int(options["threads"])
         self._api.llama_backend_init()
-        self._model = self._api.llama_model_load_from_file(
-            str(options["path"]).encode(), self._api.llama_model_default_params()
-        )
+        params = self._api.llama_model_default_params()
+        params.n_gpu_layers = int(options.get("gpu_layers", 0))
+        self._model = self._api.llama_model_load_from_file(str(options["path"]).encode(), params)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {options['path']}")
         vocab = self._api.llama_model_get_vocab(self._model)

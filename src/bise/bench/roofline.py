@@ -119,10 +119,19 @@ def op_table(ops: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[li
     return ("PHASE", "OP", "MS", "OF STEP", "GB/S", "GOPS", "OF LIMIT"), rows
 
 
-def draw_roofline(ops: Sequence[Mapping[str, Any]], limits: MachineLimits, title: str) -> str:
-    """Return an SVG: operations per byte against operations per second, both logarithmic, roofs and ops."""
+def draw_roofline(
+    ops: Sequence[Mapping[str, Any]],
+    limits: MachineLimits,
+    title: str,
+    *,
+    decades: tuple[float, float] = (0.0, 3.5),
+) -> str:
+    """Return an SVG: operations per byte against operations per second, both logarithmic, roofs and ops;
+    `decades` are the powers of ten of GOPS at its foot and its top.
+    """
     width, height, edge = 720, 440, 60
-    low_x, high_x, low_y, high_y = -1.0, 4.0, 0.0, 3.5
+    low_x, high_x = -1.0, 4.0
+    low_y, high_y = decades
 
     def x(intensity: float) -> float:
         return edge + (width - 2 * edge) * (math.log10(intensity) - low_x) / (high_x - low_x)

@@ -11,9 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bise.kernels.dequant import IQ4_VALUES
-from bise.kernels.panels import BLOCK_COLUMNS, PANEL_FORMATS, PANEL_ROWS, SUPER_COLUMNS, PanelFormat
+from bise.kernels.panels import (
+    BLOCK_COLUMNS,
+    PANEL_FORMATS,
+    PANEL_ROWS,
+    SUPER_COLUMNS,
+    WORDS,
+    PanelFormat,
+)
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,14 +38,20 @@ class Grouped:
     """uint8 [N, K], or [N, K / 2] with two 4-bit codes in a byte: byte j of a 32-column block holds columns j
     (low half) and 16 + j."""
     scale: Tensor
-    """[N, K / group], float16 where it is stored so, else float32."""
+    """[N, K / group], float16 where it is stored so, else float32; int32 words [N, 4 x K / 256] of `nested`
+    ones."""
     minimum: Tensor | None
+    """As `scale`; None where there is none, or where the words hold it."""
     bits: int
     group: int
     zero: int
     codebook: bool
     num_columns: int
     """K of the matrix without padding."""
+    nested: str = ""
+    """`u7`, `u6` or `s8`: scales below scales. Each word holds the fields of two groups in its low bits,
+    scale (and zero point or minimum) of 7, 6 or 8 bits each; the top bits of four make up the half (`u6`:
+    halves) that 256 columns share."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,10 +81,34 @@ class Grouped:
             levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=codes.device)[codes.int()]
         else:
             levels = codes.float() - self.zero
-        grouped = levels.view(codes.shape[0], -1, self.group) * self.scale.float()[..., None]
-        if self.minimum is not None:
-            grouped = grouped - self.minimum.float()[..., None]
+        scale, minimum = self._scales()
+        grouped = levels.view(codes.shape[0], -1, self.group) * scale[..., None]
+        if minimum is not None:
+            grouped = grouped - minimum[..., None]
         return grouped.flatten(1)[:, : self.num_columns].to(dtype)
+
+    def _scales(self) -> tuple[Tensor, Tensor | None]:
+        """Return scales and minimums [N, K / group] in float32."""
+        if not self.nested:
+            return self.scale.float(), None if self.minimum is None else self.minimum.float()
+        groups = self.codes.shape[1] * 8 // self.bits // self.group
+        words = self.scale.view(len(self.scale), -1, WORDS)
+        width, count = {"u7": (7, 4), "u6": (6, 4), "s8": (8, 2)}[self.nested]
+        fields = [words >> width * i & ((1 << width) - 1) for i in range(count)]
+        low = torch.stack(fields, 3).flatten(2).float()  # [N, K / 256, fields of 256 columns]
+        if self.nested == "u6":
+            tops = words >> 24 & 255
+            first, second = (_half(tops[..., i] | tops[..., i + 1] << 8)[..., None] for i in (0, 2))
+            scale, minimum = first * low[..., ::2], second * low[..., 1::2]
+            return scale.flatten(1)[:, :groups], minimum.flatten(1)[:, :groups]
+        tops = words >> 28 & 15
+        top = _half(sum(tops[..., i] << 4 * i for i in range(WORDS)))[..., None]
+        if self.nested == "s8":
+            signed = torch.where(low > 127, low - 256, low)
+            return (top * signed).flatten(1)[:, :groups], None
+        unit = top / 1024 * low[..., ::2]
+        minimum = unit * (128 - low[..., 1::2])  # eight units a step, 128 - z the minimum
+        return (8 * unit).flatten(1)[:, :groups], minimum.flatten(1)[:, :groups]
 
 
 def unpack_floats(packed_format: str, num_rows: int, num_columns: int, memory: Tensor) -> Tensor:
@@ -96,7 +134,11 @@ def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: T
         if layout.high_bits:
             codes = codes | _plane(high, layout.high_bits, panels, blocks) << layout.low_bits
         codes = codes.permute(0, 4, 1, 2, 3, 5)
-    scale, minimum = _scales(layout, tail, header, panels, blocks)
+    if layout.nested:
+        assert header is not None
+        scale, minimum = _words(layout, tail, header), None
+    else:
+        scale, minimum = _scales(layout, tail, header, blocks)
     return Grouped(
         codes=codes.reshape(panels * PANEL_ROWS, -1)[:num_rows].contiguous(),
         scale=_by_row(scale, num_rows),
@@ -106,6 +148,7 @@ def unpack_panels(packed_format: str, num_rows: int, num_columns: int, memory: T
         zero=layout.zero,
         codebook=layout.codebook,
         num_columns=num_columns,
+        nested=layout.nested,
     )
 
 
@@ -144,15 +187,19 @@ def _halves(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float16)
 
 
+def _half(bits: Tensor | int) -> Tensor:
+    """Return the float16 numbers with these 16 bits each, in float32."""
+    assert isinstance(bits, Tensor)
+    return torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16).float()
+
+
 def _scales(
-    layout: PanelFormat, tail: Tensor, header: Tensor | None, panels: int, blocks: int
+    layout: PanelFormat, tail: Tensor, header: Tensor | None, blocks: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return scales and minimums as [P, groups, row]."""
     if header is None:
         scale = _halves(tail[..., :32])
         return scale, _halves(tail[..., 32:64]) if layout.has_min else None
-    if layout.sub == "u7 in header":
-        return _zero_points(header, blocks)
     per_super = SUPER_COLUMNS // layout.group
     scale = _halves(header[..., :32]).float().repeat_interleave(per_super, 1)
     minimum = _halves(header[..., 32:64]).float().repeat_interleave(per_super, 1) if layout.has_min else None
@@ -160,25 +207,37 @@ def _scales(
         assert minimum is not None
         fields = _six_bits(header)
         return (scale * fields[:, ::2].float())[:, :blocks], (minimum * fields[:, 1::2].float())[:, :blocks]
-    sub = tail.reshape(panels, -1, PANEL_ROWS)  # s8: [P, B, row]; x2: [P, 2B, row]
+    sub = tail.reshape(len(tail), -1, PANEL_ROWS)  # s8: [P, B, row]; x2: [P, 2B, row]
     if layout.sub == "u4 x2":
         assert minimum is not None
         return scale * (sub & 15).float(), minimum * (sub >> 4).float()
     return scale * sub.view(torch.int8).float(), None
 
 
-def _zero_points(header: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Return scales and minimums [P, B, row] of z4: eight units a step, 128 - z the minimum."""
-    words = header.contiguous().view(torch.int32).view(*header.shape[:2], 4, PANEL_ROWS)
-    parts = [words[:, :, i] >> 28 & 15 for i in range(4)]
-    bits = parts[0] | parts[1] << 4 | parts[2] << 8 | parts[3] << 12
-    halves = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16)
-    fields = torch.stack([words >> shift & 127 for shift in (0, 7, 14, 21)], 3).flatten(
-        2, 3
-    )  # [P, S, 16, row]
-    unit = (halves.float() / 1024)[:, :, None] * fields[:, :, ::2].float()
-    minimum = unit * (128 - fields[:, :, 1::2]).float()
-    return (8 * unit).flatten(1, 2)[:, :blocks], minimum.flatten(1, 2)[:, :blocks]
+def _words(layout: PanelFormat, tail: Tensor, header: Tensor) -> Tensor:
+    """Return the words of nested scales as [P, 4 x K / 256, row]; see `Grouped.nested`."""
+    panels, supers = header.shape[:2]
+    if layout.nested == "u7":  # lies so in the header
+        return header.contiguous().view(torch.int32).view(panels, supers * WORDS, PANEL_ROWS)
+    first = _bits(header[..., :32])
+    if layout.nested == "s8":
+        signed = tail.reshape(panels, -1, PANEL_ROWS).int()
+        signed = functional.pad(signed, (0, 0, 0, 8 * supers - signed.shape[1]))
+        pairs = signed.view(panels, supers, WORDS, 2, PANEL_ROWS)
+        words = [
+            pairs[:, :, i, 0] | pairs[:, :, i, 1] << 8 | (first >> 4 * i & 15) << 28 for i in range(WORDS)
+        ]
+    else:
+        tops = (first, first >> 8, _bits(header[..., 32:64]), _bits(header[..., 32:64]) >> 8)
+        fields = _six_bits(header).view(panels, supers, WORDS, 4, PANEL_ROWS)
+        low = sum(fields[:, :, :, i] << 6 * i for i in range(4))
+        words = [low[:, :, i] | (tops[i] & 255) << 24 for i in range(WORDS)]
+    return torch.stack(words, 2).flatten(1, 2)
+
+
+def _bits(raw: Tensor) -> Tensor:
+    """Return the 16-bit numbers in bytes [..., 32] as int32 [..., 16], from 0 to 65535."""
+    return raw.contiguous().view(torch.int16).int() & 0xFFFF
 
 
 def _six_bits(header: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ class PanelFormat:
         return 16 if self.sub.endswith("x2") else BLOCK_COLUMNS
 
     @property
+    def nested(self) -> str:
+        """How scales lie on a device: `u7`, `u6` or `s8` where 4-bit codes have scales below scales, which
+        stay as narrow as they are packed (`Grouped.nested`); empty: one number per group.
+        """
+        if self.stored_bits != 4 or not self.sub:
+            return ""
+        return self.sub[:2]
+
+    @property
     def header_bytes(self) -> int:
         """Bytes of scales per panel and 256 columns."""
         if self.sub.endswith("in header"):
@@ -74,6 +83,8 @@ PANEL_FORMATS: dict[str, PanelFormat] = {
 
 TILE_ROWS = TILE_COLUMNS = 64
 """Sides of the tiles of `kernels/triton/tiles.py`; the last tiles of a matrix are padded."""
+WORDS = 4
+"""32-bit words that hold the nested scales of a row and 256 columns: two groups of columns each."""
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 
 
@@ -84,15 +95,22 @@ def device_bytes(
 
     Floats take `float_bytes` each; in tiles those of f32 stay as they are.
     """
+    layout = PANEL_FORMATS.get(packed_format)
     columns = _rounded(num_columns, BLOCK_COLUMNS)
     if is_tiled:
-        num_rows, columns = _rounded(num_rows, TILE_ROWS), _rounded(num_columns, TILE_COLUMNS)
-    if packed_format in FLOAT_FORMATS:
+        num_rows, columns = _rounded(num_rows, TILE_ROWS), _rounded(num_columns, tile_columns(layout))
+    if layout is None:
         width = 4 if packed_format == "f32" and is_tiled else float_bytes
         return num_rows * (columns if is_tiled else num_columns) * width
-    layout = PANEL_FORMATS[packed_format]
     scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
+    if layout.nested:
+        scales = 4 * WORDS * -(-columns // SUPER_COLUMNS)
     return num_rows * (columns * layout.stored_bits // 8 + scales)
+
+
+def tile_columns(layout: PanelFormat | None) -> int:
+    """Return the columns of a tile: of floats and of 8-bit codes 64, of 4-bit ones 256."""
+    return SUPER_COLUMNS if layout is not None and layout.stored_bits == 4 else TILE_COLUMNS
 
 
 def _rounded(size: int, unit: int) -> int:

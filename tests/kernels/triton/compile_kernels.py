@@ -19,8 +19,7 @@ POINTERS = {
     "*bf16": "k_pages v_pages q_out",
     "*fp32": "squares norm_weight level_table parts residual squares_out shares q k v cos sin k_scales "
     "v_scales part_tops part_weights x y weight left right logits",
-    "*fp16": "scale minimum scale2 minimum2",
-    "*u8": "codes codes2",
+    "*fp16": "minimum minimum2",
     "*i32": "arrived slots experts positions owners block_table q_start q_pos tile_sequence tile_row "
     "token_ids chosen mask tokens status",
     "*fp64": "parameters weights",
@@ -61,51 +60,63 @@ def compiled(kernel, types, constants, architecture, options):
     return triton.compile(source, target=target, options=dict(EXACT) | options)
 
 
-def matmul_case(name, *, rows, form=(4, 32, 8, False, False), warps=4, stages=4, to=tl.bfloat16, **given):
-    bits, group, zero, has_min, codebook = form
+Q4 = (4, 32, 8, False, False, 1)
+Z4 = (4, 32, 0, True, False, 3)
+FLOATS = (0, 64, 0, False, False, 0)
+FORMS = {
+    "q4_1": (4, 32, 0, True, False, 2),
+    "z4": Z4,
+    "q4k": (4, 32, 0, True, False, 4),
+    "n4": (4, 32, 0, False, True, 1),
+    "n4k": (4, 32, 0, False, True, 5),
+    "q8": (8, 32, 128, False, False, 0),
+    "q6k": (8, 16, 32, False, False, 0),
+    "q2k": (8, 16, 0, True, False, 0),
+}
+"""Bits, columns under one scale, zero point, minimum, codebook, `Scales`."""
+
+
+def matmul_case(name, *, rows, form=Z4, warps=4, stages=4, to=tl.bfloat16, **given):
+    bits, group, zero, has_min, codebook, scales = form
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
         "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
-        "ROWS": rows, "H": tl.bfloat16, "TO": to,
+        "SCALES": scales, "ROWS": rows, "STAGES": stages, "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
     constants |= given
     types = dict(TYPES)
     types["x"] = "*fp32" if constants["NORMED"] else "*bf16"
     types["out"] = "*bf16" if constants["AFTER"] == 1 else "*fp32"
-    if not bits:
-        types |= {"codes": "*bf16", "codes2": "*bf16"}
+    weights = {0: "*bf16", 4: "*i32", 8: "*u8"}[bits]
+    numbers = "*i32" if bits == 4 else "*fp16"
+    types |= {"codes": weights, "codes2": weights, "scale": numbers, "scale2": numbers}
     return f"matmul {name}", products.matmul, types, constants, {"num_warps": warps, "num_stages": stages}
 
 
-FLOATS = (0, 64, 0, False, False)
-FORMS = {
-    "q4_1": (4, 32, 0, True, False),
-    "n4": (4, 32, 0, False, True),
-    "q8": (8, 32, 128, False, False),
-    "q6k": (8, 16, 32, False, False),
-    "q2k": (8, 16, 0, True, False),
-}
-
-
-QUICK = ("matmul q4 add", "decode", "norm")
+QUICK = ("matmul z4 add one", "decode", "norm")
 """What is compiled without `all`: one of each kind, for seconds."""
 
 
 def cases():
     """Yield name, kernel, types, constants and options."""
-    for label, form in (("q4", (4, 32, 8, False, False)), ("bf16", FLOATS)):
+    for label, form in (("z4", Z4), ("bf16", FLOATS)):
         yield matmul_case(f"{label} qkv", rows=8, form=form, NORMED=True)
         yield matmul_case(f"{label} gate", rows=8, form=form, NORMED=True, AFTER=1, TWO=1)
         yield matmul_case(f"{label} add", rows=8, form=form, AFTER=2)
         yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2, warps=8, stages=3)
-    yield matmul_case("q4 route", rows=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
-    yield matmul_case("q4 expert gate", rows=8, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("q4 expert mix", rows=8, SLOTS=1, AFTER=3, TOP_K=2)
-    yield matmul_case("q4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1, stages=3)
+    yield matmul_case("z4 qkv one", rows=1, stages=3, NORMED=True)
+    yield matmul_case("z4 gate one", rows=1, stages=3, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("z4 add one", rows=1, stages=3, AFTER=2)
+    yield matmul_case("route", rows=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
+    yield matmul_case("z4 expert gate", rows=1, stages=3, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("z4 expert mix", rows=1, stages=3, SLOTS=1, AFTER=3, TOP_K=2)
+    yield matmul_case("z4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1, stages=3)
     for name, form in FORMS.items():
+        if form[0] == 4:
+            yield matmul_case(f"{name} one", rows=1, form=form, stages=3)
         yield matmul_case(f"{name} few", rows=8, form=form)
         yield matmul_case(f"{name} many", rows=64, form=form, stages=3)
-    yield matmul_case("q4 prompt gate", rows=128, AFTER=1, TWO=1, warps=8, stages=3)
+    yield matmul_case("z4 prompt gate", rows=128, AFTER=1, TWO=1, warps=8, stages=3)
     shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}
     decode = shape | {"ROWS": 16, "LANES": 8, "STORES": True}
     coded = TYPES | {"k_pages": "*i8", "v_pages": "*i8"}
@@ -116,8 +127,10 @@ def cases():
     turn = {"HALF": 64, "CODED": False}
     yield "rotate and store", attention._rotate_store, TYPES, turn, {}
     wide = TYPES | {"out": "*fp32"}
-    table = {"BITS": 8, "GROUP": 32, "ZERO": 128, "HAS_MIN": False, "CODEBOOK": False}
-    yield "embed", fused._embed, wide, table, {"num_warps": 2}
+    table = {"BITS": 8, "GROUP": 32, "ZERO": 128, "HAS_MIN": False, "CODEBOOK": False, "SCALES": 0}
+    yield "embed", fused._embed, wide | {"codes": "*u8", "scale": "*fp16"}, table, {"num_warps": 2}
+    table = {"BITS": 4, "GROUP": 32, "ZERO": 0, "HAS_MIN": True, "CODEBOOK": False, "SCALES": 3}
+    yield "embed z4", fused._embed, wide | {"codes": "*i32", "scale": "*i32"}, table, {"num_warps": 2}
     yield "add rows", fused._add_rows, wide, {"HAS_Y": True}, {"num_warps": 2}
     yield "norm", fused._norm, TYPES, {"SQUARES": 64, "WIDTH": 4096}, {}
     yield "gate", fused._gate, TYPES, {"BLOCK": 1024}, {}

@@ -31,7 +31,7 @@ def packed_weight(ops, packed_format, num_rows, num_columns, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("packed_format", ["n4", "q4", "q8", "bf16"])
+@pytest.mark.parametrize("packed_format", ["z4", "n4", "q4", "q8", "bf16"])
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (4096, 14336), (100, 2080)])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype, packed_format, n, k):
     ops = TritonOps(DTYPES[dtype])
@@ -43,7 +43,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype, packed_format, n,
         assert torch.equal(dense(ops.linear(x[200 : 200 + rows], [weight])[0]), whole[200 : 200 + rows]), rows
 
 
-@pytest.mark.parametrize("packed_format", ["n4", "q8", "bf16"])
+@pytest.mark.parametrize("packed_format", ["z4", "n4", "q8", "bf16"])
 def test_a_layer_gives_a_row_the_same_bits_alone_and_in_any_batch(packed_format):
     """Norm, gate and residual sum go along with products of few rows; for many the norm is its own kernel."""
     ops = TritonOps(torch.bfloat16)

@@ -17,6 +17,8 @@ from bise.kernels.triton.tiles import chained, stacked, tile  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+FOUR_BITS = [name for name, layout in PANEL_FORMATS.items() if layout.stored_bits == 4]
+
 
 def random_grouped(packed_format: str, num_rows: int, num_columns: int, seed: int = 0) -> Grouped:
     """Return a matrix with random codes and scales: every bit pattern of a code occurs."""
@@ -27,6 +29,12 @@ def random_grouped(packed_format: str, num_rows: int, num_columns: int, seed: in
     high = 256 if bits == 4 else 1 << (layout.low_bits + layout.high_bits)
     codes = torch.randint(0, high, (num_rows, padded * bits // 8), generator=generator, dtype=torch.int32)
     groups = (num_rows, padded // layout.group)
+    if layout.nested:
+        return Grouped(
+            codes.to(torch.uint8).to(DEVICE),
+            random_words(layout.nested, num_rows, -(-num_columns // 256), generator).to(DEVICE),
+            None, bits, layout.group, layout.zero, layout.codebook, num_columns, layout.nested,
+        )  # fmt: skip
     scale = torch.rand(groups, generator=generator) * 0.01
     minimum = torch.rand(groups, generator=generator) * 0.05 if layout.has_min else None
     return Grouped(
@@ -41,6 +49,18 @@ def random_grouped(packed_format: str, num_rows: int, num_columns: int, seed: in
     )
 
 
+def random_words(nested: str, num_rows: int, supers: int, generator) -> torch.Tensor:
+    """Return words whose low bits are random and whose top bits are halves between 1/64 and 1/8."""
+    low = torch.randint(0, 1 << 24, (num_rows, supers, 4), generator=generator).int()
+    halves = torch.randint(0x2400, 0x3000, (num_rows, supers, 2), generator=generator).int()
+    if nested == "u6":
+        tops = [halves[..., i // 2] >> 8 * (i % 2) & 255 for i in range(4)]
+        return (low | torch.stack(tops, 2) << 24).flatten(1)
+    tops = [halves[..., 0] >> 4 * i & 15 for i in range(4)]
+    more = torch.randint(0, 16, low.shape, generator=generator).int() << 24  # the last field of seven bits
+    return (low | more | torch.stack(tops, 2) << 28).flatten(1)
+
+
 def error(got, x, values):
     """Return the largest error relative to |x| . |w|."""
     x, values = x.double().cpu(), values.double().cpu()
@@ -52,20 +72,30 @@ def product(dtype, x, weight, **options):
     return Matmul(dtype, DEVICE)(x, weight, **options)[:, : weight.shape[0]]
 
 
-@pytest.mark.parametrize("packed_format", PANEL_FORMATS)
-def test_products_of_every_format_match_float64(packed_format):
-    weight = random_grouped(packed_format, 70, 160)
-    x = torch.randn(5, 160, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+@pytest.mark.parametrize(
+    ("packed_format", "rows"), [*((name, 3) for name in PANEL_FORMATS), *((name, 1) for name in FOUR_BITS)]
+)
+def test_products_of_every_format_match_float64(packed_format, rows):
+    weight = random_grouped(packed_format, 70, 300)
+    x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     got = product(torch.float16, x, tile(weight))
-    assert got.shape == (5, 70)
+    assert got.shape == (rows, 70)
     assert got.dtype == torch.float32
     assert error(got, x, weight.values(torch.float64)) < 1e-6
 
 
-@pytest.mark.parametrize("packed_format", ["q4", "n4", "q8"])
-def test_products_in_bf16_match_float64(bf16, packed_format):
+@pytest.mark.parametrize("packed_format", FOUR_BITS)
+def test_a_row_alone_has_the_bits_that_it_has_among_others(packed_format):
+    weight = tile(random_grouped(packed_format, 70, 600))
+    # Whole numbers: the interpreter adds up dot products in another order, and they are exact in any.
+    x = torch.randint(-8, 8, (3, 600), generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
+    assert torch.equal(product(torch.float16, x[1:2], weight)[0], product(torch.float16, x, weight)[1])
+
+
+@pytest.mark.parametrize(("packed_format", "rows"), [("z4", 1), ("z4", 3), ("n4", 3), ("q8", 3)])
+def test_products_in_bf16_match_float64(bf16, packed_format, rows):
     weight = random_grouped(packed_format, 66, 96)
-    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).bfloat16().to(DEVICE)
     assert error(product(torch.bfloat16, x, tile(weight)), x, weight.values(torch.float64)) < 1e-6
 
 
@@ -220,10 +250,10 @@ def test_panels_of_the_packed_cache_give_the_products_of_their_values():
     assert error(product(torch.float32, x, tile(weight)), x, unpacked) < 1e-6
 
 
-@pytest.mark.parametrize("packed_format", ["q4", "n4", "q8", "q6k", "q2k", "f32"])
+@pytest.mark.parametrize("packed_format", [*FOUR_BITS, "q8", "q6k", "q2k", "f32"])
 def test_rows_of_a_table_are_its_values_and_bring_their_squares(packed_format):
-    grouped = None if packed_format == "f32" else random_grouped(packed_format, 70, 96)
-    values = torch.randn(70, 96).to(DEVICE) if grouped is None else grouped.values(torch.float32)
+    grouped = None if packed_format == "f32" else random_grouped(packed_format, 70, 288)
+    values = torch.randn(70, 288).to(DEVICE) if grouped is None else grouped.values(torch.float32)
     table = tile(values if grouped is None else grouped)
     ids = torch.tensor([69, 0, 64, 3], dtype=torch.int32, device=DEVICE)
     rows, squares = embed(table, ids, Matmul(torch.float32, DEVICE).levels)

@@ -1,4 +1,4 @@
-"""Sums whose order does not depend on how a kernel is compiled."""
+"""Rows as products take them, and sums whose order does not depend on how a kernel is compiled."""
 
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
@@ -30,3 +30,16 @@ def row_scale(squares, row, width, eps, ROWS: tl.constexpr, SQUARES: tl.constexp
     count = (width + 63) // 64
     parts = tl.load(squares + row[:, None] * count + block, mask=block < count, other=0.0)
     return 1.0 / tl.sqrt(fold(parts, ROWS, SQUARES) / width + eps)
+
+
+@triton.jit
+def columns_of(
+    x_row, row_scales, norm_weight, k, inside, in_weight, NORMED: tl.constexpr, H: tl.constexpr,
+    TO: tl.constexpr,
+):  # fmt: skip
+    """Return columns k [W, 1] of the rows, [W, rows]; normed as `fused.norm` does, where asked for."""
+    values = tl.load(x_row[None, :] + k, mask=inside, other=0.0)
+    if NORMED:
+        weights = tl.load(norm_weight + k, mask=in_weight, other=0.0)
+        values = (values * row_scales[None, :] * weights).to(H)
+    return values.to(TO)

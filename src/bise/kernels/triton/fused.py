@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bise.kernels.panels import TILE_COLUMNS
 from bise.kernels.triton import EXACT
 from bise.kernels.triton.fold import fold, row_scale
+from bise.kernels.triton.four_bits import code_of, scale_of
 from bise.kernels.triton.matmul import Normed
 from bise.kernels.triton.tiles import Tiles
 
@@ -21,32 +23,36 @@ _PIECE = 1024
 
 @triton.jit
 def _embed(
-    token_ids, codes, scale, minimum, level_table, out, squares, width, steps,
+    token_ids, codes, scale, minimum, level_table, out, squares, width, steps, tiles,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr,
-    CODEBOOK: tl.constexpr,
+    CODEBOOK: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, 64 columns): out = a piece of a token's row; squares = the sum of its squares."""
     row = tl.program_id(0).to(tl.int64)
     step = tl.program_id(1)
     token = tl.load(token_ids + row).to(tl.int64)
-    tile = token // 64 * steps + step
     inner = token % 64
     column = tl.arange(0, 64)
+    tile = token // 64 * tiles + (step // 4 if BITS == 4 else step)
     if BITS == 4:
-        pair = tl.load(codes + tile * 2048 + inner * 32 + column % 32).to(tl.int32)
-        raw = tl.where(column < 32, pair & 15, pair >> 4)
+        place = step % 4 * 64 + column
+        raw = code_of(codes + (tile * 64 + inner) * 32, place)
+        stride: tl.constexpr = 8 if SCALES == 2 else 4
+        factor, less = scale_of(scale + (tile * 64 + inner) * stride, place, SCALES)
     elif BITS == 8:
         raw = tl.load(codes + tile * 4096 + column // GROUP * 64 * GROUP + inner * GROUP + column % GROUP)
+        at = (tile * (64 // GROUP) + column // GROUP) * 64 + inner
+        factor = tl.load(scale + at).to(tl.float32)
+        less = tl.load(minimum + at).to(tl.float32) if HAS_MIN else factor
     else:
         raw = tl.load(codes + tile * 4096 + inner * 64 + column)
     if BITS:
         value = (
             tl.load(level_table + raw.to(tl.int32)) if CODEBOOK else (raw.to(tl.int32) - ZERO).to(tl.float32)
         )
-        at = (tile * (64 // GROUP) + column // GROUP) * 64 + inner
-        value = value * tl.load(scale + at).to(tl.float32)
+        value = value * factor
         if HAS_MIN:
-            value = value - tl.load(minimum + at).to(tl.float32)
+            value = value - less
     else:
         value = raw.to(tl.float32)
     place = step * 64 + column
@@ -114,10 +120,10 @@ def embed(table: Tiles, token_ids: Tensor, levels: Tensor) -> tuple[Tensor, Tens
     the values of a codebook.
     """
     width, device = table.num_columns, table.codes.device
-    rows = len(token_ids)
+    rows, steps = len(token_ids), -(-width // TILE_COLUMNS)
     out = torch.empty((rows, width), dtype=torch.float32, device=device)
-    squares = torch.empty((rows, table.steps), dtype=torch.float32, device=device)
-    _embed[(rows, table.steps)](
+    squares = torch.empty((rows, steps), dtype=torch.float32, device=device)
+    _embed[(rows, steps)](
         token_ids,
         table.codes,
         out if table.scale is None else table.scale,
@@ -126,12 +132,14 @@ def embed(table: Tiles, token_ids: Tensor, levels: Tensor) -> tuple[Tensor, Tens
         out,
         squares,
         width,
+        steps,
         table.steps,
         BITS=table.bits,
         GROUP=table.group,
         ZERO=table.zero,
-        HAS_MIN=table.minimum is not None,
+        HAS_MIN=table.has_minimum,
         CODEBOOK=table.codebook,
+        SCALES=int(table.scales),
         num_warps=2,
         **EXACT,
     )

@@ -6,7 +6,7 @@ from arithmetic on bytes in flight, registers and instructions (docs/gpu.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bise.kernels.triton.tiles import Tiles
 
@@ -42,9 +42,14 @@ _TABLE = (
     (1 << 62, 128, 8, 3, True),
 )
 
+_ONE_ROW = Launch(1, 4, 3, apart=True, two_blocks=False)
+"""One row times 4-bit codes: nine KiB a stage and program."""
+
 
 def launch_of(num_slots: int, weight: Tiles, *, is_pair: bool, single: bool = False) -> Launch:
     """Return the launch for a number of slots; with `single` each slot is a program."""
+    if weight.bits == 4 and (single or num_slots == 1):
+        return replace(_ONE_ROW, apart=single or weight.num_blocks < 2 * _PROCESSORS)
     if single:
         _, rows, warps, stages, _ = _TABLE[0]
         return Launch(rows, warps, stages, apart=True, two_blocks=False)

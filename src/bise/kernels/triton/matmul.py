@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bise.kernels.dequant import IQ4_VALUES
-from bise.kernels.panels import TILE_ROWS
+from bise.kernels.panels import TILE_COLUMNS, TILE_ROWS
 from bise.kernels.triton import EXACT
 from bise.kernels.triton.launches import Launch, launch_of
 from bise.kernels.triton.products import matmul
@@ -205,7 +205,8 @@ class Matmul:
             *weight.shape, blocks, rows.values.stride(0), out_stride, task.slots_per_row, weight.steps,
             -(-weight.steps // splits), NUM_SPLITS=splits, APART=apart, SLOTS=int(slots),
             AFTER=int(task.after), NORMED=isinstance(x, Normed), TWO=two, TOP_K=task.top_k, ROWS=launch.rows,
-            num_warps=launch.warps, num_stages=launch.stages, **self._form(weight), **EXACT,
+            STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages, **self._form(weight),
+            **EXACT,
         )  # fmt: skip
 
     def _form(self, weight: Tiles) -> dict[str, object]:
@@ -213,12 +214,13 @@ class Matmul:
         # A float32 weight (the router) is multiplied in float32 whatever the compute type.
         is_wide = weight.codes.dtype == torch.float32
         return {
-            "SQUARES": triton.next_power_of_2(weight.steps),
+            "SQUARES": triton.next_power_of_2(-(-weight.num_columns // TILE_COLUMNS)),
             "BITS": weight.bits,
             "GROUP": weight.group,
             "ZERO": weight.zero,
             "HAS_MIN": weight.minimum is not None,
             "CODEBOOK": weight.codebook,
+            "SCALES": int(weight.scales),
             "H": TYPES[self._dtype],
             "TO": tl.float32 if is_wide else TYPES[self._dtype],
         }

@@ -5,11 +5,11 @@ residual stream, the gate of the feed-forward part, or the choice of experts.
 
 The same bits for a row whatever the other rows are (docs/gpu.md):
 
-- codes minus their zero point are exact in the compute type, products of a group of columns go through
-  `tl.dot`, and the scale is applied once per group in float32: weights are never rounded;
-- the columns are summed in 64-column steps, ascending, inside of `num_splits` ranges that depend on the
-  shape alone; the ranges are added in order, by one program that computes all of them, or by the one of
-  several that arrives last.
+- levels of codes are exact in the compute type, products of a group of columns go through `tl.dot`, and the
+  scale is applied once per group in float32: weights are never rounded (4-bit codes: `four_bits.py`);
+- the columns are summed in steps of 64 (4-bit codes: 256), ascending, inside of `num_splits` ranges that
+  depend on the shape alone; the ranges are added in order, by one program that computes all of them, or by
+  the one of several that arrives last.
 """
 
 # Kernels are written in Triton's language, whose types are not Python's.
@@ -20,45 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bise.kernels.triton.fold import fold, row_scale
+from bise.kernels.triton.fold import columns_of, fold, row_scale
+from bise.kernels.triton.four_bits import add_row_step, add_rows_step
 
 
 @triton.jit
-def _levels(
-    codes, level_table, BITS: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr
-):
-    """Return what codes stand for, before the scale: exact in TO."""
-    if CODEBOOK:
-        return tl.load(level_table + codes.to(tl.int32)).to(TO)
-    # As the low bits of 128, of 1024 or of 2^23 an integer is a float at once, in 16 bits two of them;
-    # conversions take four times as long.
-    if BITS == 4 and TO == tl.bfloat16:
-        return (codes.to(tl.uint16) | 0x4300).to(TO, bitcast=True) - (128 + ZERO)
-    if BITS == 4 and TO == tl.float16:
-        return (codes.to(tl.uint16) | 0x6400).to(TO, bitcast=True) - (1024 + ZERO)
+def _levels(codes, ZERO: tl.constexpr, TO: tl.constexpr):
+    """Return what 8-bit codes stand for, before the scale: exact in TO."""
+    # As the low bits of 2^23 an integer is a float at once; conversions take four times as long.
     wide = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
     return (wide - (8388608 + ZERO)).to(TO)
-
-
-@triton.jit
-def _x_tile(
-    x_row,
-    row_scales,
-    norm_weight,
-    k,
-    valid,
-    num_columns,
-    NORMED: tl.constexpr,
-    H: tl.constexpr,
-    TO: tl.constexpr,
-):
-    """Return columns k [W, 1] of the rows, [W, rows]; normed as `fused.norm` does, where asked for."""
-    inside = valid[None, :] & (k < num_columns)
-    values = tl.load(x_row[None, :] + k, mask=inside, other=0.0)
-    if NORMED:
-        weights = tl.load(norm_weight + k, mask=k < num_columns, other=0.0)
-        values = (values * row_scales[None, :] * weights).to(H)
-    return values.to(TO)
 
 
 @triton.jit
@@ -75,39 +46,51 @@ def _add_piece(acc, w, x, scale, minimum, at, BITS: tl.constexpr, HAS_MIN: tl.co
 
 @triton.jit
 def _add_tile(
-    acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, level_table,
-    tile, tile2, k0, valid, num_columns,
+    acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, tile, tile2,
+    k0, valid, num_columns,
     TWO: tl.constexpr, NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    HAS_MIN: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's products, 64 columns, to acc [64, rows]; with TWO those of a second tile to acc2."""
     PIECES: tl.constexpr = 64 // GROUP
     row = tl.arange(0, 64)[:, None]
-    inner = tl.arange(0, 32)[None, :]
-    if BITS == 4:
-        pairs = tl.load(codes + tile * 2048 + row * 32 + inner)
-        if TWO:
-            pairs2 = tl.load(codes2 + tile2 * 2048 + row * 32 + inner)
     for piece in tl.static_range(PIECES):
         k = k0 + piece * GROUP + tl.arange(0, GROUP)[:, None]
-        x = _x_tile(x_row, row_scales, norm_weight, k, valid, num_columns, NORMED, H, TO)
+        inside = k < num_columns
+        x = columns_of(x_row, row_scales, norm_weight, k, valid[None, :] & inside, inside, NORMED, H, TO)
         at = piece * 64 * GROUP + row * GROUP + tl.arange(0, GROUP)[None, :]
-        if BITS == 4:
-            raw = (pairs >> 4) if piece else (pairs & 15)
-        else:
-            raw = tl.load(codes + tile * 4096 + at)
-        w = _levels(raw, level_table, BITS, ZERO, CODEBOOK, TO) if BITS else raw.to(TO)
+        raw = tl.load(codes + tile * 4096 + at)
+        w = _levels(raw, ZERO, TO) if BITS else raw.to(TO)
         scales = (tile * PIECES + piece) * 64 + tl.arange(0, 64)
         acc = _add_piece(acc, w, x, scale, minimum, scales, BITS, HAS_MIN)
         if TWO:
-            if BITS == 4:
-                raw2 = (pairs2 >> 4) if piece else (pairs2 & 15)
-            else:
-                raw2 = tl.load(codes2 + tile2 * 4096 + at)
-            w2 = _levels(raw2, level_table, BITS, ZERO, CODEBOOK, TO) if BITS else raw2.to(TO)
+            raw2 = tl.load(codes2 + tile2 * 4096 + at)
+            w2 = _levels(raw2, ZERO, TO) if BITS else raw2.to(TO)
             scales2 = (tile2 * PIECES + piece) * 64 + tl.arange(0, 64)
             acc2 = _add_piece(acc2, w2, x, scale2, minimum2, scales2, BITS, HAS_MIN)
     return acc, acc2
+
+
+@triton.jit
+def _add_step(
+    acc, acc2, x_row, row_scales, norm_weight, codes, words, codes2, words2, level_table, tile, tile2, k0,
+    valid, num_columns,
+    TWO: tl.constexpr, NORMED: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr,
+    SCALES: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
+    """As `_add_tile` with tiles of 256 columns of 4-bit codes."""
+    STRIDE: tl.constexpr = 512 if SCALES == 2 else 256
+    if ROWS == 1:
+        return add_row_step(
+            acc, acc2, x_row, row_scales, norm_weight, codes + tile * 2048, words + tile * STRIDE,
+            codes2 + tile2 * 2048, words2 + tile2 * STRIDE, level_table, k0, valid, num_columns,
+            TWO, NORMED, SCALES, ZERO, CODEBOOK, H, TO,
+        )  # fmt: skip
+    return add_rows_step(
+        acc, acc2, x_row, row_scales, norm_weight, codes + tile * 2048, words + tile * STRIDE,
+        codes2 + tile2 * 2048, words2 + tile2 * STRIDE, level_table, k0, valid, num_columns,
+        TWO, NORMED, SCALES, ZERO, CODEBOOK, H, TO,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -209,7 +192,8 @@ def _sum_ranges(
     x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, level_table, first,
     other, valid, num_columns, steps, steps_per_split, low, high,
     TWO: tl.constexpr, NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of ranges `low` to `high` of columns, each summed apart, of one block and another."""
     total = tl.zeros((64, ROWS), tl.float32)
@@ -217,12 +201,21 @@ def _sum_ranges(
     for split in range(low, high):
         acc = tl.zeros((64, ROWS), tl.float32)
         acc2 = tl.zeros((64, ROWS), tl.float32)
-        for step in range(split * steps_per_split, tl.minimum((split + 1) * steps_per_split, steps)):
-            acc, acc2 = _add_tile(
-                acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2,
-                level_table, first * steps + step, other * steps + step, step * 64, valid, num_columns,
-                TWO, NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, H, TO,
-            )  # fmt: skip
+        last = tl.minimum((split + 1) * steps_per_split, steps)
+        # With a number of stages of its own a loop has all its loads under way, those of scales, too.
+        for step in tl.range(split * steps_per_split, last, num_stages=STAGES):
+            if BITS == 4:
+                acc, acc2 = _add_step(
+                    acc, acc2, x_row, row_scales, norm_weight, codes, scale, codes2, scale2, level_table,
+                    first * steps + step, other * steps + step, step * 256, valid, num_columns,
+                    TWO, NORMED, ZERO, CODEBOOK, SCALES, ROWS, H, TO,
+                )  # fmt: skip
+            else:
+                acc, acc2 = _add_tile(
+                    acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2,
+                    minimum2, first * steps + step, other * steps + step, step * 64, valid, num_columns,
+                    TWO, NORMED, BITS, GROUP, ZERO, HAS_MIN, H, TO,
+                )  # fmt: skip
         total += acc
         total2 += acc2
     return total, total2
@@ -236,7 +229,7 @@ def matmul(
     NUM_SPLITS: tl.constexpr, APART: tl.constexpr, SLOTS: tl.constexpr, AFTER: tl.constexpr,
     NORMED: tl.constexpr, TWO: tl.constexpr, TOP_K: tl.constexpr, SQUARES: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr,
-    ROWS: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    SCALES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Program (block of 64 outputs, part of the slots, range of columns): see the module, `Slots` and
     `After`.
@@ -270,7 +263,7 @@ def matmul(
         x + row.to(tl.int64) * x_stride, row_scales, norm_weight, codes, scale, minimum, codes2, scale2,
         minimum2, level_table, first, other, valid, num_columns, steps, steps_per_split, low,
         low + 1 if APART else NUM_SPLITS,
-        TWO > 0, NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, ROWS, H, TO,
+        TWO > 0, NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, SCALES, ROWS, STAGES, H, TO,
     )  # fmt: skip
     if APART:
         _arrive(

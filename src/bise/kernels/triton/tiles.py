@@ -1,8 +1,8 @@
 """Weights in the order in which the matrix kernel reads them.
 
-A tile is 64 rows by 64 columns, stored in one piece: with 4-bit codes 2 KiB, 16 bytes for each of the 128
-threads of a program, so that one load of a tile is one run of memory whatever the matrix. Matrices that are
-multiplied together lie behind one another, and one launch takes them all.
+A tile is 64 rows by 64 columns of floats or 8-bit codes, or by 256 columns of 4-bit codes, stored in one
+piece, so that one load of a tile is one run of memory whatever the matrix. Matrices that are multiplied
+together lie behind one another, and one launch takes them all.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from bise.kernels.grouped import Grouped
-from bise.kernels.panels import BLOCK_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from bise.kernels.panels import BLOCK_COLUMNS, SUPER_COLUMNS, TILE_COLUMNS, TILE_ROWS
+from bise.kernels.triton.four_bits import Scales
 
 _PROGRAMS = 512
 """Programs that keep a large GPU busy with 4-bit weights: about four for each of its processors, six KiB in
 flight each (docs/gpu.md)."""
+_BLOCKS_AT_ONCE = 16
+"""Blocks of 64 rows whose 4-bit codes are put in their new order at once."""
 _SPLIT_COLUMNS = 512
 """Fewest columns that are worth a split of their own."""
 
@@ -32,10 +35,12 @@ class Tiles:
     """
 
     codes: Tensor
-    """[X, N / 64, K / 64, 64, 64] of floats; 8-bit codes [..., 64 / group, 64, group]; or two 4-bit codes in
-    a byte [..., 64, 32]: byte j holds columns j (low half) and 32 + j."""
+    """[X, N / 64, K / 64, 64, 64] of floats; 8-bit codes [..., 64 / group, 64, group]; or eight 4-bit codes
+    in an int32 [X, N / 64, K / 256, 64, 32]: the p-th code of the low half of word j is column 64 p + 2 j,
+    that of the high half its neighbour."""
     scale: Tensor | None
-    """[X, N / 64, K / group, 64]; None for floats."""
+    """[X, N / 64, K / group, 64]; of 4-bit codes int32 [X, N / 64, K / 256, 64, 4 or 8], as `scales` says;
+    None for floats."""
     minimum: Tensor | None
     bits: int
     """4 or 8; 0 for floats."""
@@ -44,6 +49,12 @@ class Tiles:
     codebook: bool
     parts: tuple[int, ...]
     num_columns: int
+    scales: Scales = Scales.NONE
+
+    @property
+    def has_minimum(self) -> bool:
+        """True when values have a minimum besides a scale."""
+        return self.minimum is not None or self.scales in (Scales.PAIRS, Scales.U7, Scales.U6)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +73,7 @@ class Tiles:
 
     @property
     def steps(self) -> int:
-        """Blocks of 64 columns."""
+        """Tiles behind one another in a row."""
         return self.codes.shape[2]
 
     @property
@@ -93,7 +104,7 @@ class Tiles:
 
     def _form(self) -> tuple[object, ...]:
         scales = tuple(None if t is None else t.dtype for t in (self.codes, self.scale, self.minimum))
-        return (scales, self.bits, self.group, self.zero, self.codebook, self.num_columns)
+        return (scales, self.scales, self.bits, self.group, self.zero, self.codebook, self.num_columns)
 
 
 def stacked(matrices: Sequence[Tiles]) -> Tiles:
@@ -142,18 +153,27 @@ def tile(weight: Grouped | Tensor) -> Tiles:
     if isinstance(weight, Tensor):
         codes = _tiles(functional.pad(weight, (0, -num_columns % TILE_COLUMNS)), TILE_COLUMNS)
         return Tiles(codes[None], None, None, 0, TILE_COLUMNS, 0, False, (num_rows,), num_columns)
-    codes, extra = weight.codes, -weight.scale.shape[1] % (TILE_COLUMNS // weight.group)
-    codes = functional.pad(codes, (0, extra * weight.group * weight.bits // 8))
     if weight.bits == 4:
-        codes = _tiles(_rearranged(codes), TILE_COLUMNS // 2)
-    else:
-        # A group of columns of 64 rows is one run of memory: a product reads one group after the other.
-        tiles = _tiles(codes, TILE_COLUMNS)
-        pieces = tiles.view(*tiles.shape[:3], TILE_COLUMNS // weight.group, weight.group)
-        codes = pieces.transpose(2, 3).contiguous()
+        scale, scales = _words(weight)
+        return Tiles(
+            codes=_packed_codes(weight.codes)[None],
+            scale=_tiles(scale, scale.shape[1] // -(-num_columns // SUPER_COLUMNS))[None],
+            minimum=None,
+            bits=4,
+            group=weight.group,
+            zero=weight.zero,
+            codebook=weight.codebook,
+            parts=(num_rows,),
+            num_columns=num_columns,
+            scales=scales,
+        )
+    extra = -weight.scale.shape[1] % (TILE_COLUMNS // weight.group)
+    tiles = _tiles(functional.pad(weight.codes, (0, extra * weight.group)), TILE_COLUMNS)
+    # A group of columns of 64 rows is one run of memory: a product reads one group after the other.
+    pieces = tiles.view(*tiles.shape[:3], TILE_COLUMNS // weight.group, weight.group)
     minimum = None if weight.minimum is None else _scales(weight.minimum, extra)[None]
     return Tiles(
-        codes=codes[None],
+        codes=pieces.transpose(2, 3).contiguous()[None],
         scale=_scales(weight.scale, extra)[None],
         minimum=minimum,
         bits=weight.bits,
@@ -165,13 +185,40 @@ def tile(weight: Grouped | Tensor) -> Tiles:
     )
 
 
-def _rearranged(codes: Tensor) -> Tensor:
-    """Return pairs of codes [N, K / 2] of columns j and 16 + j in 32 as pairs of j and 32 + j in 64."""
+def _words(weight: Grouped) -> tuple[Tensor, Scales]:
+    """Return the scales of 4-bit codes as int32 words [N, words of 256 columns x K / 256]."""
+    if weight.nested:
+        return weight.scale, Scales[weight.nested.upper()]
+    extra = -weight.scale.shape[1] % (SUPER_COLUMNS // BLOCK_COLUMNS)
+    scale = functional.pad(weight.scale, (0, extra))
+    assert scale.dtype == torch.float16
+    if weight.minimum is None:
+        return scale.view(torch.int32), Scales.HALVES
+    minimum = functional.pad(weight.minimum, (0, extra))
+    return torch.stack((scale, minimum), 2).view(torch.int32).flatten(1), Scales.PAIRS
+
+
+def _packed_codes(codes: Tensor) -> Tensor:
+    """Return pairs of codes [N, K / 2] of columns j and 16 + j in 32 as tiles of words; see `Tiles.codes`."""
     half = BLOCK_COLUMNS // 2
-    first, second = codes.view(codes.shape[0], -1, 2, half).unbind(2)
-    low = torch.cat((first & 15, first >> 4), 2)
-    high = torch.cat((second & 15, second >> 4), 2)
-    return (low | high << 4).flatten(1)
+    supers = -(-codes.shape[1] // (SUPER_COLUMNS // 2))
+    blocks = -(-len(codes) // TILE_ROWS)
+    shape = (blocks, supers, TILE_ROWS, TILE_COLUMNS // 2)
+    found = torch.zeros(shape, dtype=torch.int32, device=codes.device)
+    for start in range(0, blocks, _BLOCKS_AT_ONCE):  # codes take a byte each on the way
+        rows = codes[start * TILE_ROWS : (start + _BLOCKS_AT_ONCE) * TILE_ROWS]
+        wide = functional.pad(
+            rows, (0, supers * SUPER_COLUMNS // 2 - rows.shape[1], 0, -len(rows) % TILE_ROWS)
+        )
+        pairs = wide.view(len(wide), supers, -1, half)
+        single = torch.cat((pairs & 15, pairs >> 4), 3)  # [N, S, 8 blocks, 32 columns]
+        single = single.view(
+            len(wide), supers, 2, 2, TILE_COLUMNS // 2, 2
+        )  # [N, S, p / 2, p % 2, word, half]
+        joined = single[:, :, :, 0] | single[:, :, :, 1] << 4
+        words = joined.permute(0, 1, 3, 4, 2).flatten(3).contiguous().view(torch.int32)[..., 0]
+        found[start : start + _BLOCKS_AT_ONCE] = words.view(-1, TILE_ROWS, *words.shape[1:]).transpose(1, 2)
+    return found
 
 
 def _tiles(matrix: Tensor, width: int) -> Tensor:
