@@ -52,11 +52,12 @@ AdamW, the same rates), one order of rows per seed; {machine}.
 
 Loss is nats a token over {rows} held-back rows of 512 tokens of text, and over the assistant's turns of 80
 held-back rows of chats. A difference is against `gqa` with the same seed, so with the same rows in the same
-order. ± is half of the 95 % interval of Student's t over seeds, which knows the luck of first weights and of
-the order of rows, and not that of the choice of held-back rows. A difference is **better** or **worse** where
-its interval leaves out zero, else open: what is smaller than its ± these seeds cannot tell from nothing. Of
-{compared} such intervals one in twenty may err by luck. What holds here need not hold for billions of weights
-and trillions of tokens; ../../README.md tells what the papers claim.
+order. ± is half of the 95 % interval of Student's t over seeds: the luck of first weights and of the order of
+rows. The luck of which rows were held back comes on top: ± {by_rows} of a difference on text, were rows
+independent. A difference is **better** or **worse** where its interval over seeds leaves out zero, else open:
+what is smaller than its ± these seeds cannot tell from nothing. One in twenty of such intervals may err by
+luck, here there are {compared}, and two seeds make an interval of their own luck. What holds here need not hold
+for billions of weights and trillions of tokens; ../../README.md tells what the papers claim.
 """
 
 
@@ -70,7 +71,9 @@ def write_report(out: Path) -> None:
     rows = {name: row_of(results["gqa"], found) for name, found in results.items()}
     (out / "report.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     first = results["gqa"][0]
+    by_rows = [row["text_by_rows"] for row in rows.values()][1:] or [0.0]
     told = {
+        "by_rows": " to ".join(f"{half:.3f}" for half in sorted({min(by_rows), max(by_rows)})),
         "tokens": first["tokens"] / 1e6,
         "rows": len(first["text_rows"]),
         "compared": len(LOSSES) * (len(rows) - 1),
@@ -120,9 +123,18 @@ def row_of(base: Sequence[Result], found: Sequence[Result]) -> Row:
         row[f"{kind}_difference"], row[f"{kind}_difference_interval"] = mean, half
         row[f"{kind}_differences"] = pairs
         row[f"{kind}_decided"] = half is not None and abs(mean) > half
+    row["text_by_rows"] = _by_rows([(own, same[own["seed"]]) for own in found if own["seed"] in same])
     times = [result["core_seconds_a_step"] for result in found if result["core_seconds_a_step"]]
     row["core_seconds_a_step"] = min(times, default=None)
     return row
+
+
+def _by_rows(pairs: Sequence[tuple[Result, Result]]) -> float:
+    """Return half of the 95 % interval, over held-back rows, of the mean difference of pairs of results."""
+    each = zip(*(zip(own["text_rows"], base["text_rows"], strict=True) for own, base in pairs), strict=True)
+    values = [sum(own - base for own, base in row) / len(row) for row in each]
+    mean = sum(values) / len(values)
+    return 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:

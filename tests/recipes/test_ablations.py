@@ -97,13 +97,15 @@ def test_differences_are_taken_seed_by_seed() -> None:
             ("steps", "tokens", "flops", "parameters", "active_parameters", "kv_bytes_per_token"), 1
         )
         losses = {"text_loss": text, "chat_loss": 1.0, "train_loss": 1.0}
-        return {"seed": seed, **numbers, "kv_bytes_at_4096": 1, "core_seconds_a_step": None, **losses}
+        rows = {"text_rows": [text - 0.5, text, text + 0.5 + seed]}
+        return {"seed": seed, **numbers, "kv_bytes_at_4096": 1, "core_seconds_a_step": None, **losses, **rows}
 
     base = [result(0, 5.0), result(1, 6.0)]
     row = row_of(base, [result(1, 5.5), result(0, 4.52)])
     assert row["text_loss_difference"] == pytest.approx(-0.49)
     # Two values 0.02 apart: 12.706 * (0.02 / sqrt(2)) / sqrt(2).
     assert row["text_loss_difference_interval"] == pytest.approx(0.12706)
+    assert row["text_by_rows"] == pytest.approx(0), "rows differ among themselves, and alike for both"
     assert row["text_loss_decided"]
     assert not row_of(base, [result(1, 5.5), result(0, 4.6)])["text_loss_decided"]
     assert not row["chat_loss_decided"]
