@@ -56,8 +56,8 @@ order. ± is half of the 95 % interval of Student's t over seeds: the luck of fi
 rows. The luck of which rows were held back comes on top: ± {by_rows} of a difference on text, were rows
 independent. A difference is **better** or **worse** where its interval over seeds leaves out zero, else open:
 what is smaller than its ± these seeds cannot tell from nothing. One in twenty of such intervals may err by
-luck, here there are {compared}, and two seeds make an interval of their own luck. What holds here need not hold
-for billions of weights and trillions of tokens; ../../README.md tells what the papers claim.
+luck, here there are {compared}, and two seeds make an interval of their own luck. What holds here need not
+hold for billions of weights and trillions of tokens; ../../README.md tells what the papers claim.
 """
 
 
