@@ -22,7 +22,7 @@ from bise.server.body import read_json
 from bise.server.chat_schema import ChatRequest
 from bise.server.conversation import prefix_of, prepared, texts_of
 from bise.server.fitting import fitted
-from bise.server.hosted import chat_elsewhere
+from bise.server.hosted_chat import chat_elsewhere
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading

@@ -16,7 +16,7 @@ from bise.engine.request import Request as EngineRequest
 from bise.engine.request import SamplingParams
 from bise.errors import RequestError
 from bise.server.body import read_json
-from bise.server.hosted import embed_elsewhere
+from bise.server.hosted_embeddings import embed_elsewhere
 from bise.server.limits import MAX_SEQUENCES
 from bise.server.openapi import documented
 from bise.server.prompts import prompts_of
