@@ -139,6 +139,17 @@ def hash_config(*windows: int | None, max_context: int = 512) -> ModelConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def no_authorities():
+    """Let HTTP clients trust nobody: each one that is made reads all known authorities otherwise (25 ms), and
+    what talks to loopback needs none.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SSL_CERT_FILE", raising=False)
+        patch.setenv("SSL_CERT_DIR", os.fspath(Path(__file__).parent))
+        yield
+
+
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> ByteTokenizer:
     return ByteTokenizer()

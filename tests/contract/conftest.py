@@ -82,6 +82,11 @@ class LiveServer:
         self.app.service.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loopback_alone(no_authorities):
+    """See `no_authorities`."""
+
+
 @pytest.fixture
 def scripted():
     """The module with the scripted model."""

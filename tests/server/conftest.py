@@ -123,6 +123,11 @@ class Site:
         self.loop.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _loopback_alone(no_authorities):
+    """See `no_authorities`."""
+
+
 @pytest.fixture(scope="session")
 def postgres():
     yield from load_test_module("store", "conftest").running_postgres()

@@ -19,7 +19,7 @@ import pytest
 from bise.errors import ModelFileError
 from bise.text.pieces import byte_alphabet
 from bise.text.sentencepiece_model import parse_model
-from bise.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from bise.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 pytest.importorskip("mistral_common")
 
@@ -92,10 +92,17 @@ def texts(count: int = 1000) -> list[str]:
     return ["".join(one() for _ in range(rng.randrange(1, 30))) for _ in range(count)]
 
 
-@pytest.fixture(params=SPM)
-def spm_file(request, tmp_path) -> Path:
+@pytest.fixture(scope="module", params=SPM)
+def spm_file(request, tmp_path_factory) -> Path:
     version = request.param.rsplit(".", 1)[1]
-    return Path(shutil.copy(data_path() / request.param, tmp_path / f"tokenizer.model.{version}"))
+    folder = tmp_path_factory.mktemp(version)
+    return Path(shutil.copy(data_path() / request.param, folder / f"tokenizer.model.{version}"))
+
+
+@pytest.fixture(scope="module")
+def spm(spm_file) -> tuple[Tokenizer, Tokenizer]:
+    """The tokenizer of an SPM file and that of its GGUF copy."""
+    return load_tokenizer(spm_file.parent, 40000), tokenizer_from_gguf(gguf_of_spm(spm_file), 40000)
 
 
 def gguf_of_spm(file: Path) -> dict[str, object]:
@@ -110,14 +117,13 @@ def gguf_of_spm(file: Path) -> dict[str, object]:
     }
 
 
-def test_spm_ids_and_texts_equal_sentencepiece(spm_file):
+def test_spm_ids_and_texts_equal_sentencepiece(spm_file, spm):
     from sentencepiece import SentencePieceProcessor
 
     reference = SentencePieceProcessor(model_file=str(spm_file))
-    tokenizer = load_tokenizer(spm_file.parent, 40000)
+    tokenizer, gguf = spm
     assert tokenizer.vocab_size == reference.vocab_size()
     assert tokenizer.chat_format == spm_file.name.rsplit(".", 1)[1]
-    gguf = tokenizer_from_gguf(gguf_of_spm(spm_file), 40000)
     rng = random.Random(3)
     for text in texts():
         ids = reference.encode(text)
@@ -147,12 +153,23 @@ def tekken_document() -> dict[str, object]:
     return document
 
 
-def test_tekken_ids_and_bytes_equal_mistral_common(tmp_path, tekken_document):
+@pytest.fixture(scope="module")
+def tekken_folder(tmp_path_factory, tekken_document) -> Path:
+    folder = tmp_path_factory.mktemp("tekken")
+    (folder / "tekken.json").write_text(json.dumps(tekken_document))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tekken(tekken_folder) -> Tokenizer:
+    return load_tokenizer(tekken_folder, 10000)
+
+
+def test_tekken_ids_and_bytes_equal_mistral_common(tekken_folder, tekken):
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    (tmp_path / "tekken.json").write_text(json.dumps(tekken_document))
-    reference = Tekkenizer.from_file(tmp_path / "tekken.json")
-    tokenizer = load_tokenizer(tmp_path, 10000)
+    reference = Tekkenizer.from_file(tekken_folder / "tekken.json")
+    tokenizer = tekken
     assert tokenizer.chat_format == "v3-tekken"
     for text in texts():
         ids = tokenizer.encode(text)
@@ -162,20 +179,22 @@ def test_tekken_ids_and_bytes_equal_mistral_common(tmp_path, tekken_document):
         assert tokenizer.token_bytes(token_id) == reference.id_to_byte_piece(token_id)
 
 
-def test_tekken_takes_a_million_spaces(tmp_path, tekken_document):
-    (tmp_path / "tekken.json").write_text(json.dumps(tekken_document))
-    tokenizer = load_tokenizer(tmp_path, 10000)
+def test_tekken_takes_a_million_spaces(tekken):
     text = "a" + " " * (1 << 20) + "b"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tekken.decode(tekken.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def spm_v1(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("v1")
+    shutil.copy(data_path() / SPM[0], folder / "tokenizer.model.v1")
+    return load_tokenizer(folder, 40000)
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "é", "e\u0301", "\u0301", "1", " ", "\n", "{", "漢"])
-def test_a_mebibyte_without_words_is_encoded_within_a_second(tmp_path, tekken_document, unit):
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "tekken.json").write_text(json.dumps(tekken_document))
-    shutil.copy(data_path() / SPM[0], tmp_path / f"tokenizer.model.{SPM[0].rsplit('.', 1)[1]}")
+def test_a_mebibyte_without_words_is_encoded_within_a_second(tekken, spm_v1, unit):
     text = unit * ((1 << 20) // len(unit.encode()))
-    for tokenizer in (load_tokenizer(tmp_path / "t", 10000), load_tokenizer(tmp_path, 40000)):
+    for tokenizer in (tekken, spm_v1):
         start = time.process_time()
         tokenizer.encode(text)
         assert time.process_time() - start < 1.0
@@ -233,13 +252,13 @@ def gguf_of_tekken(tekken_document) -> Callable[..., dict[str, object]]:
     return lambda **changes: metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
-def test_gguf_tekken_ids_equal_tiktoken(tekken_document, gguf_of_tekken):
+def test_gguf_tekken_ids_equal_tiktoken(tekken_document, tekken_of_gguf):
     import tiktoken
 
     ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in tekken_document["vocab"]}
     pattern = tekken_document["config"]["pattern"]
     reference = tiktoken.Encoding(name="x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    tokenizer = tokenizer_from_gguf(gguf_of_tekken(), 10000)
+    tokenizer = tekken_of_gguf
     assert tokenizer.adds_bos
     for text in texts():
         ids = tokenizer.encode(text)
@@ -279,16 +298,13 @@ def test_gguf_word_rules_cut_numbers_as_named(pre, expected):
     assert [tokenizer.token_bytes(token_id) for token_id in tokenizer.encode("1234 1")] == expected
 
 
-def test_control_strings_stay_text_in_every_vocabulary(tmp_path, spm_file, tekken_document, gguf_of_tekken):
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "tekken.json").write_text(json.dumps(tekken_document))
-    tokenizers = [
-        load_tokenizer(spm_file.parent, 40000),
-        tokenizer_from_gguf(gguf_of_spm(spm_file), 40000),
-        load_tokenizer(tmp_path / "t", 10000),
-        tokenizer_from_gguf(gguf_of_tekken(), 10000),
-    ]
-    for tokenizer in tokenizers:
+@pytest.fixture(scope="module")
+def tekken_of_gguf(gguf_of_tekken) -> Tokenizer:
+    return tokenizer_from_gguf(gguf_of_tekken(), 10000)
+
+
+def test_control_strings_stay_text_in_every_vocabulary(spm, tekken, tekken_of_gguf):
+    for tokenizer in (*spm, tekken, tekken_of_gguf):
         controls = set(tokenizer.controls.values())
         assert {1, 2} <= controls
         for text in [*tokenizer.controls, "a</s>b", "<s>[INST]"]:
@@ -321,9 +337,10 @@ def test_stories260k_vocabulary_reproduces_the_expected_ids():
         assert tokenizer.decode(case["greedy_ids"]) == case["greedy_text"]
 
 
-def test_versioned_file_wins_over_tokenizer_json(spm_file):
-    (spm_file.parent / "tokenizer.json").write_text("not even JSON")
-    assert load_tokenizer(spm_file.parent, 40000).chat_format is not None
+def test_versioned_file_wins_over_tokenizer_json(spm_file, tmp_path):
+    shutil.copy(spm_file, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("not even JSON")
+    assert load_tokenizer(tmp_path, 40000).chat_format is not None
 
 
 def test_bare_tokenizer_model_names_no_chat_format(tmp_path):
