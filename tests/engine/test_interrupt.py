@@ -1,5 +1,6 @@
 """A step under way is broken off for who asks for less, changes no output by it, and not too often."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ def ask(text, tenant, priority=0, max_tokens=40):
     return Request(token_ids=(256, *text.encode()), params=params, tenant=tenant, priority=priority)
 
 
-CROWD = [ask(letter * (10 + 7 * number), "large") for number, letter in enumerate("abcdefgh")]
+CROWD = [ask(letter * (10 + 7 * number), "large") for number, letter in enumerate("abcdefghij")]
 FEW = [ask("a" * 15, "large"), ask("b" * 16, "large")]
 
 
@@ -120,8 +121,13 @@ def test_the_blocks_of_guesses_are_given_back(crowded):
 
 @pytest.mark.parametrize(
     ("crowd", "newcomer"),
-    [(CROWD, ask("x", "large")), (CROWD, ask("x", "small", priority=1)), (CROWD[:1], ask("x", "small"))],
-    ids=["of the same tenant", "of a worse priority", "of a tenant with as many"],
+    [
+        (CROWD, ask("x", "large")),
+        (CROWD, ask("x", "small", priority=1)),
+        ([replace(request, tenant=str(request.token_ids)) for request in CROWD], ask("x", "small")),
+        (CROWD[:8], ask("x", "small")),
+    ],
+    ids=["of the same tenant", "of a worse priority", "of a tenant with as many", "in a short step"],
 )
 def test_who_does_not_go_first_breaks_off_nothing(crowded, crowd, newcomer):
     engine, arrivals, handles = crowded(crowd)
@@ -139,7 +145,7 @@ def test_a_sixteenth_of_the_time_is_thrown_away_at_most():
         sequence = Sequence(ask("x", "large"), number, 1)
         queue.enter(sequence)
         rows.append(SimpleNamespace(sequence=sequence))
-    step = SimpleNamespace(rows=rows)
+    step = SimpleNamespace(rows=rows, num_tokens=100)
     interrupts = Interrupts(queue, lambda: [Sequence(ask("x", "small"), 9, 1)])
     worked = lost = 0.0
     for _ in range(10_000):

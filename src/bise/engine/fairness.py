@@ -47,6 +47,8 @@ class FairQueue:
         self._waiting: Counter[str] = Counter()
         self._priorities: Counter[int] = Counter()
         """Sequences per priority that wait or run."""
+        self._best = 0
+        """The best of these priorities."""
         self._fed: dict[str, int] = {}
         """What the engine had computed when a tenant present was last served, or came."""
         self._num_computed = 0
@@ -71,6 +73,7 @@ class FairQueue:
             self._fed[tenant] = self._num_computed
         self._present[tenant] += 1
         self._priorities[sequence.request.priority] += 1
+        self._best = min(self._priorities)
         sequence.clock = self._num_computed
 
     def leave(self, sequence: Sequence) -> None:
@@ -79,6 +82,7 @@ class FairQueue:
         self._priorities[priority] -= 1
         if not self._priorities[priority]:
             del self._priorities[priority]
+            self._best = min(self._priorities, default=0)
         self._present[tenant] -= 1
         if self._present[tenant]:
             return
@@ -136,8 +140,7 @@ class FairQueue:
     def level(self, sequence: Sequence) -> int:
         """Return the priority of a sequence, age taken into account; lower is better."""
         age = (self._num_computed - sequence.clock) // AGING_TOKENS
-        best = min(self._priorities, default=sequence.request.priority)
-        return max(best, sequence.request.priority - age)
+        return max(self._best, sequence.request.priority - age)
 
     def charge(self, sequence: Sequence) -> None:
         """Count what was computed for a sequence; what a preemption makes necessary again is not charged

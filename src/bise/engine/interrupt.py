@@ -22,6 +22,10 @@ MOST_SAVED_S = 0.25
 """What may be thrown away at once after a time in which nothing was."""
 
 
+SHORT = 8
+"""A step of so few tokens is over soon, and may be computed in one native call (`engine.replay`)."""
+
+
 class Interrupted(Exception):
     """The step was broken off between two layers."""
 
@@ -42,7 +46,7 @@ class Interrupts:
         """Return what is to be called between two layers of a step, and raises Interrupted; None where
         nothing may be thrown away.
         """
-        if self._saved_s <= 0:
+        if self._saved_s <= 0 or step.num_tokens <= SHORT:
             return None
         present = min(self._queue.num_present(row.sequence.request.tenant) for row in step.rows)
         priority = min(row.sequence.request.priority for row in step.rows)
