@@ -28,7 +28,7 @@ def test_every_section_runs_over_toy_shapes(tmp_path):
     assert not [name for name, found in sections.items() if "error" in found]
     assert set(sections) == {
         "bandwidth", "kernels", "decode", "window", "batch", "prefill", "same_bits", "sampling", "profile",
-        "peers", "start",
+        "peers", "llama_cpp", "roofline", "start",
     }  # fmt: skip
     assert set(sections["decode"]["lines"]) == {"bf16", "int8", "int4", "mixture int4"}
     assert {(line["form"], line["shape"]) for line in sections["kernels"]["lines"]} == {

@@ -93,3 +93,36 @@ def test_a_kv_cache_that_does_not_fit_is_skipped_and_told(bench, monkeypatch):
     document = json.loads(result.out.splitlines()[-1])
     assert document["results"] == []
     assert "its KV cache needs" in document["skipped"][0]
+
+
+def test_a_model_on_a_device_is_timed_beside_what_its_memory_allows(cli, home):
+    pytest.importorskip("torch")
+    result = cli("bench", "--dtype", "f32", "--threads", "1", "--rounds", "1", "--prompt", "4", "--gen", "2",
+                 "--batch", "1,2", "--context", "3", "--quant", "q8")  # fmt: skip
+    assert result.code == 0, result.err
+    document = json.loads(result.out.splitlines()[-1])
+    cases = [(entry["op"], entry["prompt"], entry["batch"]) for entry in document["results"]]
+    assert cases == [("prefill", 4, 1), ("decode", 0, 1), ("decode", 0, 2)]
+    assert all(entry["tokens_per_s"] > 0 for entry in document["results"])
+    assert all(0 < entry["share_of_limit"] < 1 for entry in document["results"][1:])
+    assert document["limits"]["device_gb_per_s"] > 0
+    assert document["split"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--device", "cuda"], "device cuda is not there"),
+        (["--dtype", "f32", "--vs", "llama.cpp"], "--vs is of the processor"),
+        (["--dtype", "f32", "--shape", "s06"], "--shape is of the processor"),
+    ],
+)
+def test_a_device_that_is_absent_or_cannot_do_it_is_refused_in_one_line(
+    cli, home, monkeypatch, args, message
+):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = cli("bench", *args)
+    assert result.code == 2
+    assert result.out == ""
+    assert message in result.err

@@ -110,3 +110,21 @@ def test_guesses_are_checked_with_the_tokens_of_the_device(run):
 def test_broken_logits_end_their_request_on_a_device_too(run):
     with pytest.raises(NonFiniteError):
         run([ask(0)], Device(), broken=[65])
+
+
+def test_a_model_split_between_ram_and_a_gpu_chooses_where_its_logits_are():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from bise.engine.device_choice import Chooses
+    from bise.kernels.cpu import CpuOps
+    from bise.kernels.split import ChoosingSplitOps, SplitOps
+    from bise.kernels.torch import TorchOps
+    from bise.kernels.triton.ops import TritonOps
+
+    device = TritonOps(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    ops = ChoosingSplitOps(CpuOps(1), device, 1)
+    assert isinstance(ops, Chooses)
+    assert not isinstance(SplitOps(CpuOps(1), TorchOps(), 1), Chooses)
+    logits = torch.tensor([[0.0, 3.0, 1.0]], device=device.device)
+    tokens, status = ops.sample(logits, np.array([[0.0, 0, 1.0, 0.0, 0.0]]), None)
+    assert (tokens.tolist(), status.tolist()) == ([1], [0])

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bise.cli.options import kv_option, quant_option, text
+from bise.cli.options import device_options, kv_option, pop_placement, quant_option, text
 from bise.cli.output import aside, write_json, write_pairs, write_table
 
 if TYPE_CHECKING:
+    from bise.bench.suite import BenchOptions
+    from bise.engine.placement import Placement
     from bise.model.source import ModelSource
 
 
@@ -117,13 +119,15 @@ class Numbers(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - 
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw each op under the machine's roofs into this SVG file.",
 )
+@device_options
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document only.")
 def command(model: str | None, shape: str | None, window: int | None, layers: int | None, peers: str,
             threads: int | None, roofline: Path | None, as_json: bool, **values: Any) -> None:  # fmt: skip
     """Measure prefill and decode speed on this machine.
 
     Every number stands beside the machine's own limit, measured in the same run. The last line of standard
-    output is one JSON document. Disturbed rounds are left out, or marked as noisy when all are.
+    output is one JSON document. Disturbed rounds are left out, or marked as noisy when all are. With --device
+    a model on a device is measured, beside what the device's memory allows.
     """
     from bise.bench.peers import parse_peers
     from bise.bench.report import columns, limits_of, provenance, table_rows
@@ -138,7 +142,14 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
         raise click.BadParameter(
             f"'{roofline}' must name an .svg file in a directory that exists", param_hint="--roofline"
         )
+    placement = pop_placement(values)
     options = BenchOptions(threads=threads or default_threads(), **values)
+    if not placement.is_native:
+        for name, given in (("--shape", shape), ("--vs", peers), ("--roofline", roofline)):
+            if given:
+                raise click.UsageError(f"{name} is of the processor; leave it away, or --device and --dtype")
+        _measure_device(model, placement, options, as_json)
+        return
     document = run_bench(_source(model, shape, window, layers), parse_peers(peers), options, aside)
     origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
     if roofline is not None:
@@ -154,6 +165,26 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
             ("machine", f"{origin['cpu']}, {origin['isa']}, {options.threads} threads"),
             ("engine", f"{document['engine_step_us']:.0f} us per token beside the model"),
             *(("absent", line) for line in document["skipped"]),
+        ])  # fmt: skip
+    write_json(origin | document)
+
+
+def _measure_device(model: str | None, placement: Placement, options: BenchOptions, as_json: bool) -> None:
+    from bise.bench.device_bench import COLUMNS, run_device_bench, table_rows
+    from bise.bench.report import provenance
+    from bise.hub.registry import resolve
+    from bise.kernels.cpu import CpuOps
+
+    document = run_device_bench(resolve(model), placement, options, aside)
+    origin = provenance(shlex.join(["bise", *sys.argv[1:]]), options.threads, CpuOps(1).isa)
+    if not as_json:
+        write_table(COLUMNS, table_rows(document))
+        click.echo()
+        rate = document["limits"]["device_gb_per_s"]
+        write_pairs([
+            ("model", f"{document['model']} as {document['quant']}, KV in {document['kv']}"),
+            ("device", f"{document['device']}, products in {document['dtype']}, {rate:,.0f} GB/s measured"),
+            ("limit", "weights, keys and values of a step over the measured rates"),
         ])  # fmt: skip
     write_json(origin | document)
 

@@ -45,21 +45,19 @@ def make_ops(placement: Placement, split: Split | None = None, threads: int = 1)
     """
     require_device(placement)
     from bise.kernels.grouped import FLOATS
+    from bise.kernels.split import ChoosingSplitOps, SplitOps
     from bise.kernels.torch import TorchOps
 
     dtype = FLOATS[placement.compute_format]
-    device: TorchOps
+    if split is not None and split.mode == "none":
+        split = None
     if not placement.is_cuda or find_spec("triton") is None:
-        device = TorchOps(dtype, placement.device)
-    else:
-        from bise.kernels.triton.ops import TritonOps
+        plain = TorchOps(dtype, placement.device)
+        return plain if split is None else SplitOps(CpuOps(threads), plain, split.host_layers)
+    from bise.kernels.triton.ops import TritonOps
 
-        device = TritonOps(dtype, placement.device)
-    if split is None or split.mode == "none":
-        return device
-    from bise.kernels.split import SplitOps
-
-    return SplitOps(CpuOps(threads), device, split.host_layers)
+    device = TritonOps(dtype, placement.device)
+    return device if split is None else ChoosingSplitOps(CpuOps(threads), device, split.host_layers)
 
 
 def visible_devices() -> tuple[str, ...] | None:

@@ -102,7 +102,7 @@ class Grouped:
             scale, minimum = first * low[..., ::2], second * low[..., 1::2]
             return scale.flatten(1)[:, :groups], minimum.flatten(1)[:, :groups]
         tops = words >> 28 & 15
-        top = _half(sum(tops[..., i] << 4 * i for i in range(WORDS)))[..., None]
+        top = _half(_joined(tops, 4))[..., None]
         if self.nested == "s8":
             signed = torch.where(low > 127, low - 256, low)
             return (top * signed).flatten(1)[:, :groups], None
@@ -187,9 +187,13 @@ def _halves(raw: Tensor) -> Tensor:
     return raw.contiguous().view(torch.float16)
 
 
-def _half(bits: Tensor | int) -> Tensor:
+def _joined(parts: Tensor, bits: int) -> Tensor:
+    """Return integers put together from parts [..., n] of so many bits each, the lowest first, as int32."""
+    return (parts << bits * torch.arange(parts.shape[-1], device=parts.device)).sum(-1).int()
+
+
+def _half(bits: Tensor) -> Tensor:
     """Return the float16 numbers with these 16 bits each, in float32."""
-    assert isinstance(bits, Tensor)
     return torch.where(bits > 32767, bits - 65536, bits).to(torch.int16).view(torch.float16).float()
 
 
@@ -230,7 +234,7 @@ def _words(layout: PanelFormat, tail: Tensor, header: Tensor) -> Tensor:
     else:
         tops = (first, first >> 8, _bits(header[..., 32:64]), _bits(header[..., 32:64]) >> 8)
         fields = _six_bits(header).view(panels, supers, WORDS, 4, PANEL_ROWS)
-        low = sum(fields[:, :, :, i] << 6 * i for i in range(4))
+        low = _joined(fields.transpose(3, 4), 6)
         words = [low[:, :, i] | (tops[i] & 255) << 24 for i in range(WORDS)]
     return torch.stack(words, 2).flatten(1, 2)
 

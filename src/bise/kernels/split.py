@@ -7,7 +7,7 @@ of the residual stream, once a step: where the next norm lies on the device, the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from bise.kernels.counts import ExpertCounts
 from bise.kernels.cpu import CpuOps, CpuPages, Floats, Packed
 from bise.kernels.experts import Held, PlacedExperts, run_experts
 from bise.kernels.torch import TorchOps
+
+if TYPE_CHECKING:
+    from bise.kernels.triton.ops import TritonOps
 
 
 class SplitRope(NamedTuple):
@@ -167,3 +170,18 @@ class SplitOps:
         """See `Ops.logits`."""
         at = self._at(head)
         return at.logits(self.carry(x) if at is self.device else x, head)
+
+
+class ChoosingSplitOps(SplitOps):
+    """As `SplitOps`, on a device that chooses tokens itself; logits always lie there."""
+
+    def __init__(self, host: CpuOps, device: TritonOps, host_layers: int) -> None:
+        """See `SplitOps`."""
+        super().__init__(host, device, host_layers)
+        self._chooser = device
+
+    def sample(
+        self, logits: Tensor, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """See `engine.device_choice.Chooses`."""
+        return self._chooser.sample(logits, parameters, mask)

@@ -90,18 +90,18 @@ class Feed:
     [(8, 2, 32, None), (6, 2, 20, None), (8, 2, 32, 7), (5, 1, 64, 7), (6, 2, 20, 40), (5, 1, 64, 40)],
 )
 def test_prompts_and_single_tokens_match_float64(heads, kv_heads, width, window):
-    assert Feed(heads, kv_heads, width, window, 60).largest_error([55, 1, 4]) < 3e-6
+    assert Feed(heads, kv_heads, width, window, 43).largest_error([40, 1, 2]) < 3e-6
 
 
 @pytest.mark.parametrize("window", [None, 515])
 def test_attention_over_several_splits_matches_float64(window):
-    feed = Feed(2, 1, 16, window, 1033)
-    feed.fill(1020)
-    assert feed.largest_error([1, 1, 11], first=1020) < 3e-6
+    feed = Feed(2, 1, 16, window, 1025)
+    feed.fill(1021)
+    assert feed.largest_error([1, 3], first=1021) < 3e-6
 
 
 def test_half_precision_keeps_the_precision_of_its_type():
-    assert Feed(4, 2, 64, 50, 120, torch.float16).largest_error([100, 1, 19]) < 4e-3
+    assert Feed(4, 2, 64, 50, 90, torch.float16).largest_error([70, 1, 19]) < 4e-3
 
 
 def test_rows_of_several_sequences_do_not_see_one_another():
@@ -217,11 +217,11 @@ def test_adapters_of_some_rows_match_float64_and_leave_the_others_alone():
     assert np.allclose(alone[4], got[4], rtol=0, atol=0 if DEVICE == "cuda" else 1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, 20])
 def test_keys_and_values_in_8_bits_keep_the_precision_of_their_codes(window):
-    feed = Feed(4, 2, 32, window, 70)
+    feed = Feed(4, 2, 32, window, 41)
     feed.pages[0] = feed.backends[0][0].pages(len(feed.pages[0].k) // BLOCK_SIZE, 2, 32, "q8")
-    assert 1e-4 < feed.largest_error([55, 1, 14]) < 3e-2
+    assert 1e-4 < feed.largest_error([37, 1, 3]) < 3e-2
 
 
 def test_codes_and_scales_of_8_bit_keys_and_values_are_those_of_the_processor():

@@ -14,6 +14,7 @@ one row alone has its groups side by side.
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 from __future__ import annotations
 
 from enum import IntEnum

@@ -3,6 +3,7 @@
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 from __future__ import annotations
 
 import torch

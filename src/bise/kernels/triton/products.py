@@ -15,6 +15,7 @@ The same bits for a row whatever the other rows are (docs/gpu.md):
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 from __future__ import annotations
 
 import triton
