@@ -40,7 +40,7 @@ LOOK = f"""() => {{
 @pytest.mark.timeout(1200)
 def test_no_attack_runs_fetches_or_becomes_an_element(own_site, visit):
     assert len(PAYLOADS) >= 100
-    server = own_site(pace_s=0.0, piece=1).start()
+    server = own_site(pace_s=0.002, piece=1).start()
     page = visit(server.url)
     dialogs, foreign = [], []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
