@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from bise.model.source import ModelSource
 from bise.model.transformer import Transformer, weight_shapes
 from bise.text.turns import LearnedText
 from bise.train.quantised import FrozenMatrix, FrozenOps
-from bise.train.sharding import ShardedTransformer, Shards, lies_in_shards
+from bise.train.sharding import Shards, lies_in_shards
+
+if TYPE_CHECKING:
+    from bise.train.sharded_network import ShardedTransformer
 
 Tensors = dict[str, Tensor]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -109,17 +112,25 @@ class Network:
         """
         self._groups = len(config.window_groups)
         self._ops = ops
-        self.is_sharded = shards is not None
         given = cast(Mapping[str, Tensor], weights)
+        self._sharded: ShardedTransformer | None = None
+        self._model: Transformer
         if shards is not None:
-            self._model = ShardedTransformer(config, given, shards, ops, recompute=recompute)
+            from bise.train.sharded_network import ShardedTransformer
+
+            self._model = self._sharded = ShardedTransformer(config, given, shards, ops, recompute=recompute)
         else:
             self._model = (_Recomputing if recompute else Transformer)(config, given, ops)
 
+    @property
+    def is_sharded(self) -> bool:
+        """True when each of several processes keeps a share of the matrices."""
+        return self._sharded is not None
+
     def parameters(self) -> Tensors:
         """Return the weights of a sharded model by name: this process's shards, and what all hold whole."""
-        assert isinstance(self._model, ShardedTransformer)
-        return self._model.parameters()
+        assert self._sharded is not None
+        return self._sharded.parameters()
 
     def token_losses(
         self, texts: Sequence[LearnedText], loras: Mapping[str, TorchLora] | None = None

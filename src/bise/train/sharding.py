@@ -2,29 +2,23 @@
 
 Start it with `torchrun --nproc-per-node N -m bise tune run ...`: NCCL on GPUs, gloo on CPUs. Each process
 reads its own rows of the matrices from the model's files; embeddings, norms, routers and the output are whole
-in each. The first process alone tells, saves and publishes.
+in each. The first process alone tells, saves and publishes. What runs over shards is `sharded_network`: a run
+of one process never imports it, nor torch's sharded tensors, which add half to the time that torch takes.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from bise.config import ModelConfig
-from bise.kernels import Array, Pages
-from bise.kernels.torch import TorchOps
-from bise.model.batch import Batch
-from bise.model.transformer import Block, Transformer, weight_shapes
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -81,7 +75,7 @@ class Ranks:
         if not self.is_many:
             return
         for param in params.values():
-            if isinstance(param, DTensor):
+            if _shard(param) is not None:
                 if param.grad is not None:  # FSDP left the mean
                     param.grad.mul_(self.count)
                 continue
@@ -97,8 +91,7 @@ class Ranks:
         for param in params.values():
             grad = param.grad
             assert grad is not None
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            parts[isinstance(grad, DTensor)] += float(local.double().square().sum())
+            parts[_shard(grad) is not None] += float(here(grad).double().square().sum())
         norm = math.sqrt(self.total(parts[True]) + parts[False])
         if norm > bound:
             for param in params.values():
@@ -112,22 +105,30 @@ class Ranks:
             distributed.destroy_process_group()
 
 
+def _shard(tensor: Tensor) -> DTensor | None:
+    """Return a tensor that is sharded; None for one that is whole, as all are where nobody made shards."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor on this process alone; gathered from all of them when it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    shard = _shard(tensor)
+    return tensor if shard is None else shard.full_tensor()
 
 
 def here(tensor: Tensor) -> Tensor:
     """Return the rows of a tensor that this process holds, sharing their memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    shard = _shard(tensor)
+    return tensor if shard is None else shard.to_local()
 
 
 def rows_here(tensor: Tensor) -> tuple[int, int]:
     """Return which rows [start, end) of a tensor this process holds."""
-    count = tensor.shape[0]
-    if not isinstance(tensor, DTensor):
+    count, shard = tensor.shape[0], _shard(tensor)
+    if shard is None:
         return 0, count
-    mesh = tensor.device_mesh
+    mesh = shard.device_mesh
     share = -(-count // mesh.size())
     start = min(mesh.get_local_rank() * share, count)
     return start, start + here(tensor).shape[0]
@@ -146,88 +147,3 @@ class Shards:
     """Returns rows [start, end) of a weight, in `dtype`."""
     dtype: torch.dtype
     is_trained: bool
-
-
-class ShardedTransformer(Transformer):
-    """The network whose matrices lie in shards; a layer's are gathered when it runs, both ways."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        whole: Mapping[str, Tensor],
-        shards: Shards,
-        ops: TorchOps,
-        *,
-        recompute: bool,
-    ) -> None:
-        """Take what every process holds whole, and read this process's rows of the rest."""
-        self._whole, self._recompute = dict(whole), recompute
-        shapes = weight_shapes(config)
-        mesh = init_device_mesh(ops.device.type, (distributed.get_world_size(),))
-        self._layers = nn.ModuleList()
-        for index in range(config.num_layers):
-            prefix = f"layers.{index}."
-            own = {
-                name.removeprefix(prefix): shape
-                for name, shape in shapes.items()
-                if name.startswith(prefix) and lies_in_shards(name, shape)
-            }
-            layer = _Layer(own, shards, mesh)
-            for name, param in layer.matrices().items():
-                with torch.no_grad():
-                    here(param).copy_(shards.read(prefix + name, *rows_here(param)))
-            self._layers.append(layer)
-        nothing = torch.empty(0)
-        super().__init__(config, {name: self._whole.get(name, nothing) for name in shapes}, ops)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Return every weight by bise's names: shards of the layers' matrices, the others whole."""
-        found: dict[str, Tensor] = dict(self._whole)
-        for index, layer in enumerate(self._layers):
-            found |= {
-                f"layers.{index}.{name}": param for name, param in cast(_Layer, layer).matrices().items()
-            }
-        return found
-
-    def _layer(
-        self, index: int, x: Array, h: Array, rope: Array, batch: Batch, pages: Pages | None
-    ) -> tuple[Array, Array]:
-        return self._layers[index](self, index, x, h, rope, batch, pages)
-
-    def run_block(self, index: int, layer: _Layer, *args: Any) -> Any:
-        """Run a block over the matrices of a layer, which are whole for the moment."""
-        run = partial(self._run_block, index, layer)
-        # torch's annotations leave its result open
-        return cast(Any, checkpoint(run, *args, use_reentrant=False)) if self._recompute else run(*args)
-
-    def _run_block(self, index: int, layer: _Layer, *args: Any) -> Any:
-        prefix = f"layers.{index}."
-        named = {prefix + name: tensor for name, tensor in layer.matrices().items()}
-        before = self._blocks[index]
-        self._blocks[index] = Block(self.config, index, {**self._whole, **named}, self._ops)
-        try:
-            return super()._layer(index, *args)
-        finally:
-            self._blocks[index] = before
-
-
-class _Layer(nn.Module):
-    """The matrices of one layer, in shards."""
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]], shards: Shards, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self._names = {name.replace(".", "__"): name for name in shapes}
-        for name, shape in shapes.items():
-            empty = torch.empty(*shape, dtype=shards.dtype, device="meta")  # no process ever holds it whole
-            own = nn.Parameter(empty, requires_grad=shards.is_trained)
-            self.register_parameter(name.replace(".", "__"), own)
-        fully_shard(self, mesh=mesh, reshard_after_forward=True)
-        self.to_empty(device=mesh.device_type)
-
-    def matrices(self) -> dict[str, Tensor]:
-        """Return the parameters as they are now: shards, or whole inside of `forward`."""
-        return {name: getattr(self, own) for own, name in self._names.items()}
-
-    def forward(self, model: ShardedTransformer, index: int, *args: Any) -> Any:
-        """Run the layer's block."""
-        return model.run_block(index, self, *args)
