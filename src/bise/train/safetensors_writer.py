@@ -24,6 +24,9 @@ from bise.train.whole import Floats
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _COPIED = (".json", ".jinja", ".model", ".txt")
 _NOT_COPIED = (".index.json",)
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+"""How files begin that go wherever the weights go."""
+CARD = "README.md"
 _VERSIONED = ".model."
 
 
@@ -39,7 +42,7 @@ def require_layout(source: ModelSource) -> None:
 
 def write_model(directory: Path, source: ModelSource, values: Callable[[str], Floats]) -> None:
     """Write the weights `values` by bise's names into an existing directory, in the layout and the widths of
-    the model they come from, with its configuration and tokenizer beside them.
+    the model they come from, with its configuration, its tokenizer and its licence beside them.
 
     Raises ModelFileError for a value that the stored width cannot hold.
     """
@@ -65,9 +68,20 @@ def write_model(directory: Path, source: ModelSource, values: Callable[[str], Fl
         (stored(weight, shape) for weight, shape in shapes.items()),
     )
     for path in sorted(source.path.iterdir()):
-        named = path.suffix in _COPIED or _VERSIONED in path.name
+        named = path.suffix in _COPIED or _VERSIONED in path.name or path.name.startswith(_LICENCES)
         if path.is_file() and named and not path.name.endswith(_NOT_COPIED):
             shutil.copyfile(path, directory / path.name)
+    (directory / CARD).write_text(_card(source), encoding="utf-8")
+
+
+def _card(source: ModelSource) -> str:
+    """Return a card that names the licence and the model that this one comes from, whose card tells more."""
+    name = source.name or source.path.name
+    facts = {"license": source.licence, "base_model": name}
+    # A JSON string is a YAML one.
+    front = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items() if value]
+    told = f"Written by bise from {name}, whose card tells how that was made."
+    return "\n".join(["---", *front, "---", told, ""])
 
 
 def write_tensors(
