@@ -43,6 +43,7 @@ with Mistral(api_key="none", server_url=URL) as client:
         time.sleep(0.5)
     assert job.status == "SUCCESS", job
     assert job.trained_tokens > 0 and job.events and job.hyperparameters.training_steps == 3
+    assert job.checkpoints[0].step_number == 3
     asked = dict(messages=[{"role": "user", "content": "Hi"}], max_tokens=4)
     assert client.chat.complete(model=job.fine_tuned_model, **asked).model == job.fine_tuned_model
     assert client.models.delete(model_id=job.fine_tuned_model).deleted
@@ -83,7 +84,7 @@ assert parts.content == whole.content, (parts.content, whole.content)
 assert parts.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"]
 """
 CLIENTS = {
-    "mistralai==1.12.4": MISTRAL_1,
+    "mistralai==1.12.4": MISTRAL_1 + MISTRAL_TUNING,
     "mistralai==1.9.11": MISTRAL_TUNING,
     "mistralai==2.10.1": MISTRAL_2,
     "openai==1.109.1": OPENAI,
