@@ -202,7 +202,7 @@ def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone
     events = list(ann.fine_tuning.jobs.list_events(made.id, limit=3))  # over several pages
     assert events[-1].message == "The job was created."
     assert events[0].message == "The job has succeeded."
-    assert any("12 texts to learn, 4 held back" in event.message for event in events)
+    assert any("12 examples to learn, 4 held back" in event.message for event in events)
     losses = [event.data["train_loss"] for event in reversed(events) if is_step(event)]
     assert len(losses) == 6
     assert [event.data["step"] for event in events if event.message.startswith("Checkpoint")] == [6, 3]

@@ -276,7 +276,7 @@ class TuningWorker:
         kind, add = event["event"], self._jobs.add_event
         if kind == "started":
             run.started, run.steps = True, event["steps"]
-            message = f"Files are valid: {event['texts']} texts to learn, {event['held_back']} held back."
+            message = f"Files are valid: {event['texts']} examples to learn, {event['held_back']} held back."
             await self._gate.offload(add, job.id, "message", message, {"status": "validated"})
             await self._tell(job, run)
         elif kind == "step":
