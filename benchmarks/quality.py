@@ -23,6 +23,7 @@ import numpy as np
 
 from bise.kernels.cpu import CpuOps, arena, packed_size
 from bise.model.checkpoint import open_model
+from bise.model.importance import column_importance
 from bise.model.pack import pack_weights
 from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
@@ -111,10 +112,12 @@ def ggml_quantizer(library: Path) -> Callable[[str, Floats], Floats]:
     return quantize
 
 
-def native_values(ops: CpuOps, packed_format: str, values: Floats) -> Floats:
+def native_values(
+    ops: CpuOps, packed_format: str, values: Floats, importance: Floats | None = None
+) -> Floats:
     """Return the values of a matrix packed by the native search."""
     memory = arena(packed_size(packed_format, *values.shape))
-    assert ops.pack_floats(packed_format, values, memory)
+    assert ops.pack_floats(packed_format, values, memory, importance)
     return ops.unpack(ops.packed(packed_format, *values.shape, memory))
 
 
@@ -151,7 +154,14 @@ def table(
 
     ways: dict[str, tuple[float, Callable[[str], Floats]]] = {
         "bise q8": (packed_bits("q8"), lambda name: native_values(ops, "q8", weights[name])),
-        "bise q4": (packed_bits("z4"), lambda name: native_values(ops, "z4", weights[name])),
+        "bise q4": (
+            packed_bits("z4"),
+            lambda name: native_values(ops, "z4", weights[name], column_importance(source, name)),
+        ),
+        "its search with all columns alike": (
+            packed_bits("z4"),
+            lambda name: native_values(ops, "z4", weights[name]),
+        ),
         "bise q4 --calibrate": (
             packed_bits("n4"),
             lambda name: calibrated_values(ops, rounding, name, weights[name]),

@@ -16,6 +16,7 @@ from bise.errors import ConfigError, ModelFileError
 from bise.formats import FORMATS
 from bise.kernels import Array, Weight
 from bise.kernels.cpu import Bytes, CpuOps, arena, packed_format_of, packed_size
+from bise.model.importance import column_importance
 from bise.model.source import ModelSource, SourceTensor
 
 Progress = Callable[[str, float], None]
@@ -208,6 +209,7 @@ def pack_tensor(
     repacks = repacks and slot.packed_format != "f32"
     step = max(16, SLICE_BYTES // (4 * num_columns) // 16 * 16)
     panel = packed_size(slot.packed_format, 16, num_columns)
+    importance = column_importance(source, slot.name) if slot.packed_format == _FLOATS_AS["q4"] else None
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         target = out[start // 16 * panel :]
@@ -219,7 +221,7 @@ def pack_tensor(
             rows: npt.NDArray[np.float32] = np.ascontiguousarray(tensor.floats(start, stop))
             blocks = None if rounding is None or not np.isfinite(rows).all() else rounding(slot.name, rows)
             if blocks is None:
-                fine = ops.pack_floats(slot.packed_format, rows, target)
+                fine = ops.pack_floats(slot.packed_format, rows, target, importance)
             else:
                 fine = ops.pack_blocks(_IQ4_NL, blocks, num_columns, target)
         if not fine:
