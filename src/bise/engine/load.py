@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-STEP_SECONDS = 0.15
+STEP_SECONDS = 0.12
 """What a step should last at most while others wait for it: a gap between two words that nobody minds."""
 
 SEATS = 2
