@@ -146,9 +146,10 @@ def opened(browser: Browser, url: str, scheme: Literal["light", "dark"], device:
 
 def ask(page: Page, question: str) -> None:
     """Ask and wait for the whole answer."""
+    asked = page.get_by_role("article", name="You").count()
     page.get_by_role("textbox", name="Message").fill(question)
     page.get_by_role("button", name="Send").click()
-    page.get_by_role("article", name="You").last.wait_for()
+    page.get_by_role("article", name="You").nth(asked).wait_for()
     page.get_by_role("button", name="Regenerate").wait_for()
 
 

@@ -166,6 +166,20 @@ def test_conversations_are_searched_renamed_pinned_and_deleted_with_undo(own_sit
     page.get_by_role("link", name="Summer").wait_for()
 
 
+def test_what_is_typed_while_a_question_is_on_its_way_stays(site, visit):
+    page = visit(site.url)
+    held = []
+    page.route("**/messages", held.append)
+    field = page.get_by_role("textbox", name="Message")
+    field.fill("count 3")
+    with page.expect_request("**/messages"):
+        page.get_by_role("button", name="Send").click()
+    field.fill("and the next one")
+    held[0].continue_()
+    page.get_by_role("button", name="Regenerate").wait_for()
+    assert field.input_value() == "and the next one"
+
+
 def test_a_failed_answer_says_why_in_an_alert(site, visit, ask):
     page = visit(site.url)
     ask(page, "FAIL please", wait=True)

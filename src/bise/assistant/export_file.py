@@ -184,18 +184,18 @@ def _clean(value: Any) -> Any:
     waiting: list[Any] = [holder]
     while waiting:
         inner = waiting.pop()
+        places: Iterable[Any] = range(len(inner))
         if isinstance(inner, dict):
             parts = cast("dict[str, Any]", inner)
             for name in list(parts):
                 parts[_clean_text(name)] = parts.pop(name)  # taken out and put back: the order stays
-            places: Iterable[Any] = parts.keys()
-        else:
-            places = range(len(inner))
+            places = list(parts)
         for place in places:
-            if isinstance(inner[place], str):
-                inner[place] = _clean_text(inner[place])
-            elif isinstance(inner[place], dict | list):
-                waiting.append(inner[place])
+            part = cast("Any", inner)[place]
+            if isinstance(part, str):
+                inner[place] = _clean_text(part)
+            elif isinstance(part, dict | list):
+                waiting.append(part)
     return holder[0]
 
 

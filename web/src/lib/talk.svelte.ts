@@ -146,12 +146,15 @@ class Talk {
         post<{ message: Message; answer: Message }>(`/conversations/${conversation.id}/messages`, body),
       );
       if (!asked) return false;
-      if (this.current?.id !== conversation.id) return true;
+      if (this.current?.id !== conversation.id) {
+        this.drafts.set(conversation.id, '');
+        return true;
+      }
       const at = parentId === null ? 0 : this.messages.findIndex((view) => view.id === parentId) + 1;
       for (const view of this.messages.slice(at)) view.close();
       this.messages = [...this.messages.slice(0, at), this.#view(asked.message), this.#view(asked.answer)];
       library.mark(conversation.id, asked.answer.run_id);
-      this.saveDraft('');
+      if (this.draft === text) this.saveDraft(''); // else the next question is being typed already
       this.jumps += 1;
       notices.spokenStatus = t('answering');
       if (!conversation.title) void this.look(conversation.id);
