@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,17 @@ class Live:
             raise SystemExit(f"no answer: {answer.error}")
         return answer.first_s
 
+    def _num_waiting(self) -> int:
+        """Return how many requests wait in the engine."""
+        request = urllib.request.Request(
+            f"{self._server.url}/metrics", headers={"authorization": f"Bearer {self._keys['metrics']}"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return int(
+            sum(float(line.split()[-1]) for line in lines if line.startswith("bise_waiting_requests{"))
+        )
+
     async def crowd(self) -> None:
         """Ask for one long answer after the other with the other key."""
         while True:
@@ -163,7 +175,9 @@ class Live:
             await self.first_token_s(length)
         alone = {length: [await self.first_token_s(length) for _ in range(trials)] for length in prompts}
         tasks = [asyncio.ensure_future(self.crowd()) for _ in range(BACKLOG)]
-        await asyncio.sleep(5)
+        while (waiting := await asyncio.to_thread(self._num_waiting)) < BACKLOG - 40:
+            await asyncio.sleep(1)
+        sys.stderr.write(f"{waiting} requests of the other key wait in the engine\n")
         crowded = {length: [await self.first_token_s(length) for _ in range(trials)] for length in prompts}
         for task in tasks:
             if task.done():
@@ -178,7 +192,10 @@ def measure_live(model: Path | None, prompts: list[int], trials: int) -> list[di
     allow_connections(BACKLOG)
     with tempfile.TemporaryDirectory() as directory:
         with Store.open(f"{directory}/bise.db") as store:
-            keys = {name: store.keys.create(name)[1] for name in ("small", "large")}
+            keys = {
+                name: store.keys.create(name, scopes=[scope])[1]
+                for name, scope in (("small", "inference"), ("large", "inference"), ("metrics", "metrics"))
+            }
         options = ["--db", f"{directory}/bise.db", "--require-key", "--context", "1024"]
         with bise_server(model, *options) as server:
             return asyncio.run(Live(server, keys).measure(prompts, trials))
