@@ -1,12 +1,14 @@
 """Recorded decode steps: the same bits as steps that run as they are, and only where they may stand in."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from bise.cache.pages import KVCache
 from bise.config import ModelConfig
 from bise.engine.engine import Engine
-from bise.engine.replay import MAX_ROWS, ReplayedModel
+from bise.engine.replay import MAX_ROWS, STEP_BYTES, ReplayedModel, row_bytes
 from bise.engine.request import Request, SamplingParams
 from bise.kernels import AttentionMeta
 from bise.kernels.cpu import CpuOps
@@ -105,6 +107,26 @@ def test_more_rows_than_are_recorded_another_cache_and_adapters_run_as_they_are(
     counted = recorded._model = Counting(plain)
     recorded.forward(decode_batch(config, 2, 0), mine)
     assert counted.passes == 0
+
+
+def test_a_step_keeps_little_memory_and_a_large_model_none():
+    from bise.hub.embedded import embedded_path
+    from bise.model.checkpoint import open_model
+    from bise.plan import shapes
+
+    assert MAX_ROWS * row_bytes(open_model(embedded_path()).config) < STEP_BYTES
+    assert row_bytes(shapes()["mistral-7b"]) > STEP_BYTES
+    config, _, recorded, ops = models("experts")
+    cache, batch = KVCache(config, ops, (12,), "f32"), decode_batch(config, 8, 0)
+    recorded.prepare(cache)
+    tracemalloc.start()
+    try:
+        recorded.forward(batch, cache)
+        arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+        kept = tracemalloc.take_snapshot().filter_traces([arrays]).statistics("filename")
+    finally:
+        tracemalloc.stop()
+    assert 0.7 < sum(entry.size for entry in kept) / (8 * row_bytes(config)) < 1.2
 
 
 def test_what_changes_from_step_to_step_is_checked_at_each():

@@ -23,6 +23,11 @@ from bise.model.transformer import LayerPages, Transformer
 MAX_ROWS = 8
 """Rows of recorded steps at most: with more, the kernels take most of the time."""
 
+STEP_BYTES = 2 << 20
+"""Memory of a recorded step at most: each operation keeps its own results. In a model that needs more the
+kernels take most of the time with one row, too.
+"""
+
 
 class _Step:
     """A recorded step of so many sequences, and where it finds its rows."""
@@ -67,6 +72,12 @@ class _Step:
         return self.hidden
 
 
+def row_bytes(config: ModelConfig) -> int:
+    """Return the bytes of the results of a step's operations, per row."""
+    layer = 2 * config.q_dim + 2 * config.kv_dim + 4 * config.dim
+    return 4 * (config.num_layers * layer + config.vocab_size)
+
+
 class ReplayedModel:
     """A model on the processor whose decode steps are recorded; see `engine.runner.Model`."""
 
@@ -79,6 +90,7 @@ class ReplayedModel:
         self._weights = weights
         self._ops = ops
         self._width = -(-max_context // BLOCK_SIZE)
+        self._max_rows = min(MAX_ROWS, STEP_BYTES // row_bytes(model.config))
         self._cache: LayerPages | None = None
         self._steps: dict[int, _Step] = {}
 
@@ -90,7 +102,7 @@ class ReplayedModel:
     def forward(self, batch: Batch, cache: LayerPages | None = None) -> Array:
         """See `Model.forward`."""
         num_rows = len(batch.token_ids)
-        if num_rows > MAX_ROWS or cache is None or cache is not self._cache or batch.adapted:
+        if num_rows > self._max_rows or cache is None or cache is not self._cache or batch.adapted:
             return self._model.forward(batch, cache)
         for meta in batch.attention:
             if len(meta.q_pos) != num_rows or meta.block_table.shape[1] > self._width:
