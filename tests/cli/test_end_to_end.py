@@ -124,18 +124,22 @@ def test_doctor_looks_for_every_package_that_bise_needs():
     assert needed <= set(DEPENDENCIES)
 
 
-def test_doctor_names_an_instruction_set_that_cannot_run(bise):
-    done = bise("doctor", code=1, BISE_ISA="neon")
-    assert "verdict       broken" in done.stdout
-    assert len(done.stderr.splitlines()) == 1
-    assert "BISE_ISA" in done.stderr or "neon" in done.stderr
+def test_doctor_names_an_instruction_set_that_cannot_run(cli, monkeypatch):
+    monkeypatch.setenv("BISE_ISA", "neon")
+    done = cli("doctor")
+    assert done.code == 1
+    assert "verdict       broken" in done.out
+    assert len(done.err.splitlines()) == 1
+    assert "BISE_ISA" in done.err or "neon" in done.err
 
 
-def test_doctor_names_a_home_that_cannot_be_written(bise, tmp_path):
+def test_doctor_names_a_home_that_cannot_be_written(cli, monkeypatch, tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()
-    done = bise("doctor", code=1, BISE_HOME=str(blocker / "home"))
-    assert "BISE_HOME" in done.stderr
+    monkeypatch.setenv("BISE_HOME", str(blocker / "home"))
+    done = cli("doctor")
+    assert done.code == 1
+    assert "BISE_HOME" in done.err
 
 
 def test_a_quantised_copy_is_smaller_and_talks(bise, tmp_path):
@@ -149,21 +153,23 @@ def test_a_quantised_copy_is_smaller_and_talks(bise, tmp_path):
     assert bise("chat", str(out), "-m", "Hello!").stdout.strip()
 
 
-def test_a_context_shorter_than_the_question_is_refused_with_numbers(bise):
-    done = bise("chat", "-m", "word " * 60, "--context", "32", code=2)
-    assert len([line for line in done.stderr.splitlines() if line.startswith("bise: error: ")]) == 1
-    assert "32" in done.stderr
+def test_a_context_shorter_than_the_question_is_refused_with_numbers(cli):
+    done = cli("chat", "-m", "word " * 60, "--context", "32")
+    assert done.code == 2
+    (line,) = done.error_lines
+    assert "32" in line
 
 
 @pytest.mark.parametrize("name", ["", "model.gguf", "config.json"])
-def test_a_path_that_holds_no_model_is_one_line_and_exit_2(bise, tmp_path, name):
+def test_a_path_that_holds_no_model_is_one_line_and_exit_2(cli, tmp_path, name):
     folder = tmp_path / "bad"
     folder.mkdir()
     if name:
         (folder / name).write_bytes(b"nonsense")
-    done = bise("generate", str(folder), "-p", "x", code=2)
-    assert len(done.stderr.splitlines()) == 1
-    assert str(folder) in done.stderr
+    done = cli("generate", str(folder), "-p", "x")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert str(folder) in done.err
 
 
 def test_state_is_private_to_the_user(bise):

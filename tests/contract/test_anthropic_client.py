@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anthropic
 import pytest
 
 ASK = [{"role": "user", "content": "Hi"}]
@@ -10,6 +9,8 @@ ASK = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture
 def client(live):
+    import anthropic
+
     with anthropic.Anthropic(api_key="none", base_url=live.url, max_retries=0) as client:
         yield client
 
@@ -51,6 +52,8 @@ def test_tokens_can_be_counted(live, client):
 
 
 def test_mistakes_are_the_clients_exceptions(live, client):
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="nope", max_tokens=5, messages=ASK)
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import anthropic
 import openai
 import pytest
 from mistralai.client import Mistral
@@ -64,6 +63,8 @@ def test_the_clients_raise_on_a_deadline(live):
         with pytest.raises(openai.APIError, match="deadline_s"):
             list(client.chat.completions.create(**CHAT, stream=True, extra_body={"deadline_s": 0.05}))
     assert len(live.engine.requests) == 2  # nothing was tried again
+    import anthropic
+
     with (
         anthropic.Anthropic(api_key="none", base_url=live.url, max_retries=0) as client,
         pytest.raises(anthropic.APIStatusError, match="deadline_s"),

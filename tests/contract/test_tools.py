@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import anthropic
 import openai
 import pytest
 from mistralai.client import Mistral
@@ -99,6 +98,8 @@ def test_the_responses_api_has_function_call_items(live, client):
 
 
 def test_the_anthropic_form_has_tool_use_blocks(live):
+    import anthropic
+
     live.engine.text = CALLS
     tools = [{"name": "weather", "description": "d", "input_schema": PARAMETERS}]
     with anthropic.Anthropic(api_key="none", base_url=live.url, max_retries=0) as client:
