@@ -5,8 +5,8 @@
 For each form of weights and one row or eight: instructions that a warp issues in the loop that multiplies,
 bytes of weights that the loop takes, loads that are not under way before they are needed (`waits_for`), and
 the share of a bandwidth at which issuing alone would keep a processor busy. One processor of an H200 issues
-four instructions a cycle; at 4.3 TB/s, 132 processors and 1.755 GHz it has 18.6 bytes a cycle to take. A share
-above 1 means that memory is the limit. Prints one JSON document.
+four instructions a cycle; at 4.3 TB/s, 132 processors and 1.755 GHz it has 18.6 bytes a cycle to take. Above
+1 memory is the limit. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def main() -> None:
             ("normed", {"NORMED": True}),
             ("gate", {"NORMED": True, "AFTER": 1, "TWO": 1}),
         ):
-            for rows, stages in ((1, 3), (8, 4)) if forms[form][0] == 4 else ((8, 4),):
+            for rows in (1, 8) if forms[form][0] == 4 else (8,):
                 name, kernel, types, constants, launch = compile_kernels.matmul_case(
-                    form, rows=rows, stages=stages, form=forms[form], **options
+                    form, rows=rows, form=forms[form], **options
                 )
                 made = compile_kernels.compiled(kernel, types, constants, architecture, launch)
                 size = step_bytes * (2 if kind == "gate" else 1)

@@ -1,5 +1,7 @@
 """Low-rank additions on the cpu backend: values, bits, and formats."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,18 @@ def ops():
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_an_adapter_of_small_matrices_takes_about_their_size(ops):
+    a, b = random(16, 64), random(64, 16, seed=1)
+    before = resident_bytes()
+    kept = [ops.lora(a, b, 1.0) for _ in range(100)]
+    assert resident_bytes() - before < 20 << 20
+    assert len(kept) == 100
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 33])

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bise.kernels.triton import EXACT, attention, fused, products, sampling, sorting
+from bise.kernels.triton.launches import shape_of
 
 # Types of parameters by name; the same name means the same thing in every kernel.
 POINTERS = {
@@ -76,12 +77,14 @@ FORMS = {
 """Bits, columns under one scale, zero point, minimum, codebook, `Scales`."""
 
 
-def matmul_case(name, *, rows, form=Z4, warps=4, stages=4, to=tl.bfloat16, **given):
+def matmul_case(name, *, rows, form=Z4, to=tl.bfloat16, **given):
     bits, group, zero, has_min, codebook, scales = form
+    launch = shape_of(512 if rows == 128 else rows, bits)
+    assert launch.rows == rows
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
         "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
-        "SCALES": scales, "ROWS": rows, "STAGES": stages, "H": tl.bfloat16, "TO": to,
+        "SCALES": scales, "ROWS": rows, "STAGES": launch.stages, "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
     constants |= given
     types = dict(TYPES)
@@ -90,7 +93,9 @@ def matmul_case(name, *, rows, form=Z4, warps=4, stages=4, to=tl.bfloat16, **giv
     weights = {0: "*bf16", 4: "*i32", 8: "*u8"}[bits]
     numbers = "*i32" if bits == 4 else "*fp16"
     types |= {"codes": weights, "codes2": weights, "scale": numbers, "scale2": numbers}
-    return f"matmul {name}", products.matmul, types, constants, {"num_warps": warps, "num_stages": stages}
+    return f"matmul {name}", products.matmul, types, constants, {
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
 
 
 QUICK = ("matmul z4 add one", "decode", "norm")
@@ -103,20 +108,20 @@ def cases():
         yield matmul_case(f"{label} qkv", rows=8, form=form, NORMED=True)
         yield matmul_case(f"{label} gate", rows=8, form=form, NORMED=True, AFTER=1, TWO=1)
         yield matmul_case(f"{label} add", rows=8, form=form, AFTER=2)
-        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2, warps=8, stages=3)
-    yield matmul_case("z4 qkv one", rows=1, stages=3, NORMED=True)
-    yield matmul_case("z4 gate one", rows=1, stages=3, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("z4 add one", rows=1, stages=3, AFTER=2)
+        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2)
+    yield matmul_case("z4 qkv one", rows=1, NORMED=True)
+    yield matmul_case("z4 gate one", rows=1, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("z4 add one", rows=1, AFTER=2)
     yield matmul_case("route", rows=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
-    yield matmul_case("z4 expert gate", rows=1, stages=3, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("z4 expert mix", rows=1, stages=3, SLOTS=1, AFTER=3, TOP_K=2)
-    yield matmul_case("z4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1, stages=3)
+    yield matmul_case("z4 expert gate", rows=1, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
+    yield matmul_case("z4 expert mix", rows=1, SLOTS=1, AFTER=3, TOP_K=2)
+    yield matmul_case("z4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1)
     for name, form in FORMS.items():
         if form[0] == 4:
-            yield matmul_case(f"{name} one", rows=1, form=form, stages=3)
+            yield matmul_case(f"{name} one", rows=1, form=form)
         yield matmul_case(f"{name} few", rows=8, form=form)
-        yield matmul_case(f"{name} many", rows=64, form=form, stages=3)
-    yield matmul_case("z4 prompt gate", rows=128, AFTER=1, TWO=1, warps=8, stages=3)
+        yield matmul_case(f"{name} many", rows=64, form=form)
+    yield matmul_case("z4 prompt gate", rows=128, AFTER=1, TWO=1)
     shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}
     decode = shape | {"ROWS": 16, "LANES": 8, "STORES": True}
     coded = TYPES | {"k_pages": "*i8", "v_pages": "*i8"}

@@ -1,6 +1,7 @@
 """Machine code of every kernel, made on a machine without a GPU."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,22 @@ def test_one_kernel_of_each_kind_compiles_for_hopper_and_reads_16_bytes_at_once(
     lines = compile_kernels(tmp_path)
     assert len(lines) == 3
     assert not narrow_loads(lines)
+    assert not too_large(lines)
+
+
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
+"""Bytes that a program may keep on chip; of the Ampere generation those of a consumer's card."""
+
+
+def too_large(lines):
+    """Return the kernels that would not start for want of memory on chip."""
+    found = [re.fullmatch(r"(sm_\d+) (.*): \d+ bytes, (\d+) shared, .*", line) for line in lines]
+    return [each[0] for each in found if int(each[3]) > SHARED[each[1]]]
 
 
 @pytest.mark.slow
 def test_every_kernel_and_format_compiles_for_ampere_hopper_and_blackwell(tmp_path):
     lines = compile_kernels(tmp_path, "all")
-    assert len(lines) == 3 * 34
+    assert len(lines) == 3 * 49
     assert not narrow_loads(lines)
+    assert not too_large(lines)

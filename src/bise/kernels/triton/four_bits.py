@@ -6,9 +6,8 @@ column, so it is the sum of the group's x times `lift`, whatever the row of the 
 
     sum of x (8q + z) = dot(x, BASE + 8q) + (z - BASE) sum(x)
 
-Both sums go through `tl.dot`. A group's sum is scaled, and those of the eight groups of a step are added as
-neighbours, then sums of neighbours (`fold`): in the same order whether the rows of x stand side by side, or
-one row alone has its groups side by side.
+Both sums go through `tl.dot`. A group's sum is scaled, and the groups are added one after the other: whether
+the rows of x stand side by side, or one row alone has its groups side by side.
 """
 
 # Kernels are written in Triton's language, whose types are not Python's.
@@ -22,7 +21,7 @@ from enum import IntEnum
 import triton
 import triton.language as tl
 
-from bise.kernels.triton.fold import columns_of, fold
+from bise.kernels.triton.fold import columns_of
 
 
 class Scales(IntEnum):
@@ -133,58 +132,18 @@ def _side_by_side(word, SCALES: tl.constexpr):
 
 @triton.jit
 def _group(
-    codes, x, sums, word, top, low_top, level_table, P: tl.constexpr, ODD: tl.constexpr,
-    SCALES: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, BASE: tl.constexpr, TO: tl.constexpr,
+    codes, x, sums, word, top, low_top, level_table, GROUP: tl.constexpr, SCALES: tl.constexpr,
+    ZERO: tl.constexpr, CODEBOOK: tl.constexpr, BASE: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Return the products [64, rows] of a group of 32 columns: codes [64, 16], x [32, rows] and its sums."""
-    dots = tl.dot(_levels(codes, level_table, P, CODEBOOK, TO), x, input_precision="ieee")
-    scale, lift, minimum = _fields(word, top, low_top, ODD, SCALES, ZERO, CODEBOOK, BASE)
+    """Return the products [64, rows] of one of eight groups: codes [64, 16], x [32, rows] and its sums."""
+    dots = tl.dot(_levels(codes, level_table, GROUP // 2, CODEBOOK, TO), x, input_precision="ieee")
+    scale, lift, minimum = _fields(word, top, low_top, GROUP % 2, SCALES, ZERO, CODEBOOK, BASE)
     if not CODEBOOK:
         dots = tl.fma(sums, tl.broadcast_to(lift[:, None], dots.shape), dots)
     dots = dots * scale[:, None]
     if SCALES == 2 or SCALES == 4:
         dots -= sums * minimum[:, None]
     return dots
-
-
-@triton.jit
-def _two_groups(
-    even, odd, even2, odd2, x_row, row_scales, norm_weight, words, words2, tops, level_table, k0, valid,
-    num_columns, P: tl.constexpr, TWO: tl.constexpr, NORMED: tl.constexpr, SCALES: tl.constexpr,
-    ZERO: tl.constexpr, CODEBOOK: tl.constexpr, BASE: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """Return the products [64, rows] of columns 64 P and the next 63 of a step, of one or two weights."""
-    row = tl.arange(0, 64)
-    ones = tl.full((64, 32), 1.0, TO)
-    STRIDE: tl.constexpr = 8 if SCALES == 2 else 4
-    for side in tl.static_range(2):
-        k = k0 + 64 * P + 32 * side + tl.arange(0, 32)[:, None]
-        inside = k < num_columns
-        x = columns_of(x_row, row_scales, norm_weight, k, valid[None, :] & inside, inside, NORMED, H, TO)
-        sums = tl.zeros((64, x.shape[1]), tl.float32)
-        if not CODEBOOK:
-            sums = tl.dot(ones, x, input_precision="ieee")
-        at = row * STRIDE + (2 * P + side if SCALES == 2 else P)
-        found = _group(
-            odd if side else even, x, sums, tl.load(words + at), tops[0], tops[1], level_table, P, side,
-            SCALES, ZERO, CODEBOOK, BASE, TO,
-        )  # fmt: skip
-        if side == 0:
-            total = found
-        else:
-            total += found
-        total2 = total
-        if TWO:
-            found = _group(
-                odd2 if side else even2, x, sums, tl.load(words2 + at), tops[2], tops[3], level_table, P,
-                side, SCALES, ZERO, CODEBOOK, BASE, TO,
-            )  # fmt: skip
-            if side == 0:
-                other = found
-            else:
-                other += found
-            total2 = other
-    return total, total2
 
 
 @triton.jit
@@ -211,30 +170,34 @@ def add_rows_step(
             top2, low_top2 = _tops(
                 tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), SCALES
             )
-    tops = (top, low_top, top2, low_top2)
-    for half in tl.static_range(2):
-        left, left2 = _two_groups(
-            even, odd, even2, odd2, x_row, row_scales, norm_weight, words, words2, tops, level_table, k0,
-            valid, num_columns, 2 * half, TWO, NORMED, SCALES, ZERO, CODEBOOK, BASE, H, TO,
+    ones = tl.full((64, 32), 1.0, TO)
+    STRIDE: tl.constexpr = 8 if SCALES == 2 else 4
+    for group in tl.static_range(8):
+        k = k0 + 32 * group + tl.arange(0, 32)[:, None]
+        inside = k < num_columns
+        x = columns_of(x_row, row_scales, norm_weight, k, valid[None, :] & inside, inside, NORMED, H, TO)
+        sums = tl.zeros((64, x.shape[1]), tl.float32)
+        if not CODEBOOK:
+            sums = tl.dot(ones, x, input_precision="ieee")
+        at = row * STRIDE + (group if SCALES == 2 else group // 2)
+        acc += _group(
+            odd if group % 2 else even, x, sums, tl.load(words + at), top, low_top, level_table, group,
+            SCALES, ZERO, CODEBOOK, BASE, TO,
         )  # fmt: skip
-        right, right2 = _two_groups(
-            even, odd, even2, odd2, x_row, row_scales, norm_weight, words, words2, tops, level_table, k0,
-            valid, num_columns, 2 * half + 1, TWO, NORMED, SCALES, ZERO, CODEBOOK, BASE, H, TO,
-        )  # fmt: skip
-        if half == 0:
-            total = left + right
-            total2 = left2 + right2
-        else:
-            total += left + right
-            total2 += left2 + right2
-    return acc + total, acc2 + total2
+        if TWO:
+            acc2 += _group(
+                odd2 if group % 2 else even2, x, sums, tl.load(words2 + at), top2, low_top2, level_table,
+                group, SCALES, ZERO, CODEBOOK, BASE, TO,
+            )  # fmt: skip
+    return acc, acc2
 
 
 @triton.jit
-def _one_row(
-    dots, sums, words, SCALES: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr, BASE: tl.constexpr
-):
-    """Return the product [64, 1] of 256 columns from dot products and sums [64, 8] of their groups."""
+def _add_groups(
+    acc, dots, sums, words, SCALES: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr,
+    BASE: tl.constexpr,
+):  # fmt: skip
+    """Add the product of 256 columns to acc [64, 1], from dot products and sums [64, 8] of their groups."""
     row = tl.arange(0, 64)[:, None]
     if SCALES == 2:
         word = tl.load(words + row * 8 + tl.arange(0, 8)[None, :])
@@ -252,7 +215,15 @@ def _one_row(
     dots = dots * scale
     if SCALES == 2 or SCALES == 4:
         dots -= sums * minimum
-    return fold(dots, 64, 8)[:, None]
+    even, odd = tl.split(tl.reshape(dots, (64, 4, 2)))
+    even, even2 = tl.split(tl.reshape(even, (64, 2, 2)))
+    odd, odd2 = tl.split(tl.reshape(odd, (64, 2, 2)))
+    first, fifth = tl.split(even)
+    second, sixth = tl.split(odd)
+    third, seventh = tl.split(even2)
+    fourth, eighth = tl.split(odd2)
+    total = tl.reshape(acc, (64,)) + first + second + third + fourth
+    return (total + fifth + sixth + seventh + eighth)[:, None]
 
 
 @triton.jit
@@ -286,9 +257,9 @@ def add_row_step(
             sums = tl.dot(ones, x, sums, input_precision="ieee")
         if TWO:
             dots2 = tl.dot(_levels(pairs2, level_table, p, CODEBOOK, TO), x, dots2, input_precision="ieee")
-    acc += _one_row(dots, sums, words, SCALES, ZERO, CODEBOOK, BASE)
+    acc = _add_groups(acc, dots, sums, words, SCALES, ZERO, CODEBOOK, BASE)
     if TWO:
-        acc2 += _one_row(dots2, sums, words2, SCALES, ZERO, CODEBOOK, BASE)
+        acc2 = _add_groups(acc2, dots2, sums, words2, SCALES, ZERO, CODEBOOK, BASE)
     return acc, acc2
 
 

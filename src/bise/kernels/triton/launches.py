@@ -33,29 +33,36 @@ class Launch:
 
 
 _TABLE = (
-    # most slots, rows, warps, stages, two blocks
-    (8, 8, 4, 4, False),
-    (16, 16, 4, 4, False),
-    (32, 32, 4, 4, False),
-    (64, 64, 4, 3, False),
-    (256, 64, 4, 3, True),
-    (1 << 62, 128, 8, 3, True),
+    # most slots, rows, warps, stages, stages with 4-bit codes (of four times the columns), two blocks
+    (8, 8, 4, 4, 4, False),
+    (16, 16, 4, 4, 3, False),
+    (32, 32, 4, 4, 3, False),
+    (64, 64, 4, 3, 2, False),
+    (256, 64, 4, 3, 2, True),
+    (1 << 62, 128, 8, 3, 2, True),
 )
+"""What a program keeps in the memory that a processor's programs share stays below the 99 KiB of a consumer's
+card (Hopper, where more is kept: 227 KiB); `compile_kernels.py` reads it from machine code."""
 
 _ONE_ROW = Launch(1, 4, 3, apart=True, two_blocks=False)
-"""One row times 4-bit codes: nine KiB a stage and program."""
+"""One row times 4-bit codes: nine KiB a stage."""
+
+
+def shape_of(num_slots: int, bits: int) -> Launch:
+    """Return rows, warps and stages for a number of slots and a width of codes (0: floats)."""
+    if bits == 4 and num_slots == 1:
+        return _ONE_ROW
+    _, rows, warps, plain, four, two = next(entry for entry in _TABLE if num_slots <= entry[0])
+    return Launch(rows, warps, four if bits == 4 else plain, apart=True, two_blocks=two)
 
 
 def launch_of(num_slots: int, weight: Tiles, *, is_pair: bool, single: bool = False) -> Launch:
     """Return the launch for a number of slots; with `single` each slot is a program."""
-    if weight.bits == 4 and (single or num_slots == 1):
-        return replace(_ONE_ROW, apart=single or weight.num_blocks < 2 * _PROCESSORS)
+    shape = shape_of(1 if single else num_slots, weight.bits)
     if single:
-        _, rows, warps, stages, _ = _TABLE[0]
-        return Launch(rows, warps, stages, apart=True, two_blocks=False)
-    rows, warps, stages, two = next(entry[1:] for entry in _TABLE if num_slots <= entry[0])
-    parts = -(-num_slots // rows)
-    two = two and not is_pair and weight.num_blocks // 2 * parts >= 2 * _PROCESSORS
+        return shape
+    parts = -(-num_slots // shape.rows)
+    two = shape.two_blocks and not is_pair and weight.num_blocks // 2 * parts >= 2 * _PROCESSORS
     # Sums that many rows leave for one another cost more than idle processors do.
     apart = num_slots <= _APART_ROWS and weight.num_blocks * parts < 2 * _PROCESSORS
-    return Launch(rows, warps, stages, apart=apart, two_blocks=two)
+    return replace(shape, apart=apart, two_blocks=two)
