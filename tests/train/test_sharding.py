@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bise.train.job import run_job
+from bise.train.loop import Schedule
+from bise.train.settings import JobSettings
+
 
 def tune(model: Path, data: Path, out: Path, *options: str, processes: int = 1) -> list[dict[str, object]]:
     start = ["-m", "bise"]
@@ -38,7 +42,13 @@ def tune(model: Path, data: Path, out: Path, *options: str, processes: int = 1) 
 def test_two_processes_learn_what_one_learns(method, more, name, tiny_dir, data_path, tmp_path):
     options = ("--method", method, *more, "--steps", "4", "--lr", "0.001", "--checkpoint-steps", "2",
                "--held-back", "0.2")  # fmt: skip
-    one = tune(tiny_dir, data_path, tmp_path / "one", *options)
+    one = []
+    schedule = Schedule(max_steps=4, batch=3, pass_tokens=40, lr=0.001, checkpoint_steps=2)
+    run_job(
+        tiny_dir, data_path, tmp_path / "one", JobSettings(method=method, held_back=0.2, schedule=schedule),
+        resume=False, report=one.append, should_stop=lambda: False,
+    )  # fmt: skip
+    one.append({"event": "finished"})  # the command line's own word
     two = tune(tiny_dir, data_path, tmp_path / "two", *options, processes=2)
     assert [event["event"] for event in one] == [event["event"] for event in two]  # one process tells
     steps = [[event["loss"] for event in events if event["event"] == "step"] for events in (one, two)]
