@@ -14,11 +14,10 @@ from bise.bench.worker import serve
 
 
 class Build:
-    """The engine over one shape, with the installed extension or the one in `options["native"]`."""
+    """The engine over one shape, with the extension in `options["native"]`."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        if options["native"]:
-            _take(options["native"])
+        _take(options["native"])
         from bise.bench.engine_bench import BiseContestant
         from bise.plan import known_shape, shape_source
 
