@@ -169,7 +169,7 @@ def test_conversations_are_searched_renamed_pinned_and_deleted_with_undo(own_sit
 def test_what_is_typed_while_a_question_is_on_its_way_stays(site, visit):
     page = visit(site.url)
     held = []
-    page.route("**/messages", held.append)
+    page.route("**/messages", lambda route: held.append(route))
     field = page.get_by_role("textbox", name="Message")
     field.fill("count 3")
     with page.expect_request("**/messages"):
