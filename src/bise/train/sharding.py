@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -108,7 +108,7 @@ class Ranks:
 def _shard(tensor: Tensor) -> DTensor | None:
     """Return a tensor that is sharded; None for one that is whole, as all are where nobody made shards."""
     module = sys.modules.get("torch.distributed.tensor")
-    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+    return cast("DTensor", tensor) if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
