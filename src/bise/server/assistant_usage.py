@@ -62,31 +62,12 @@ def usage_router(people: StorePeople, models: ChatModels) -> APIRouter:
     @router.get("/usage/accounts")
     async def everyone(request: Request, person: Person = boss) -> dict[str, Any]:
         gate = _gate(request)
-
-        def work() -> list[dict[str, Any]]:
-            _, month = _starts()
-            found: list[dict[str, Any]] = []
-            for entry in gate.store.allowances.list():
-                (total,) = gate.store.ledger.sums(owner=entry.account_id, since=month)
-                found.append({"id": entry.account_id, "name": entry.name, "month": total.as_json()})
-            return found
-
-        return {"accounts": await gate.offload(work)}
+        return {"accounts": await gate.offload(_months, gate)}
 
     @router.get("/limits")
     async def limits(request: Request, person: Person = boss) -> dict[str, Any]:
-        store = _gate(request).store
-
-        def work() -> dict[str, Any]:
-            entries = [store.allowances.everyone(), *store.allowances.list()]
-            names = [facts.id for facts in models.facts()]
-            return {
-                "accounts": [entry.as_json() for entry in entries],
-                # Whoever has a limit in money may not use these.
-                "unpriced": [name for name in names if store.prices.get(name) is None],
-            }
-
-        return await _gate(request).offload(work)
+        gate = _gate(request)
+        return await gate.offload(_limits, gate, models)
 
     @router.patch("/limits/{account}")
     async def change(
@@ -96,6 +77,26 @@ def usage_router(people: StorePeople, models: ChatModels) -> APIRouter:
         return (await gate.offload(gate.store.allowances.change, account, body.limits)).as_json()
 
     return router
+
+
+def _months(gate: StoreGate) -> list[dict[str, Any]]:
+    """Return what every account used this month."""
+    _, month = _starts()
+    found: list[dict[str, Any]] = []
+    for entry in gate.store.allowances.list():
+        (total,) = gate.store.ledger.sums(owner=entry.account_id, since=month)
+        found.append({"id": entry.account_id, "name": entry.name, "month": total.as_json()})
+    return found
+
+
+def _limits(gate: StoreGate, models: ChatModels) -> dict[str, Any]:
+    """Return everyone's limits, and the models that nobody with a limit in money may use."""
+    allowances, prices = gate.store.allowances, gate.store.prices
+    names = [facts.id for facts in models.facts()]
+    return {
+        "accounts": [entry.as_json() for entry in (allowances.everyone(), *allowances.list())],
+        "unpriced": [name for name in names if prices.get(name) is None],
+    }
 
 
 def _gate(request: Request) -> StoreGate:
