@@ -10,7 +10,6 @@ from bise.engine.memory import packed_formats
 from bise.engine.placement import Placement
 from bise.engine.split import Chooser, Rates, Sizes, Split
 from bise.errors import ConfigError, MemoryPlanError
-from bise.kernels.panels import device_bytes
 from bise.plan import known_shape, shape_source
 
 GIB = 1 << 30
