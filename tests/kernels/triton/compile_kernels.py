@@ -108,7 +108,7 @@ def cases():
         yield matmul_case(f"{label} qkv", rows=8, form=form, NORMED=True)
         yield matmul_case(f"{label} gate", rows=8, form=form, NORMED=True, AFTER=1, TWO=1)
         yield matmul_case(f"{label} add", rows=8, form=form, AFTER=2)
-        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2)
+        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2 if label == "bf16" else 0)
     yield matmul_case("z4 qkv one", rows=1, NORMED=True)
     yield matmul_case("z4 gate one", rows=1, NORMED=True, AFTER=1, TWO=1)
     yield matmul_case("z4 add one", rows=1, AFTER=2)

@@ -53,7 +53,11 @@ def shape_of(num_slots: int, bits: int) -> Launch:
     if bits == 4 and num_slots == 1:
         return _ONE_ROW
     _, rows, warps, plain, four, two = next(entry for entry in _TABLE if num_slots <= entry[0])
-    return Launch(rows, warps, four if bits == 4 else plain, apart=True, two_blocks=two)
+    if (
+        bits == 4
+    ):  # two blocks of 256 columns at once do not fit a thread's registers: 2 KB of each went to memory
+        return Launch(rows, warps, four, apart=True, two_blocks=False)
+    return Launch(rows, warps, plain, apart=True, two_blocks=two)
 
 
 def launch_of(num_slots: int, weight: Tiles, *, is_pair: bool, single: bool = False) -> Launch:
