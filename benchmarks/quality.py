@@ -29,7 +29,7 @@ from bise.model.source import ModelSource
 from bise.model.transformer import Transformer
 from bise.quant.calibration import CalibratedRounding, observe
 from bise.quant.card import bundled_text, token_rows, tokenizer_of
-from bise.quant.quality import Network, compare
+from bise.quant.quality import Network, Quality, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"
@@ -129,6 +129,12 @@ def calibrated_values(ops: CpuOps, rounding: CalibratedRounding, name: str, valu
     return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.IQ4_NL)
 
 
+def row_cells(q: Quality) -> tuple[str, str]:
+    """Return the cells of one text: those of the reference, and those of the rounded weights."""
+    base = f"0 | 0 | 100 % | {q.perplexity_reference:.3f}"
+    return base, f"{q.kl_mean:.5f} | {q.kl_p99:.4f} | {100 * q.top1_agreement:.1f} % | {q.perplexity:.3f}"
+
+
 def table(
     source: ModelSource, texts: dict[str, list[list[int]]], calibration: list[list[int]], ggml: Path | None
 ) -> None:
@@ -173,26 +179,16 @@ def table(
         quantize = ggml_quantizer(ggml)
         for kind in GGML_KINDS:
             ways[f"GGUF {kind}"] = ggml_bits(kind), lambda name, kind=kind: quantize(kind, weights[name])
-    print(
-        f"\n| {source.path.name}: weights | bits | "
-        + " | ".join(f"{name}: KL | p99 | top-1 | perplexity" for name in texts)
-        + " |"
-    )
+    header = " | ".join(f"{name}: KL | p99 | top-1 | perplexity" for name in texts)
+    print(f"\n| {source.path.name}: weights | bits | {header} |")
     print("|---|---|" + "---|---|---|---|" * len(texts))
     reference = network(weights)
     for title, (bits, values) in ways.items():
         candidate = network(weights | {name: values(name) for name in layers})
-        cells: list[str] = []
-        base: list[str] = []
-        for rows in texts.values():
-            q = compare(reference, candidate, rows)
-            cells.append(
-                f"{q.kl_mean:.5f} | {q.kl_p99:.4f} | {100 * q.top1_agreement:.1f} % | {q.perplexity:.3f}"
-            )
-            base.append(f"0 | 0 | 100 % | {q.perplexity_reference:.3f}")
+        cells = [row_cells(compare(reference, candidate, rows)) for rows in texts.values()]
         if title == "bise q8":
-            print("| float32 reference | 32 | " + " | ".join(base) + " |")
-        print(f"| {title} | {bits:.2f} | " + " | ".join(cells) + " |", flush=True)
+            print("| float32 reference | 32 | " + " | ".join(base for base, _ in cells) + " |")
+        print(f"| {title} | {bits:.2f} | " + " | ".join(own for _, own in cells) + " |", flush=True)
 
 
 def main() -> None:
