@@ -85,11 +85,14 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(bench, monkeyp
     assert len(result.error_lines) == 1
 
 
-def test_a_kv_cache_that_does_not_fit_is_skipped_and_told(bench, monkeypatch):
+def test_a_bench_that_can_measure_nothing_fails_with_the_reason_and_still_writes_its_document(
+    bench, monkeypatch
+):
     monkeypatch.setattr("bise.bench.engine_bench.require_weights", lambda source, quant, available: None)
     monkeypatch.setattr("bise.bench.engine_bench.available_memory", lambda: 1 << 10)
     result = bench("--prompt", "4", "--gen", "0")
-    assert result.code == 0
+    assert result.code == 2
+    assert "nothing was measured: bise skipped for prefill of 4" in result.error_lines[-1]
     document = json.loads(result.out.splitlines()[-1])
     assert document["results"] == []
     assert "its KV cache needs" in document["skipped"][0]

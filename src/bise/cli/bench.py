@@ -11,6 +11,7 @@ import click
 
 from bise.cli.options import device_options, kv_option, pop_placement, quant_option, text
 from bise.cli.output import aside, write_json, write_pairs, write_table
+from bise.errors import ConfigError
 
 if TYPE_CHECKING:
     from bise.bench.suite import BenchOptions
@@ -167,6 +168,8 @@ def command(model: str | None, shape: str | None, window: int | None, layers: in
             *(("absent", line) for line in document["skipped"]),
         ])  # fmt: skip
     write_json(origin | document)
+    if not document["results"]:
+        raise ConfigError(f"nothing was measured: {document['skipped'][0]}")
 
 
 def _measure_device(model: str | None, placement: Placement, options: BenchOptions, as_json: bool) -> None:
