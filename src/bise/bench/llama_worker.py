@@ -6,6 +6,7 @@ faster one is measured.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -25,6 +26,7 @@ class LlamaPeer:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._api: Any = import_module("llama_cpp")
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else it tells all it loads
         self.version: str = self._api.__version__
         self._threads = int(options["threads"])
         self._api.llama_backend_init()
