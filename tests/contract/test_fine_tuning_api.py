@@ -352,7 +352,7 @@ def test_a_key_trains_only_with_the_scope_for_it_and_what_it_may_pay(server):
     for options, said in (
         ({"scopes": ("inference",)}, "scope tune"),
         ({"scopes": ("inference", "tune", "model:other")}, "may not use that model"),
-        ({"limits": KeyLimits(money_per_month=Decimal(1))}, "no price"),
+        ({"limits": KeyLimits(money_per_month=Decimal(1))}, "nothing says what .tiny. costs"),
     ):
         client = here.client("ann", **options)
         with pytest.raises(APIStatusError, match=said) as caught:

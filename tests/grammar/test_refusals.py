@@ -134,9 +134,9 @@ def test_hostile_schemas_are_refused_within_a_second_and_64_mib(vocabulary, name
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) << 10
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, start = memory("VmRSS"), time.process_time()
+    before, start = memory("VmRSS"), time.thread_time()  # other tests' servers may have threads at work
     refusal(vocabulary, HOSTILE[name])
-    assert time.process_time() - start < 1.0
+    assert time.thread_time() - start < 1.0
     assert memory("VmHWM") - before < 64 << 20
 
 
