@@ -87,6 +87,19 @@ def test_a_second_tab_follows_and_can_stop(site, visit, ask):
     assert len(texts) == 1
 
 
+def test_a_title_that_comes_takes_the_focus_from_nobody(site, visit, ask):
+    first = visit(site.url)
+    ask(first, "count 3")
+    search = first.get_by_role("searchbox", name="Search")
+    search.focus()
+    second = visit(first.url, same_browser_as=first)
+    second.get_by_role("heading", level=1).dblclick()
+    second.get_by_role("textbox", name="Title").fill("Small numbers")
+    second.keyboard.press("Enter")
+    first.get_by_role("heading", name="Small numbers").wait_for()
+    expect(search).to_be_focused()
+
+
 def test_leaving_the_conversation_does_not_stop_its_answer(site, visit, ask):
     page = visit(site.url)
     ask(page, "count 200", wait=False)
