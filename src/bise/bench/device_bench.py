@@ -7,6 +7,7 @@ RAM, recorded steps, tokens chosen on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -111,11 +112,7 @@ def _result(timed: _Timed, rounds: int, sizes: Sizes, split: Split, rates: Rates
     if case.op == "decode":
         share = case.steps * sizes.decode_seconds(split, case.context, rates, case.batch) / seconds
     return {
-        "op": case.op,
-        "prompt": case.prompt,
-        "batch": case.batch,
-        "context": case.context,
-        "steps": case.steps,
+        **asdict(case),
         "tokens_per_s": case.tokens / seconds,
         "share_of_limit": share,
         "rounds": rounds,

@@ -6,6 +6,7 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata, resources
 from pathlib import Path
 from statistics import median
@@ -40,11 +41,7 @@ def result_of(series: Series, work: Work, limits: MachineLimits) -> dict[str, An
     arithmetic = [turn.arithmetic[0] / 1e9 for turn in series.kept if turn.arithmetic[0]]
     joules = [turn.joules for turn in series.kept if turn.joules is not None]
     return {
-        "op": case.op,
-        "prompt": case.prompt,
-        "batch": case.batch,
-        "context": case.context,
-        "steps": case.steps,
+        **asdict(case),
         "peer": series.contestant,
         "version": series.version,
         "tokens_per_s": case.tokens / series.seconds,

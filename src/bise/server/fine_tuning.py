@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bise.server.access import Caller
     from bise.server.gate import StoreGate
     from bise.server.service import Service
-    from bise.store.tuning import TuningJob
+    from bise.store.tuning import TuningEvent, TuningJob
 
 router = APIRouter()
 
@@ -183,15 +183,7 @@ async def list_events(request: Request, job_id: str) -> Response:
         await gate.offload(gate.store.tuning.get, caller.owner, job_id)
         return StreamingResponse(_stream(request, gate, caller, job_id), media_type="text/event-stream")
     limit = whole_argument(request, "limit", 20, 1, 1000)
-    after = text_argument(request, "after")
-    events = await gate.offload(
-        gate.store.tuning.events,
-        caller.owner,
-        job_id,
-        kinds=_TOLD,
-        after=None if after is None else event_number(after, job_id),
-        limit=limit + 1,
-    )
+    events = await _events(request, gate, caller, job_id, _TOLD, limit + 1)
     data = [openai_event(event) for event in events[:limit]]
     return JSONResponse({"object": "list", "data": data, "has_more": len(events) > limit})
 
@@ -207,15 +199,7 @@ async def list_checkpoints(request: Request, job_id: str) -> Response:
     gate, caller = await enter(request)
     job = await gate.offload(gate.store.tuning.get, caller.owner, job_id)
     limit = whole_argument(request, "limit", 10, 1, 1000)
-    after = text_argument(request, "after")
-    events = await gate.offload(
-        gate.store.tuning.events,
-        caller.owner,
-        job_id,
-        kinds=("checkpoint",),
-        after=None if after is None else event_number(after, job_id),
-        limit=_MAX_CHECKPOINTS,
-    )
+    events = await _events(request, gate, caller, job_id, ("checkpoint",), _MAX_CHECKPOINTS)
     found = [
         openai_checkpoint(job, event)
         for event in events
@@ -270,6 +254,17 @@ async def _change(request: Request, job_id: str, wish: str) -> Response:
     job = await gate.offload(gate.store.tuning.change, caller.owner, job_id, wish)
     service.tuned.wake()
     return JSONResponse(await _body(request, gate, job))
+
+
+async def _events(
+    request: Request, gate: StoreGate, caller: Caller, job_id: str, kinds: tuple[str, ...], limit: int
+) -> list[TuningEvent]:
+    """Return a job's newest events of some kinds, those before `after` where the request gives one."""
+    after = text_argument(request, "after")
+    number = None if after is None else event_number(after, job_id)
+    return await gate.offload(
+        gate.store.tuning.events, caller.owner, job_id, kinds=kinds, after=number, limit=limit
+    )
 
 
 async def _stream(request: Request, gate: StoreGate, caller: Caller, job_id: str) -> AsyncIterator[str]:
