@@ -2,8 +2,10 @@ import sys
 import types
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bise.store.energy import MachineMeter, NvmlMeter, RaplMeter
+from bise.store.energy import MachineMeter, NvmlMeter, RaplMeter, Shares
 
 
 def _zone(folder, name, energy, limit=1000):
@@ -99,3 +101,32 @@ def test_a_machine_adds_up_what_can_be_read_and_names_it(tmp_path, nvml):
     assert alone.sources == ("rapl",)
     nothing = MachineMeter({"nvml": NvmlMeter("no_such_library")})
     assert (nothing.sources, nothing.joules()) == ((), None)
+
+
+_EVENTS = st.lists(
+    st.tuples(st.integers(0, 5), st.floats(0, 10), st.one_of(st.none(), st.floats(0, 100))), max_size=40
+)
+
+
+@given(_EVENTS)
+def test_whoever_runs_gets_an_equal_part_of_every_moment(events):
+    now, counted, is_known = 0.0, 0.0, True
+    shares = Shares(lambda: counted if is_known else None, lambda: now)
+    running, was_known = {}, True
+    for name, seconds, joules in events:
+        now += seconds
+        is_known = joules is not None
+        counted += joules or 0.0
+        for had in running.values():
+            had[0] += seconds / len(running)
+            had[1] += (joules or 0.0) / len(running)
+            had[2] = had[2] and was_known and is_known
+        was_known = is_known
+        if str(name) not in running:
+            shares.enter(str(name))
+            running[str(name)] = [0.0, 0.0, True]
+            continue
+        machine_s, energy_j = shares.leave(str(name))
+        expected_s, expected_j, had_counter = running.pop(str(name))
+        assert machine_s == pytest.approx(expected_s)
+        assert energy_j == (pytest.approx(expected_j) if had_counter else None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 POWERCAP = Path("/sys/class/powercap")
 MICRO = 1e-6
@@ -117,10 +116,13 @@ def _read(zone: Path) -> int:
     return int((zone / "energy_uj").read_text())
 
 
-@dataclass(slots=True)
-class _Share:
+class _Mark(NamedTuple):
+    """What one who runs all the time has had so far; the difference of two is a share."""
+
     seconds: float = 0.0
-    joules: float | None = 0.0
+    joules: float = 0.0
+    num_unknown: int = 0
+    """Times between two looks whose energy could not be measured."""
 
 
 class Shares:
@@ -134,7 +136,8 @@ class Shares:
         """`joules` is a counter that only grows, or None where there is none."""
         self._joules = joules or (lambda: None)
         self._clock = clock
-        self._running: dict[str, _Share] = {}
+        self._running: dict[str, _Mark] = {}
+        self._so_far = _Mark()
         self._lock = threading.Lock()
         self._at = clock()
         self._energy = self._joules()
@@ -143,21 +146,26 @@ class Shares:
         """Begin a share."""
         with self._lock:
             self._divide()
-            self._running[name] = _Share()
+            self._running[name] = self._so_far
 
     def leave(self, name: str) -> tuple[float, float | None]:
         """End a share; return its machine seconds and its joules (None where they cannot be measured)."""
         with self._lock:
             self._divide()
-            share = self._running.pop(name)
-        return share.seconds, share.joules
+            began, now = self._running.pop(name), self._so_far
+        is_known = now.num_unknown == began.num_unknown
+        return now.seconds - began.seconds, now.joules - began.joules if is_known else None
 
     def _divide(self) -> None:
+        """Give everyone who runs an equal part of what was used since the last look."""
         now, energy = self._clock(), self._joules()
         seconds = now - self._at
         joules = energy - self._energy if energy is not None and self._energy is not None else None
         self._at, self._energy = now, energy
-        for share in self._running.values():
-            share.seconds += seconds / len(self._running)
-            known = share.joules is not None and joules is not None
-            share.joules = share.joules + joules / len(self._running) if known else None  # pyright: ignore[reportOptionalOperand]
+        if num := len(self._running):
+            before = self._so_far
+            self._so_far = _Mark(
+                before.seconds + seconds / num,
+                before.joules + (joules or 0.0) / num,
+                before.num_unknown + (joules is None),
+            )
