@@ -368,7 +368,8 @@ def _break(site, monkeypatch):
     def refuse(*_, **__):
         raise DatabaseDownError(OSError("no such host db.internal"))
 
-    monkeypatch.setattr(type(site.store.database), "_session", refuse)
+    for name in ("_session", "glance"):
+        monkeypatch.setattr(type(site.store.database), name, refuse)
 
 
 def test_a_database_that_is_down_lets_nobody_in_and_says_no_more_than_that(site, monkeypatch):

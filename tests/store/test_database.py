@@ -3,17 +3,18 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 # Their records are compared with the migrations, too.
 import bise.store.chat_schema
 import bise.store.tuning  # noqa: F401
 from bise.errors import ConfigError, StoreError
-from bise.store.database import Database, migrate
+from bise.store.database import BUSY_TIMEOUT_S, Database, DatabaseDownError, migrate
 from bise.store.schema import Record, SettingRecord
 
 
@@ -235,4 +236,24 @@ def test_a_postgresql_that_stops_is_reported_and_used_again_when_it_is_back(post
         names = set(session.execute(text("SELECT name FROM settings")).scalars())
     assert {"before", "after"} <= names
     assert "lost" not in names
+    database.close()
+
+
+def test_a_glance_does_not_wait_for_a_file_that_another_process_keeps_to_itself(tmp_path):
+    path = tmp_path / "bise.db"
+    database = Database.open(str(path))
+    with database.writing() as session:
+        session.add(SettingRecord(name="a", value="1"))
+    query = select(SettingRecord.value).where(SettingRecord.name == "a")
+    assert database.glance(query, {})["value"] == "1"
+    database.close()  # its connections, that is: the next one is made when it is needed
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    began = time.monotonic()
+    with pytest.raises(DatabaseDownError):
+        database.glance(query, {})
+    assert time.monotonic() - began < BUSY_TIMEOUT_S / 3
+    other.close()
+    assert database.glance(query, {})["value"] == "1"
     database.close()

@@ -286,3 +286,22 @@ def test_a_key_without_limits_on_tokens_has_its_tokens_written_when_they_are_kno
     assert (booked.booked, booked.id) == (500, held.id)
     _settle(database, limits, booked, 7)
     assert limits.used(key)["tokens_per_day"] == 7
+
+
+def test_renewing_forgets_what_no_limit_counts_any_more(keys, limits, database, clock):
+    key = _key(keys, concurrency=10)
+    settled, abandoned, running = limits.reserve(key), limits.reserve(key), limits.reserve(key)
+    _settle(database, limits, settled, 1)
+
+    def left():
+        with database.reading() as session:
+            return set(session.scalars(select(ReservationRecord.id)))
+
+    clock.pass_(LEASE_S / 3)
+    limits.renew([running.id])
+    assert left() == {settled.id, abandoned.id, running.id}  # the last minute counts, and leases hold
+    clock.pass_(LEASE_S - 1)
+    fresh = limits.reserve(key)
+    limits.renew([running.id])
+    assert left() == {running.id, fresh.id}
+    assert limits.used(key)["concurrency"] == 2

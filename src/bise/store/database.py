@@ -11,7 +11,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Self
 from alembic.config import Config as AlembicConfig
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, RowMapping, Select, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
@@ -52,6 +52,7 @@ class Database:
         """Wrap an engine that `open` made; use `Database.open`."""
         self._engine = engine
         self.is_sqlite = engine.dialect.name == "sqlite"
+        self._glances = _hasty(engine.url) if self.is_sqlite else engine
         # Waiting in one queue here is fair and costs nothing; SQLite's own waiting is polling.
         self._writer = threading.Lock() if self.is_sqlite else nullcontext()
 
@@ -93,6 +94,17 @@ class Database:
             session.expunge_all()  # records stay readable after the end
             session.rollback()
 
+    def glance(self, query: Select[Any], parameters: Mapping[str, object]) -> RowMapping | None:
+        """Return the one row that a query finds, None without one: a single statement, no transaction.
+
+        A database file that another process keeps to itself is not waited for: DatabaseDownError at once.
+        """
+        try:
+            with self._glances.connect() as connection:
+                return connection.execute(query, parameters).mappings().one_or_none()
+        except (DBAPIError, PoolTimeoutError) as error:
+            raise _unavailable(error) from error
+
     @contextmanager
     def writing(self, *, is_lasting: bool = True) -> Generator[Session]:
         """Give a session that is one transaction: committed at the end, undone by an exception.
@@ -106,6 +118,7 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        self._glances.dispose()
         self._engine.dispose()
 
     @contextmanager
@@ -218,6 +231,13 @@ def _engine(url: URL) -> Engine:
     return engine
 
 
+def _hasty(url: URL) -> Engine:
+    """Return connections to an SQLite file that wait for nobody and open no transactions."""
+    engine = create_engine(url, pool_size=1, max_overflow=16, connect_args={"timeout": 0})
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     # The driver must not open transactions on its own: it would leave DDL outside of them.
     connection.isolation_level = None
@@ -237,7 +257,10 @@ def _begin_sqlite(connection: Connection) -> None:
     if not options.get("bise_writes", False):
         connection.exec_driver_sql("BEGIN")
         return
-    connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if options['bise_lasts'] else 'NORMAL'}")
+    synchronous = "FULL" if options["bise_lasts"] else "NORMAL"
+    if connection.info.get("bise_synchronous") != synchronous:  # statements cost more than they seem to do
+        connection.exec_driver_sql(f"PRAGMA synchronous={synchronous}")
+        connection.info["bise_synchronous"] = synchronous
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
 from bise.errors import AuthenticationError, ConfigError, NotFoundError, StoreError
@@ -29,6 +29,7 @@ MAX_KEY_LENGTH = 200
 """Anything longer is no key of ours and is not even hashed."""
 SCOPES = ("inference", "tune", "admin", "metrics")
 """Besides these, `model:NAME` narrows inference to the models named."""
+_BY_HASH = select(KeyRecord).where(KeyRecord.hash == bindparam("its_hash"))
 MAX_COUNT = 10**15
 MAX_MONEY = Decimal(1_000_000)
 
@@ -201,8 +202,9 @@ class Keys:
             session.add(record)
         return info, key
 
-    def verify(self, presented: str) -> KeyInfo:
-        """Return whose key this is. AuthenticationError when it is unknown, expired or revoked.
+    def verify(self, presented: str, *, waits: bool = True) -> KeyInfo:
+        """Return whose key this is. AuthenticationError when it is unknown, expired or revoked. Without
+        `waits` the database is asked as `Database.glance` does.
 
         The database is asked every time, so a revoked key stops at once in every process. What is looked up
         is a keyed hash: how long it takes says nothing about a key.
@@ -210,11 +212,17 @@ class Keys:
         if not 0 < len(presented) <= MAX_KEY_LENGTH:
             raise AuthenticationError("the API key is not valid")
         presented_hash = keyed_hash(self._secret, "key", presented)
-        with self._database.reading() as session:
-            record = session.scalars(select(KeyRecord).where(KeyRecord.hash == presented_hash)).one_or_none()
+        record = self._of_hash(presented_hash, waits=waits)
         if record is None or not hmac.compare_digest(record.hash, presented_hash):
             raise AuthenticationError("the API key is not valid")
         return self._check_usable(key_info(record))
+
+    def _of_hash(self, its_hash: bytes, *, waits: bool) -> KeyRecord | None:
+        if not waits:
+            row = self._database.glance(_BY_HASH, {"its_hash": its_hash})
+            return None if row is None else KeyRecord(**row)
+        with self._database.reading() as session:
+            return session.scalars(_BY_HASH, {"its_hash": its_hash}).one_or_none()
 
     def usable(self, key_id: str) -> KeyInfo:
         """Return a key by its id for work that was queued under it. AuthenticationError as from `verify`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, insert, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from bise.errors import RequestError
@@ -21,6 +21,7 @@ IDEMPOTENCY_S = 600.0
 """A request repeated with its Idempotency-Key within this time is the same request: it has one row."""
 BATCH = "batch:"
 """What the idempotency keys of batch lines begin with; those of clients never do, being hashes."""
+_WRITE = insert(LedgerRecord)
 GROUPS = ("key", "model", "adapter", "day", "endpoint")
 
 
@@ -125,8 +126,7 @@ class Ledger:
         if row.idempotency_key is not None and self._is_repeated(session, row, now):
             return False
         values = {name: getattr(row, name) for name in LedgerRow.__slots__}
-        session.add(LedgerRecord(at=now, day=periods(now)[0], **values))
-        session.flush()
+        session.connection().execute(_WRITE, {"at": now, "day": periods(now)[0], **values})
         return True
 
     def _is_repeated(self, session: Session, row: LedgerRow, now: float) -> bool:

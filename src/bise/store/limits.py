@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from bise.errors import PermissionDeniedError, RateLimitError
 from bise.store.database import Database
 from bise.store.keys import KeyInfo, KeyLimits
-from bise.store.schema import KeyRecord, ReservationRecord, SpendRecord
+from bise.store.schema import KeyRecord, Money, ReservationRecord, SpendRecord
 from bise.store.worker import LEASE_S, is_dead, this_worker
 
 MINUTE_S = 60.0
@@ -30,6 +30,27 @@ _AT_ONCE = 500
 """Reservations named in one statement: databases bound the parameters of one."""
 BUSY_RETRY_S = 1.0
 """What a key at its concurrency is told: nobody knows when its running requests end."""
+
+
+# Statements that every request runs, built once: building one costs more than running it.
+_held, _spent = ReservationRecord, SpendRecord
+_is_of_key = _held.key_id == bindparam("its_key")
+# A time ahead of now was written before the clock was set back; it would block the key till then.
+_is_recent = (_held.at > bindparam("since")) & (_held.at <= bindparam("until"))
+_LOCK = select(KeyRecord.id).where(KeyRecord.id == bindparam("its_key")).with_for_update()
+_PLACE = insert(_held)
+_CHANGE = update(_held).where(_held.id == bindparam("its_id"))
+_RECENT = select(_held.at, _held.tokens).where(_is_of_key, _is_recent).order_by(_held.at, _held.id)
+_SPEND_FIRST = insert(_spent)
+_SPEND_MORE = (
+    update(_spent)
+    .where(_spent.key_id == bindparam("its_key"), _spent.period == bindparam("its_period"))
+    .values(
+        requests=_spent.requests + 1,
+        tokens=_spent.tokens + bindparam("more"),
+        cost=_spent.cost + bindparam("dearer", type_=Money()),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +102,17 @@ class Limits:
             state = self._state(session, key, now)
             state.check(tokens, cost, is_new=True)
             reservation_id = secrets.token_hex(16)
-            session.add(
-                ReservationRecord(
-                    id=reservation_id,
-                    key_id=key.id,
-                    at=now,
-                    tokens=tokens,
-                    cost=cost,
-                    is_open=True,
-                    worker=self._worker,
-                    lease_until=now + LEASE_S,
-                )
-            )
+            place = {
+                "id": reservation_id,
+                "key_id": key.id,
+                "at": now,
+                "tokens": tokens,
+                "cost": cost,
+                "is_open": True,
+                "worker": self._worker,
+                "lease_until": now + LEASE_S,
+            }
+            session.connection().execute(_PLACE, place)
         return state.reservation(reservation_id, tokens, num_new=1)
 
     def extend(
@@ -180,37 +200,33 @@ class Limits:
         _update(session, reservation.id, {"tokens": tokens, "cost": cost, "is_open": False})
         if not is_billed:
             return
+        connection = session.connection()
         for period in periods(now):
-            record = session.get(SpendRecord, (reservation.key_id, period))
-            if record is None:
-                session.add(
-                    SpendRecord(
-                        key_id=reservation.key_id, period=period, requests=1, tokens=tokens, cost=cost
-                    )
-                )
-            else:
-                record.requests += 1
-                record.tokens += tokens
-                record.cost += cost
+            spent = {"its_key": reservation.key_id, "its_period": period, "more": tokens, "dearer": cost}
+            if not connection.execute(_SPEND_MORE, spent).rowcount:
+                first = {"key_id": reservation.key_id, "period": period, "requests": 1}
+                connection.execute(_SPEND_FIRST, {**first, "tokens": tokens, "cost": cost})
 
     def renew(self, reservation_ids: Sequence[str]) -> None:
-        """Say that this process is still at work on these; call it every LEASE_S / 3."""
-        held, until = ReservationRecord, self._clock() + LEASE_S
+        """Say that this process is still at work on these, and forget what no limit counts any more; call it
+        every LEASE_S / 3.
+        """
+        held, now = ReservationRecord, self._clock()
+        until = now + LEASE_S
         with self._database.writing(is_lasting=False) as session:
             for first in range(0, len(reservation_ids), _AT_ONCE):
                 some = reservation_ids[first : first + _AT_ONCE]
                 session.execute(update(held).where(held.id.in_(some)).values(lease_until=until))
+            is_over = ~held.is_open | (held.lease_until <= now)
+            is_recent = (held.at > now - MINUTE_S) & (held.at <= now + MINUTE_S)
+            session.execute(delete(held).where(is_over, ~is_recent))
 
     def _state(self, session: Session, key: KeyInfo, now: float, *, is_whole: bool = False) -> _State:
-        """Return what the key holds and has used; forgets what no limit counts any more.
+        """Return what the key holds and has used.
 
         A key may have thousands of requests open: the database adds them up, the last minute's alone are read
         one by one, and all of it only where a limit, or `is_whole`, asks for it.
         """
-        held = ReservationRecord
-        # A time ahead of now was written before the clock was set back; it would block the key till then.
-        is_recent = (held.at > now - MINUTE_S) & (held.at <= now + MINUTE_S)
-        session.execute(delete(held).where(held.key_id == key.id, ~held.is_open, ~is_recent))
         limits = key.limits
         counts_spend = is_whole or limits.tokens_per_day is not None or limits.money_per_month is not None
         num_open, open_tokens, open_cost = 0, 0, Decimal(0)
@@ -218,12 +234,8 @@ class Limits:
             num_open, open_tokens, open_cost = _take_stock(session, key, now)
         recent: list[tuple[float, int]] = []
         if is_whole or limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
-            found = session.execute(
-                select(held.at, held.tokens)
-                .where(held.key_id == key.id, is_recent)
-                .order_by(held.at, held.id)
-            )
-            recent = [(at, tokens) for at, tokens in found]
+            minute = {"its_key": key.id, "since": now - MINUTE_S, "until": now + MINUTE_S}
+            recent = [(at, tokens) for at, tokens in session.connection().execute(_RECENT, minute)]
         spend_day = spend_month = None
         if counts_spend:
             spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in periods(now))
@@ -365,9 +377,7 @@ def _until(now: float, period: str) -> float:
 
 def _lock(session: Session, key_id: str) -> None:
     """Let one transaction at a time work on a key (SQLite does so for all keys anyway)."""
-    query = select(KeyRecord.revoked_at).where(KeyRecord.id == key_id).with_for_update()
-    found = session.execute(query).one_or_none()
-    if found is None:
+    if session.connection().execute(_LOCK, {"its_key": key_id}).one_or_none() is None:
         raise PermissionDeniedError("the key is not in the database any more")
 
 
@@ -395,6 +405,4 @@ def _take_stock(session: Session, key: KeyInfo, now: float) -> tuple[int, int, D
 
 
 def _update(session: Session, reservation_id: str, values: Mapping[str, object]) -> None:
-    session.execute(
-        update(ReservationRecord).where(ReservationRecord.id == reservation_id).values(**dict(values))
-    )
+    session.connection().execute(_CHANGE, {"its_id": reservation_id, **values})

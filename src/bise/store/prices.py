@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, or_, select
 from sqlalchemy.orm import Session
 
 from bise.errors import ConfigError, NotFoundError
@@ -14,6 +14,12 @@ from bise.store.schema import MONEY_UNIT, PriceRecord, SettingRecord
 
 ANY_MODEL = "*"
 """The entry of all models without one of their own."""
+_RATES = ("currency", "energy", "hardware", "hardware_years")
+# Every request asks for these two; building a statement costs more than running it.
+_PRICE = select(PriceRecord.model, PriceRecord.input, PriceRecord.cached, PriceRecord.output).where(
+    or_(PriceRecord.model == bindparam("its_name"), PriceRecord.model == ANY_MODEL)
+)
+_SETTINGS = select(SettingRecord.name, SettingRecord.value).where(SettingRecord.name.in_(_RATES))
 MAX_PRICE = Decimal(1_000_000)
 PRICE_DECIMALS = 6
 MILLION = Decimal(1_000_000)
@@ -131,16 +137,19 @@ class PriceBook:
         if session is None:
             with self._database.reading() as own:
                 return self.get(model, own)
-        record = session.get(PriceRecord, model) or session.get(PriceRecord, ANY_MODEL)
-        return None if record is None else _price(record)
+        found = session.connection().execute(_PRICE, {"its_name": model}).all()
+        own = [row for row in found if row.model == model] or found
+        if not own:
+            return None
+        name, input_price, cached, output = own[0]
+        return Price(model=name, input=input_price, cached=cached, output=output)
 
     def rates(self, session: Session | None = None) -> HouseRates:
         """Return what running this machine costs; defaults until `set_rates` was called."""
         if session is None:
             with self._database.reading() as own:
                 return self.rates(own)
-        query = select(SettingRecord).where(SettingRecord.name.in_(_RATES))
-        stored = {record.name: record.value for record in session.scalars(query)}
+        stored = {row.name: row.value for row in session.connection().execute(_SETTINGS)}
         amounts = {name: Decimal(stored[name]) for name in _RATES[1:] if name in stored}
         rates = replace(HouseRates(), **amounts)
         return replace(rates, currency=stored["currency"]) if "currency" in stored else rates
@@ -155,9 +164,6 @@ class PriceBook:
                     session.flush()
                 if value is not None:
                     session.add(SettingRecord(name=name, value=value))
-
-
-_RATES = ("currency", "energy", "hardware", "hardware_years")
 
 
 def _price(record: PriceRecord) -> Price:
