@@ -9,8 +9,9 @@ are places.
 As it comes: processor time of this process, one thread, so that other work on the machine does not count, the
 engine without a thread of its own; the request comes between two steps. `--any-time`: wall clock, the engine
 with its thread; the request comes at a random moment, which is mostly within a step. `--http`: what a client
-sees; a live `bise serve` with two keys, one of which keeps 1,000 requests open; the other one asks now and
-then, streamed, at random moments.
+sees; a live `bise serve` with two keys, one of which keeps 1,000 requests open from a process of its own; the
+other one asks now and then, streamed, at random moments: `arriving` while the 1,000, which ask all at once, are
+still being let in, `crowded` once they wait in the engine.
 
 Prints one line per prompt length, and one JSON document last.
 """
@@ -28,6 +29,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from live_servers import LiveServer, bise_server
@@ -41,6 +44,8 @@ from bise.hub.registry import resolve
 from bise.store.opening import Store
 
 BACKLOG = 1000
+Times = dict[int, list[float]]
+"""Seconds to the first token, by the length of the prompt."""
 
 
 def request(rng: random.Random, length: int, max_tokens: int, tenant: str) -> Request:
@@ -101,95 +106,131 @@ def measure(model: Path, prompts: list[int], trials: int, *, is_threaded: bool) 
     loaded.close()
     if waiting < BACKLOG // 3:
         raise SystemExit(f"only {waiting} requests were still waiting at the end")
-    return rows_of(alone, crowded)
+    return rows_of(alone, crowded=crowded)
 
 
-def rows_of(alone: dict[int, list[float]], crowded: dict[int, list[float]]) -> list[dict[str, float]]:
+def rows_of(alone: Times, **others: Times) -> list[dict[str, float]]:
     """Return one row per prompt length, times in milliseconds."""
-    return [
-        {
-            "prompt": length,
-            "alone_ms": 1e3 * statistics.median(alone[length]),
-            "crowded_ms": 1e3 * statistics.median(crowded[length]),
-            "ratio": statistics.median(crowded[length]) / statistics.median(alone[length]),
-            "mean_ratio": statistics.mean(crowded[length]) / statistics.mean(alone[length]),
-            "p90_ratio": (quantile(crowded[length], 0.9) or 0.0) / (quantile(alone[length], 0.9) or 1.0),
-        }
-        for length in alone
-    ]
+    rows: list[dict[str, float]] = []
+    for length, own in alone.items():
+        row = {"prompt": float(length), "alone_ms": 1e3 * statistics.median(own)}
+        for name, times in others.items():
+            if not times[length]:
+                continue
+            beside = times[length]
+            row |= {
+                f"{name}_ms": 1e3 * statistics.median(beside),
+                f"{name}_ratio": statistics.median(beside) / statistics.median(own),
+                f"{name}_mean_ratio": statistics.mean(beside) / statistics.mean(own),
+                f"{name}_p90_ratio": (quantile(beside, 0.9) or 0.0) / (quantile(own, 0.9) or 1.0),
+            }
+        rows.append(row)
+    return rows
+
+
+def asked_bytes(
+    rng: random.Random, server: tuple[str, str], key: str, length: int, max_tokens: int, *, is_streamed: bool
+) -> bytes:
+    """Return the bytes of a request to `server`, its URL and model."""
+    url, model = server
+    body = {
+        "model": model,
+        "prompt": list(request(rng, length, max_tokens, "").token_ids),
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": is_streamed,
+    }
+    return post(url, "/v1/completions", body, key)
+
+
+def crowd(server: tuple[str, str], key: str) -> None:
+    """Keep BACKLOG requests open, each one a long answer after the other; until this process is ended."""
+
+    async def ask_on(rng: random.Random) -> None:
+        while True:
+            length, tokens = rng.randrange(50, 400), rng.randrange(20, 200)
+            answer = Answer(time.perf_counter())
+            await run(server[0], asked_bytes(rng, server, key, length, tokens, is_streamed=False), answer)
+            if answer.status != 200:
+                raise SystemExit(f"the backlog was refused: {answer.error}")
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask_on(random.Random(seed)) for seed in range(BACKLOG)))
+
+    allow_connections(BACKLOG)
+    asyncio.run(ask_all())
 
 
 class Live:
     """A live server, one key that asks for much and one that asks now and then."""
 
     def __init__(self, server: LiveServer, keys: dict[str, str]) -> None:
-        self._server, self._keys = server, keys
+        self._server, self._keys = (server.url, server.model), keys
         self._rng = random.Random(0)
-
-    def _request(self, key: str, length: int, max_tokens: int, *, is_streamed: bool) -> bytes:
-        asked = request(self._rng, length, max_tokens, key)
-        body = {
-            "model": self._server.model,
-            "prompt": list(asked.token_ids),
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "stream": is_streamed,
-        }
-        return post(self._server.url, "/v1/completions", body, self._keys[key])
 
     async def first_token_s(self, length: int) -> float:
         """Return the time to the first text of a short answer."""
         await asyncio.sleep(self._rng.uniform(0.02, 0.08))
+        asked = asked_bytes(self._rng, self._server, self._keys["small"], length, 4, is_streamed=True)
         answer = Answer(time.perf_counter())
-        asked = self._request("small", length, 4, is_streamed=True)
-        answer.asked = time.perf_counter()
-        await run(self._server.url, asked, answer)
+        await run(self._server[0], asked, answer)
         if answer.first_s is None:
             raise SystemExit(f"no answer: {answer.error}")
         return answer.first_s
 
+    async def _times(self, prompts: list[int], trials: int) -> Times:
+        times: Times = {length: [] for length in prompts}
+        for _ in range(trials):
+            for length in prompts:  # in turns: what comes and goes on the machine meets all of them
+                times[length].append(await self.first_token_s(length))
+        return times
+
     def _num_waiting(self) -> int:
         """Return how many requests wait in the engine."""
-        request = urllib.request.Request(
-            f"{self._server.url}/metrics", headers={"authorization": f"Bearer {self._keys['metrics']}"}
+        asked = urllib.request.Request(
+            f"{self._server[0]}/metrics", headers={"authorization": f"Bearer {self._keys['metrics']}"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
             lines = answer.read().decode().splitlines()
         return int(
             sum(float(line.split()[-1]) for line in lines if line.startswith("bise_waiting_requests{"))
         )
 
-    async def crowd(self) -> None:
-        """Ask for one long answer after the other with the other key."""
-        while True:
-            length, tokens = self._rng.randrange(50, 400), self._rng.randrange(20, 200)
-            asked = self._request("large", length, tokens, is_streamed=False)
-            answer = Answer(time.perf_counter())
-            await run(self._server.url, asked, answer)
-            if answer.status != 200:
-                raise SystemExit(f"the backlog was refused: {answer.error}")
+    async def _times_arriving(self, prompts: list[int], others: BaseProcess) -> Times:
+        """Return times measured from the moment the backlog is asked for until all of it waits."""
+        times: Times = {length: [] for length in prompts}
+        while (waiting := await asyncio.to_thread(self._num_waiting)) < 40:
+            await asyncio.sleep(0.01)
+        while waiting < BACKLOG - 40:
+            for length in prompts:
+                times[length].append(await self.first_token_s(length))
+            if others.exitcode is not None:
+                raise SystemExit("the process that asks for the backlog has ended")
+            waiting = await asyncio.to_thread(self._num_waiting)
+        return times
 
     async def measure(self, prompts: list[int], trials: int) -> list[dict[str, float]]:
         """Return one row per prompt length, times in milliseconds."""
         for length in (512, *prompts):
             await self.first_token_s(length)
-        alone = {length: [await self.first_token_s(length) for _ in range(trials)] for length in prompts}
-        tasks = [asyncio.ensure_future(self.crowd()) for _ in range(BACKLOG)]
-        while (waiting := await asyncio.to_thread(self._num_waiting)) < BACKLOG - 40:
-            await asyncio.sleep(1)
-        sys.stderr.write(f"{waiting} requests of the other key wait in the engine\n")
-        crowded = {length: [await self.first_token_s(length) for _ in range(trials)] for length in prompts}
-        for task in tasks:
-            if task.done():
-                task.result()
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return rows_of(alone, crowded)
+        alone = await self._times(prompts, trials)
+        others = get_context("spawn").Process(
+            target=crowd, args=(self._server, self._keys["large"]), daemon=True
+        )
+        others.start()
+        try:
+            arriving = await self._times_arriving(prompts, others)
+            crowded = await self._times(prompts, trials)
+            if others.exitcode is not None or await asyncio.to_thread(self._num_waiting) < BACKLOG - 100:
+                raise SystemExit("the backlog was gone before the end")
+        finally:
+            others.terminate()
+            others.join()
+        return rows_of(alone, arriving=arriving, crowded=crowded)
 
 
 def measure_live(model: Path | None, prompts: list[int], trials: int) -> list[dict[str, float]]:
     """Return what a client of a live server sees."""
-    allow_connections(BACKLOG)
     with tempfile.TemporaryDirectory() as directory:
         with Store.open(f"{directory}/bise.db") as store:
             keys = {
@@ -219,10 +260,14 @@ def main() -> None:
         model = options.model or resolve(None)
         rows = measure(model, prompts, options.trials, is_threaded=options.any_time)
     for row in rows:
-        sys.stdout.write(
-            f"prompt {row['prompt']:5.0f}: alone {row['alone_ms']:7.1f} ms, crowded {row['crowded_ms']:7.1f} "
-            f"ms, x{row['ratio']:.2f}, mean x{row['mean_ratio']:.2f}, p90 x{row['p90_ratio']:.2f}\n"
-        )
+        text = f"prompt {row['prompt']:5.0f}: alone {row['alone_ms']:7.1f} ms"
+        for name in ("arriving", "crowded"):
+            if f"{name}_ms" in row:
+                text += (
+                    f"; {name} {row[f'{name}_ms']:7.1f} ms, x{row[f'{name}_ratio']:.2f}, mean "
+                    f"x{row[f'{name}_mean_ratio']:.2f}, p90 x{row[f'{name}_p90_ratio']:.2f}"
+                )
+        sys.stdout.write(f"{text}\n")
     document = {
         "benchmark": "fairness",
         **provenance(shlex.join(["python", *sys.argv]), 1, ""),

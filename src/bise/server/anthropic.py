@@ -36,7 +36,7 @@ async def create_message(request: Request) -> Response:
     job = await service.open(request, model=body.model)
     try:
         with spoken_as(NAMES):
-            plan = await service.offload(plan_chat, job, body.chat(), ChatOptions())
+            plan = await job.plan(plan_chat, body.chat(), ChatOptions())
             generation = await job.start(plan.requests)
         answer = MessageAnswer(job, plan.reading.reader(job.loaded.tokenizer, generation.seeds[0]))
         if body.stream:

@@ -48,7 +48,7 @@ async def create_chat_completion(request: Request) -> Response:
             thinking_parts=job.is_mistral_client,
             usage_chunk=body.wants_usage_chunk,
         )
-        plan = await service.offload(plan_chat, job, body, options)
+        plan = await job.plan(plan_chat, body, options)
         await job.start(plan.requests)
         chat = ChatAnswer(job, options, plan.reading, plan.prefix)
         return await chat.respond(stream=bool(body.stream))

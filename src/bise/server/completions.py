@@ -40,7 +40,7 @@ async def create_completion(request: Request) -> Response:
         return await complete_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
-        prompts, requests = await service.offload(_plan, job, body)
+        prompts, requests = await job.plan(_plan, body)
         answer = CompletionAnswer(job, body, prompts)
         per_prompt = len(requests) // len(prompts)
         await job.start(requests, prompts=[index // per_prompt for index in range(len(requests))])

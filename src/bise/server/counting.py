@@ -27,7 +27,7 @@ async def answer_count(
     service: Service = request.app.state.service
     job = await service.open(request, model=model, scope="read")
     try:
-        answer = body(await service.offload(_count, job, await chat(job)))
+        answer = body(await job.plan(_count, await chat(job)))
         await job.finish("stop")
         return job.answer(answer)
     except BaseException as error:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from bise.server.limits import HttpLimits
 from bise.server.problem import ApiError, as_api_error, error_response
+from bise.server.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Edge:
         self._limits = limits
         self._reach = reach
         self._is_draining = is_draining
+        self._turns = Turns()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -106,6 +108,8 @@ class Edge:
                 raise ApiError(
                     503, "the server is stopping", code="server_stopping", headers={"retry-after": "5"}
                 )
+            if scope["path"] != "/health":
+                await self._turns.take(_caller(scope))
             await self._app(scope, self._bounded(scope, headers, receive), answer.send)
         except Exception as error:  # the root of a request: whatever comes up here gets an answer of its own
             refusal = as_api_error(error)
@@ -186,6 +190,14 @@ def _single_headers(scope: MutableMapping[str, Any]) -> dict[bytes, str]:
                 raise ApiError(400, f"the header {name.decode()} is given twice", code="invalid_header")
             found[name] = value.decode("latin-1")
     return found
+
+
+def _caller(scope: MutableMapping[str, Any]) -> str:
+    """Return what tells callers apart before anyone knows who they are."""
+    for name, value in scope["headers"]:
+        if name in (b"authorization", b"x-api-key", b"cookie"):
+            return str(value, "latin-1")
+    return str((scope.get("client") or ("",))[0])
 
 
 def _too_large(limit: int) -> ApiError:

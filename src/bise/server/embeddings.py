@@ -37,7 +37,7 @@ async def create_embeddings(request: Request) -> Response:
         return await embed_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
-        requests = await service.offload(_plan, job, body)
+        requests = await job.plan(_plan, body)
         await job.start(requests, prompts=range(len(requests)))
         answers = await job.collect()
         generation = job.generation

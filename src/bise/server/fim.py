@@ -28,7 +28,7 @@ async def create_fim_completion(request: Request) -> Response:
         return await fill_elsewhere(service, request, client, body)
     job = await service.open(request, model=body.model)
     try:
-        wanted = await service.offload(_plan, job, body)
+        wanted = await job.plan(_plan, body)
         await job.start([wanted])
         answer = ChatAnswer(job, ChatOptions(usage_chunk=body.wants_usage_chunk), Reading())
         return await answer.respond(stream=bool(body.stream))

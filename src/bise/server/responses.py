@@ -41,11 +41,16 @@ async def create_response(request: Request) -> Response:
     body = await read_json(request, ResponsesRequest)
     job = await service.open(request, model=body.model)
     try:
-        messages = [*await _earlier(request, job, body), *body.new_messages()]
+        earlier = await _earlier(request, job, body)
+        messages = [*earlier, *body.new_messages()]
         rivals = (body.top_logprobs or 0) if body.wants_logprobs else None
         with spoken_as(NAMES):
             chat = body.as_chat(messages)
-            plan = await service.offload(plan_chat, job, chat, ChatOptions(rivals=rivals))
+            options = ChatOptions(rivals=rivals)
+            if earlier:  # of any length, however short this request is
+                plan = await service.offload(plan_chat, job, chat, options)
+            else:
+                plan = await job.plan(plan_chat, chat, options)
             generation = await job.start(plan.requests)
         answer = ResponseAnswer(
             job,

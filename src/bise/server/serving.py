@@ -21,6 +21,9 @@ from bise.server.limits import HttpLimits
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+_ACCEPTED_AT_ONCE = 16
+"""Connections that the event loop accepts before it looks at the others again."""
 _TICK_S = 0.05
 _MAX_FILES = 1 << 16
 _SWITCH_S = 0.0005
@@ -96,7 +99,7 @@ class Serving(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=_BACKLOG,
+            backlog=_ACCEPTED_AT_ONCE,
             timeout_keep_alive=int(limits.keep_alive_s),
             timeout_graceful_shutdown=2,
         )
@@ -111,6 +114,8 @@ class Serving(uvicorn.Server):
         """Start listening and tell that the server is ready."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for listener in sockets or ():  # the loop takes its `backlog` for both; only one of them is small
+            listener.listen(_BACKLOG)
         if self._on_ready is not None:
             self._on_ready()
 

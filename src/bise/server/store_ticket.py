@@ -54,6 +54,11 @@ class StoreTicket:
         return {} if self.reservation is None else rate_headers(self.reservation)
 
     @property
+    def checks_input(self) -> bool:
+        """True when the key has guardrails."""
+        return self.guard is not None
+
+    @property
     def checks_output(self) -> bool:
         """True when the key has rules for answers."""
         return self.guard is not None and self.guard.watches_output

@@ -31,6 +31,11 @@ class Ticket(Protocol):
         ...
 
     @property
+    def checks_input(self) -> bool:
+        """True when `check_input` has rules to go by."""
+        ...
+
+    @property
     def checks_output(self) -> bool:
         """True when the answer must pass `check_output` whole before any of it is shown."""
         ...
@@ -98,6 +103,7 @@ class OpenTicket:
 
     tenant = ""
     priority = 0
+    checks_input = False
     checks_output = False
 
     @property
