@@ -14,6 +14,7 @@ from bise.engine.fleet import Fleet
 from bise.engine.model_spec import ModelPlan, ModelSpec
 from bise.errors import (
     ConfigError,
+    ConflictError,
     EngineError,
     MemoryPlanError,
     ModelBusyError,
@@ -341,8 +342,22 @@ def test_an_adapter_in_use_is_not_removed_and_a_removed_one_is_not_found():
         with pytest.raises(ModelNotFoundError, match="a has no adapter 'x'; it has: none"), fleet.use("a:x"):
             pass
         fleet.add_adapter("a", "x", Path("other"))
-        with pytest.raises(ConfigError, match="already"):
+        with pytest.raises(ConflictError, match="a:x is there already"):
             fleet.add_adapter("a", "x", Path("other"))
+
+
+def test_an_adapter_that_is_wanted_at_once_is_loaded_with_its_model_or_was_never_there():
+    world = World(a=4)
+    world.failures["bad"] = ModelFileError("bad: NaN")
+    with world.fleet() as fleet:
+        fleet.add_adapter("a", "x", Path("x"), at_once=True)
+        assert [(card.is_loaded, card.users) for card in fleet.card("a").adapters] == [(True, 0)]
+        with pytest.raises(ModelFileError, match="NaN"):
+            fleet.add_adapter("a", "bad", Path("bad"), at_once=True)
+        assert [card.spec.name for card in fleet.card("a").adapters] == ["x"]
+        assert (fleet.card("a").users, fleet.used_bytes) == (0, 5)
+        with fleet.use("a:x") as model:
+            assert (model.adapters, fleet.card("a").adapters[0].users) == (["x"], 1)
 
 
 def test_a_bad_adapter_fails_its_own_callers_and_leaves_nothing_pinned():

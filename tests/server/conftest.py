@@ -35,7 +35,9 @@ class Clock:
 class Site:
     """The application and its store; requests run to their end before a method returns."""
 
-    def __init__(self, folder: Path, url: str | None = None, hosted=None, chats=None, **gate_options):
+    def __init__(
+        self, folder: Path, url: str | None = None, hosted=None, chats=None, fleet=None, **gate_options
+    ):
         """`chats` are the assistant's models; without them there is no assistant."""
         from bise.server.app import create_app
         from bise.server.batch_worker import BatchWorker
@@ -50,8 +52,8 @@ class Site:
         self.store = Store.open(
             url or str(folder / "bise.db"), folder=files, secret=folder / "secret", clock=self.clock
         )
-        self.fleet = load_test_module("contract", "scripted").ScriptedFleet()
-        self.engine = self.fleet.engine
+        self.fleet = fleet or load_test_module("contract", "scripted").ScriptedFleet()
+        self.engine = None if fleet else self.fleet.engine
         self.gate = StoreGate(
             self.store, canonical=lambda name: self.fleet.card(name).spec.name, **gate_options
         )

@@ -13,11 +13,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
-from bise.engine.fleet_entry import Attached, Entry, Lease, Load, State, give_memory_back
+from bise.engine.fleet_entry import (
+    Attached,
+    Entry,
+    Lease,
+    Load,
+    State,
+    as_bise_error,
+    choose_victims,
+    give_memory_back,
+)
 from bise.engine.load import LoadedModel, Progress
 from bise.engine.memory import available_memory
 from bise.engine.model_spec import (
@@ -33,6 +42,7 @@ from bise.engine.model_spec import (
 from bise.errors import (
     BiseError,
     ConfigError,
+    ConflictError,
     EngineError,
     MemoryPlanError,
     ModelBusyError,
@@ -200,29 +210,15 @@ class Fleet:
                 return
         self._unload([entry])
 
-    def add_adapter(self, model: str, name: str, path: Path) -> None:
-        """Serve the LoRA adapter in directory `path` as MODEL:NAME from now on; its first use loads it.
+    def add_adapter(self, model: str, name: str, path: Path, *, at_once: bool = False) -> None:
+        """Serve the LoRA adapter in directory `path` as MODEL:NAME from now on. Its first use loads it; with
+        `at_once` this call does, its model first if need be, and tells whatever is wrong with it.
 
-        Raises ModelNotFoundError, ConfigError for a name that is taken, ModelFileError for an adapter that is
-        damaged or made for another model, MemoryPlanError or ModelBusyError when there is no room for it.
+        Raises ModelNotFoundError, ConflictError for a name that is taken, ModelFileError for an adapter that
+        is damaged or made for another model, MemoryPlanError or ModelBusyError when there is no room for it.
         """
-        entry, _ = self._find(model)
-        spec = AdapterSpec(name=name, path=path)
-        size = self._adapter_sizer(entry.spec, path)
-        with entry.attaching:  # nobody can use it before its room is free
-            with self._changed:
-                if name in entry.adapters:
-                    raise ConfigError(
-                        f"{model} has an adapter '{name}' already; remove it first", field="name"
-                    )
-                self._check_size(entry, entry.full_bytes + size)
-                victims = [] if entry.state is State.COLD else self._victims(size, entry)
-                if victims is None:
-                    raise ModelBusyError(f"running models leave no room for {model}:{name}", field="name")
-                entry.adapters[name] = Attached(spec, size)
-                for victim in victims:
-                    victim.state = State.CLOSING
-            self._unload(victims)
+        with self.use(model) if at_once else nullcontext() as loaded:
+            self._add_adapter(self._find(model)[0], AdapterSpec(name=name, path=path), loaded)
 
     def remove_adapter(self, model: str, name: str) -> None:
         """Serve MODEL:NAME no more, and give its memory back.
@@ -384,27 +380,11 @@ class Fleet:
         self._changed.wait(left)
 
     def _victims(self, need: int, keep: Entry) -> list[Entry] | None:
-        """Return whom but `keep` to unload so that `need` bytes are free; None when running models are in the
-        way.
-        """
+        """Return whom but `keep` to unload for `need` bytes; None when running models are in the way."""
         if self.memory_bytes is None:
             return []
-        missing = self._used() + need - self.memory_bytes
-        chosen: list[Entry] = []
-        for entry in self._unused():
-            if missing <= 0:
-                break
-            if entry is not keep:
-                chosen.append(entry)
-                missing -= entry.held_bytes
-        if missing > 0:
-            return None
-        # A large one chosen late may make small ones chosen early unnecessary.
-        for entry in reversed(chosen.copy()):
-            if missing + entry.held_bytes <= 0:
-                chosen.remove(entry)
-                missing += entry.held_bytes
-        return chosen
+        others = [entry for entry in self._unused() if entry is not keep]
+        return choose_victims(others, self._used() + need - self.memory_bytes)
 
     # Outside the lock
 
@@ -427,14 +407,43 @@ class Fleet:
             raise
         return Lease(loaded, adapter, lambda: self._unpin(entry, attached))
 
+    def _add_adapter(self, entry: Entry, spec: AdapterSpec, loaded: LoadedModel | None) -> None:
+        """Take an adapter in; into `loaded` at once, where the caller holds its model."""
+        name, size = spec.name, self._adapter_sizer(entry.spec, spec.path)
+        full_name = f"{entry.spec.name}:{name}"
+        with entry.attaching:  # nobody can use it before its room is free
+            with self._changed:
+                if name in entry.adapters:
+                    raise ConflictError(f"{full_name} is there already; remove it first", field="name")
+                self._check_size(entry, entry.full_bytes + size)
+                victims = [] if entry.state is State.COLD else self._victims(size, entry)
+                if victims is None:
+                    raise ModelBusyError(f"running models leave no room for {full_name}", field="name")
+                attached = entry.adapters[name] = Attached(spec, size)
+                for victim in victims:
+                    victim.state = State.CLOSING
+            self._unload(victims)
+            try:
+                if loaded is not None:
+                    self._load_adapter(loaded, attached)
+            except BaseException:
+                with self._changed:
+                    del entry.adapters[name]
+                    self._changed.notify_all()
+                raise
+
     def _attach(self, entry: Entry, loaded: LoadedModel, attached: Attached) -> None:
         if attached.fault is not None:
             raise attached.fault
         with entry.attaching:
+            self._find(f"{entry.spec.name}:{attached.spec.name}")  # `add_adapter` may have failed meanwhile
             if not attached.is_loaded:
-                loaded.load_adapter(attached.spec.name, attached.spec.path)
-                with self._changed:
-                    attached.is_loaded = True
+                self._load_adapter(loaded, attached)
+
+    def _load_adapter(self, loaded: LoadedModel, attached: Attached) -> None:
+        loaded.load_adapter(attached.spec.name, attached.spec.path)
+        with self._changed:
+            attached.is_loaded = True
 
     def _unpin(self, entry: Entry, attached: Attached | None) -> None:
         with self._changed:
@@ -450,7 +459,7 @@ class Fleet:
             self._unload(victims)
             loaded = self._loader(entry.spec, plan, load.tell)
         except BaseException as error:
-            failure = _as_bise_error(entry.spec.name, error)
+            failure = as_bise_error(entry.spec.name, error)
             with self._changed:
                 entry.state, entry.load, load.error = State.COLD, None, failure
                 self._changed.notify_all()
@@ -489,9 +498,3 @@ class Fleet:
                 if self._is_closing:
                     return
                 self._changed.wait(left)
-
-
-def _as_bise_error(name: str, error: BaseException) -> BiseError:
-    if isinstance(error, BiseError):
-        return error
-    return EngineError(f"{name} could not be loaded: {type(error).__name__}: {error}")

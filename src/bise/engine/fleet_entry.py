@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 
 from bise.engine.load import LoadedModel
 from bise.engine.model_spec import AdapterCard, AdapterSpec, ModelCard, ModelPlan, ModelSpec
-from bise.errors import BiseError
+from bise.errors import BiseError, EngineError
 
 
 def give_memory_back() -> None:
@@ -71,6 +71,7 @@ class Attached:
             spec=self.spec,
             size_bytes=self.size_bytes,
             is_loaded=self.is_loaded,
+            users=self.pins,
             fault=None if self.fault is None else str(self.fault),
         )
 
@@ -124,6 +125,26 @@ class Entry:
         )
 
 
+def choose_victims(unused: Iterable[Entry], missing: int) -> list[Entry] | None:
+    """Return whom of `unused`, in this order, to unload so that `missing` bytes come free; None when all of
+    them are not enough.
+    """
+    chosen: list[Entry] = []
+    for entry in unused:
+        if missing <= 0:
+            break
+        chosen.append(entry)
+        missing -= entry.held_bytes
+    if missing > 0:
+        return None
+    # A large one chosen late may make small ones chosen early unnecessary.
+    for entry in reversed(chosen.copy()):
+        if missing + entry.held_bytes <= 0:
+            chosen.remove(entry)
+            missing += entry.held_bytes
+    return chosen
+
+
 class Lease:
     """A loaded model that stays loaded until `release`."""
 
@@ -138,3 +159,10 @@ class Lease:
         release, self._release = self._release, None
         if release is not None:
             release()
+
+
+def as_bise_error(name: str, error: BaseException) -> BiseError:
+    """Return what to tell those who wait for a model that could not be loaded."""
+    if isinstance(error, BiseError):
+        return error
+    return EngineError(f"{name} could not be loaded: {type(error).__name__}: {error}")

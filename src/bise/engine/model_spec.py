@@ -118,6 +118,8 @@ class AdapterCard:
     size_bytes: int
     """Memory that is set aside for it while its model is loaded; 0 when its files could not be read."""
     is_loaded: bool
+    users: int = 0
+    """Leases held now."""
     fault: str | None = None
     """Why it cannot be used, in one line; None when it can."""
 

@@ -71,9 +71,10 @@ async def delete_model(request: Request, model_id: str) -> Response:
     adapter = model_id.partition(ADAPTER_SEPARATOR)[2]
     if service.tuned.get(f"{card.spec.name}{ADAPTER_SEPARATOR}{adapter}") is not None:
         return await remove_tuned(request, card.spec.name, adapter)
+    way_out = "; an admin unloads it with DELETE /v1/admin/adapters/MODEL:NAME" if adapter else ""
     raise ApiError(
         403,
-        f"{model_id[:200]} is not yours to delete over the API: it came with the server",
+        f"{model_id[:200]} is not yours to delete over the API: no job of yours made it{way_out}",
         code="permission_denied",
         param="model_id",
     )

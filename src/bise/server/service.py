@@ -74,8 +74,8 @@ class Models(Protocol):
         """Unload a model, once it has no users or after `wait_s` seconds not at all (ModelBusyError)."""
         ...
 
-    def add_adapter(self, model: str, name: str, path: Path) -> None:
-        """Serve the adapter in directory `path` as MODEL:NAME from now on."""
+    def add_adapter(self, model: str, name: str, path: Path, *, at_once: bool = False) -> None:
+        """Serve the adapter in directory `path` as MODEL:NAME from now on; load it first with `at_once`."""
         ...
 
     def remove_adapter(self, model: str, name: str) -> None:

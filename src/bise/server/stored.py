@@ -20,6 +20,7 @@ MAX_PAGE = 10_000
 def routers() -> Sequence[APIRouter]:
     """Return the routes over the store, for `create_app`."""
     from bise.server import (
+        adapters_routes,
         admin_routes,
         batches_routes,
         entry,
@@ -29,7 +30,10 @@ def routers() -> Sequence[APIRouter]:
         usage_routes,
     )
 
-    modules = (files_routes, batches_routes, fine_tuning, usage_routes, admin_routes, metrics_routes, entry)
+    modules = (
+        files_routes, batches_routes, fine_tuning, usage_routes, admin_routes, adapters_routes,
+        metrics_routes, entry,
+    )  # fmt: skip
     return [module.router for module in modules]
 
 

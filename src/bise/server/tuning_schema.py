@@ -171,14 +171,17 @@ def mistral_spec(body: MistralJob) -> dict[str, Any]:
 
 def checked_suffix(suffix: str | None) -> str | None:
     """Return a name for the result; RequestError for one that no request could ask for."""
-    if not suffix:
-        return None
-    if not _NAME.fullmatch(suffix):
+    return checked_name("suffix", suffix) if suffix else None
+
+
+def checked_name(field: str, name: str) -> str:
+    """Return a name for an adapter; RequestError for one that is not plain enough to be asked for."""
+    if not _NAME.fullmatch(name):
         raise RequestError(
-            "suffix must be 1 to 64 letters, digits, dots, hyphens and underscores, not a mark at first",
-            field="suffix",
+            f"{field} must be 1 to 64 letters, digits, dots, hyphens and underscores, not a mark at first",
+            field=field,
         )
-    return suffix
+    return name
 
 
 def model_name(job: TuningJob) -> str | None:

@@ -163,6 +163,16 @@ class TuningJobs:
         with self._database.reading() as session:
             return _job(_find(session, owner, job_id))
 
+    def has_name(self, model: str, name: str) -> bool:
+        """Tell whether a job, whoever's, has made MODEL:NAME or may still do so."""
+        named = select(TuningJobRecord).where(
+            TuningJobRecord.model == model,
+            TuningJobRecord.adapter == name,
+            TuningJobRecord.status.not_in(("failed", "cancelled")),
+        )
+        with self._database.reading() as session:
+            return any(not (job.result or {}).get("is_deleted") for job in map(_job, session.scalars(named)))
+
     def list(
         self,
         owner: str,
