@@ -1,11 +1,15 @@
 """Compile every kernel to machine code for a GPU that need not be there: `compile_kernels.py [all]`.
 
-Prints one line per kernel and architecture: name, bytes of code, shared memory, registers, bytes spilled, and
-the widest load of weights in bytes.
+Prints one line per kernel and architecture: name, bytes of code, shared memory, the widest load of weights in
+bytes, and how many instructions of the loop that multiplies move registers to memory and back.
 """
 
 import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import triton
 import triton.language as tl
@@ -13,14 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bise.kernels.triton import EXACT, attention, fused, products, sampling, sorting
-from bise.kernels.triton.launches import shape_of
+from bise.kernels.triton.launches import Card, shape_of
 
 # Types of parameters by name; the same name means the same thing in every kernel.
 POINTERS = {
     "*bf16": "k_pages v_pages q_out",
     "*fp32": "squares norm_weight level_table parts residual squares_out shares q k v cos sin k_scales "
     "v_scales part_tops part_weights x y weight left right logits",
-    "*fp16": "minimum minimum2",
+    "*fp16": "minimum",
     "*i32": "arrived slots experts positions owners block_table q_start q_pos tile_sequence tile_row "
     "token_ids chosen mask tokens status",
     "*fp64": "parameters weights",
@@ -28,11 +32,17 @@ POINTERS = {
 TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split()} | {
     "eps": "fp32",
     "score_scale": "fp32",
+    "to_codes2": "i64",
+    "to_scale2": "i64",
+    "to_minimum2": "i64",
     "out": "*bf16",
 }
 DIVISIBLE = {
     "x_stride",
     "out_stride",
+    "to_codes2",
+    "to_scale2",
+    "to_minimum2",
     "q_stride",
     "kv_stride",
     "width",
@@ -77,14 +87,19 @@ FORMS = {
 """Bits, columns under one scale, zero point, minimum, codebook, `Scales`."""
 
 
-def matmul_case(name, *, rows, form=Z4, to=tl.bfloat16, **given):
+SMALL = Card(processors=84, shared_bytes=99 << 10)
+"""A consumer's card."""
+CARDS = {80: Card(108, 163 << 10), 89: SMALL, 90: Card(), 120: SMALL}
+
+
+def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given):
     bits, group, zero, has_min, codebook, scales = form
-    launch = shape_of(512 if rows == 128 else rows, bits)
-    assert launch.rows == rows
+    launch = shape_of(slots, bits, card)
+    rows = launch.rows
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
         "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
-        "SCALES": scales, "ROWS": rows, "STAGES": launch.stages, "H": tl.bfloat16, "TO": to,
+        "SCALES": scales, "EVEN": True, "ROWS": rows, "STAGES": launch.stages, "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
     constants |= given
     types = dict(TYPES)
@@ -92,36 +107,46 @@ def matmul_case(name, *, rows, form=Z4, to=tl.bfloat16, **given):
     types["out"] = "*bf16" if constants["AFTER"] == 1 else "*fp32"
     weights = {0: "*bf16", 4: "*i32", 8: "*u8"}[bits]
     numbers = "*i32" if bits == 4 else "*fp16"
-    types |= {"codes": weights, "codes2": weights, "scale": numbers, "scale2": numbers}
+    types |= {"codes": weights, "scale": numbers}
     return f"matmul {name}", products.matmul, types, constants, {
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
 
 
-QUICK = ("matmul z4 add one", "decode", "norm")
+QUICK = ("matmul z4 add one", "matmul z4 prompt gate", "decode", "norm")
 """What is compiled without `all`: one of each kind, for seconds."""
 
 
-def cases():
-    """Yield name, kernel, types, constants and options."""
+def products_of(card):
+    """Yield the cases of the matrix kernel."""
+
+    def case(name, **options):
+        return matmul_case(name, card=card, **options)
+
     for label, form in (("z4", Z4), ("bf16", FLOATS)):
-        yield matmul_case(f"{label} qkv", rows=8, form=form, NORMED=True)
-        yield matmul_case(f"{label} gate", rows=8, form=form, NORMED=True, AFTER=1, TWO=1)
-        yield matmul_case(f"{label} add", rows=8, form=form, AFTER=2)
-        yield matmul_case(f"{label} prompt", rows=128, form=form, TWO=2 if label == "bf16" else 0)
-    yield matmul_case("z4 qkv one", rows=1, NORMED=True)
-    yield matmul_case("z4 gate one", rows=1, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("z4 add one", rows=1, AFTER=2)
-    yield matmul_case("route", rows=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
-    yield matmul_case("z4 expert gate", rows=1, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
-    yield matmul_case("z4 expert mix", rows=1, SLOTS=1, AFTER=3, TOP_K=2)
-    yield matmul_case("z4 sorted gate", rows=64, SLOTS=2, AFTER=1, TWO=1)
+        yield case(f"{label} qkv", slots=8, form=form, NORMED=True)
+        yield case(f"{label} gate", slots=8, form=form, NORMED=True, AFTER=1, TWO=1)
+        yield case(f"{label} add", slots=8, form=form, AFTER=2)
+        yield case(f"{label} prompt", slots=512, form=form, TWO=2)
+        yield case(f"{label} prompt gate", slots=512, form=form, AFTER=1, TWO=1)
+    yield case("z4 qkv one", slots=1, NORMED=True)
+    yield case("z4 gate one", slots=1, NORMED=True, AFTER=1, TWO=1)
+    yield case("z4 add one", slots=1, AFTER=2)
+    yield case("route", slots=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
+    yield case("z4 expert gate", slots=1, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
+    yield case("z4 expert mix", slots=1, SLOTS=1, AFTER=3, TOP_K=2)
+    yield case("z4 sorted gate", slots=128, SLOTS=2, AFTER=1, TWO=1)
     for name, form in FORMS.items():
         if form[0] == 4:
-            yield matmul_case(f"{name} one", rows=1, form=form)
-        yield matmul_case(f"{name} few", rows=8, form=form)
-        yield matmul_case(f"{name} many", rows=64, form=form)
-    yield matmul_case("z4 prompt gate", rows=128, AFTER=1, TWO=1)
+            yield case(f"{name} one", slots=1, form=form)
+        yield case(f"{name} few", slots=8, form=form)
+        yield case(f"{name} many", slots=512, form=form, TWO=2)
+    yield case("z4 uneven", slots=8, EVEN=False)
+
+
+def cases(card):
+    """Yield name, kernel, types, constants and options."""
+    yield from products_of(card)
     shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}
     decode = shape | {"ROWS": 16, "LANES": 8, "STORES": True}
     coded = TYPES | {"k_pages": "*i8", "v_pages": "*i8"}
@@ -155,17 +180,43 @@ def widest_load(assembly):
     return max(sizes, default=0)
 
 
+def machine_code(cubin):
+    """Return the instructions of a compiled kernel as text."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def hot_loop(code):
+    """Return how often each instruction occurs in the shortest loop that multiplies matrices."""
+    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)([^;]*);"
+    lines = re.findall(pattern, code)
+    at = {int(address, 16): index for index, (address, _, _) in enumerate(lines)}
+    loops = []
+    for index, (_, name, rest) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name.startswith("BRA") and target and int(target[1], 16) in at:
+            start = at[int(target[1], 16)]
+            body = lines[start : index + 1]
+            if start < index and any("MMA" in each[1] for each in body):
+                loops.append(body)
+    best = min(loops, key=len, default=[])
+    return Counter(name.split(".")[0] for _, name, _ in best)
+
+
 def main() -> None:
     everything = sys.argv[1:] == ["all"]
-    for architecture in (80, 90, 120) if everything else (90,):
-        for name, kernel, types, constants, options in cases():
+    for architecture, card in CARDS.items() if everything else [(90, CARDS[90])]:
+        for name, kernel, types, constants, options in cases(card):
             if not everything and name not in QUICK:
                 continue
             made = compiled(kernel, types, constants, architecture, options)
-            code = made.asm["ptx"]
+            loop = hot_loop(machine_code(made.asm["cubin"]))
             print(
                 f"sm_{architecture} {name}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared, "
-                f"{widest_load(code)} bytes a load"
+                f"{widest_load(made.asm['ptx'])} bytes a load, {loop['LDL'] + loop['STL']} spilled"
             )
 
 

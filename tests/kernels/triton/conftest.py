@@ -135,14 +135,21 @@ def bf16(monkeypatch):
             a, b = (interpreter.TensorHandle(from_bf16(each.data), tl.float32) for each in (a, b))
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
-    subtract = builder.create_fsub
+    add, fma = builder.create_fadd, builder.create_fma
 
-    def create_fsub(self, a, b):
+    def create_fadd(self, a, b):
         if a.dtype.scalar != tl.bfloat16:
-            return subtract(self, a, b)
-        return interpreter.TensorHandle(to_bf16(from_bf16(a.data) - from_bf16(b.data)), tl.bfloat16)
+            return add(self, a, b)
+        return interpreter.TensorHandle(to_bf16(from_bf16(a.data) + from_bf16(b.data)), tl.bfloat16)
 
-    monkeypatch.setattr(builder, "create_fsub", create_fsub)
+    def create_fma(self, a, b, c):
+        if a.dtype.scalar != tl.bfloat16:
+            return fma(self, a, b, c)
+        wide = from_bf16(a.data).astype(np.float64) * from_bf16(b.data) + from_bf16(c.data)
+        return interpreter.TensorHandle(to_bf16(wide), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "create_fadd", create_fadd)
+    monkeypatch.setattr(builder, "create_fma", create_fma)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(

@@ -37,9 +37,11 @@ def columns_of(
     x_row, row_scales, norm_weight, k, inside, in_weight, NORMED: tl.constexpr, H: tl.constexpr,
     TO: tl.constexpr,
 ):  # fmt: skip
-    """Return columns k [W, 1] of the rows, [W, rows]; normed as `fused.norm` does, where asked for."""
-    values = tl.load(x_row[None, :] + k, mask=inside, other=0.0)
+    """Return columns k [W, 1] of the rows, [W, rows], those `inside` (None: all); normed as `fused.norm`
+    does, where asked for.
+    """
+    values = tl.load(x_row[None, :] + k, mask=inside, other=None if inside is None else 0.0)
     if NORMED:
-        weights = tl.load(norm_weight + k, mask=in_weight, other=0.0)
+        weights = tl.load(norm_weight + k, mask=in_weight, other=None if in_weight is None else 0.0)
         values = (values * row_scales[None, :] * weights).to(H)
     return values.to(TO)

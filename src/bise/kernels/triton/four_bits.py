@@ -1,13 +1,12 @@
 """4-bit weights in the matrix kernel: 256 columns a step, levels formed two at a time, scales decoded there.
 
-A code q becomes `BASE` + 8q without a conversion: its bits are those of the mantissa of 128, in 16 bits two
-of them at once. What the base and the zero point of a group of columns add to a product is the same for every
-column, so it is the sum of the group's x times `lift`, whatever the row of the weight:
+A code q becomes q / 8 without a conversion: in the lowest bits of a 16-bit number it is a tiny one, and one
+multiplication by a power of two, which adds the zero point on the way, makes the level:
 
-    sum of x (8q + z) = dot(x, BASE + 8q) + (z - BASE) sum(x)
+    level = q / 8 + zero        (z4: (8q + z - 128) / 64, eight bits; exact in every type)
 
-Both sums go through `tl.dot`. A group's sum is scaled, and the groups are added one after the other: whether
-the rows of x stand side by side, or one row alone has its groups side by side.
+A group of columns goes through `tl.dot` with its levels, and its sum is added times eight scales, in float32:
+weights are never rounded. So for several rows, side by side, and for one, whose groups stand side by side.
 """
 
 # Kernels are written in Triton's language, whose types are not Python's.
@@ -34,6 +33,8 @@ class Scales(IntEnum):
     PAIRS = 2
     """One group's scale and minimum."""
     U7 = 3
+    """For each of two groups 16 bits: zero point of 7 bits, scale of 7, and 2 bits of the half above them: of
+    its low byte those of the first groups, of its high byte those of the second ones. See `tiles.py`."""
     U6 = 4
     S8 = 5
     """See `bise.kernels.grouped.Grouped.nested`."""
@@ -52,215 +53,181 @@ def _number(field):
 
 
 @triton.jit
-def _levels(words, level_table, P: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr):
-    """Return levels [64, 2 W] of the P-th codes of both halves of words [64, W]: `BASE` + 8q, or those of the
-    codebook. Neighbours in a row come from one word.
-    """
-    if CODEBOOK:
-        first = tl.load(level_table + ((words >> (4 * P)) & 15)).to(TO)
-        second = tl.load(level_table + ((words >> (16 + 4 * P)) & 15)).to(TO)
-    elif tl.float32 == TO:
-        first = _number((words >> (4 * P)) & 15) * 8.0 - 64.0
-        second = _number((words >> (16 + 4 * P)) & 15) * 8.0 - 64.0
-    else:
-        PLACE: tl.constexpr = 3 if tl.bfloat16 == TO else 6
-        both = words << (PLACE - 4 * P) if PLACE > 4 * P else words >> (4 * P - PLACE)
-        if tl.bfloat16 == TO:
-            both = (both & 0x00780078) | 0x43004300
-        else:
-            both = (both & 0x03C003C0) | 0x58005800
-        first = both.to(tl.uint16)
-        second = (both >> 16).to(tl.uint16)
-    joined = tl.reshape(tl.join(first, second), (64, 2 * words.shape[1]))
-    return joined if CODEBOOK or tl.float32 == TO else joined.to(TO, bitcast=True)
+def _low(words, TO: tl.constexpr):
+    """Return the numbers whose 16 bits are the low ones of words."""
+    return words.to(tl.uint16).to(TO, bitcast=True)
 
 
 @triton.jit
-def _fields(word, top, low_top, ODD: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
-            CODEBOOK: tl.constexpr, BASE: tl.constexpr):  # fmt: skip
-    """Return what multiplies BASE + 8q (or a level of the codebook), the lift, and the minimum of the even or
-    the odd group of words.
+def _levels(words, zero, level_table, P: tl.constexpr, CODEBOOK: tl.constexpr, TO: tl.constexpr):
+    """Return levels [M, 2 W] of the P-th codes of both halves of words [M, W], whose zero points are [M, 1]:
+    neighbours in a row come from one word.
     """
-    lift = tl.full(word.shape, -BASE - 8 * ZERO, tl.float32)
-    minimum = lift
+    if CODEBOOK:
+        second = tl.load(level_table + ((words >> (16 + 4 * P)) & 15)).to(TO)
+        first = tl.load(level_table + ((words >> (4 * P)) & 15)).to(TO)
+    elif tl.float32 == TO:
+        second = _number((words >> (16 + 4 * P)) & 15) * 0.125 + zero
+        first = _number((words >> (4 * P)) & 15) * 0.125 + zero
+    else:
+        # The bits of a code as those of a 16-bit float: q / 8 times the smallest number over `UNIT`.
+        PLACE: tl.constexpr = 3 if tl.bfloat16 == TO else 6
+        MASK: tl.constexpr = 0x00780078 if tl.bfloat16 == TO else 0x03C003C0
+        UNIT: tl.constexpr = 2.0**127 if tl.bfloat16 == TO else 2.0**15
+        both = words << (PLACE - 4 * P) if PLACE > 4 * P else words >> (4 * P - PLACE)
+        both = both & MASK
+        unit = tl.full(both.shape, UNIT, TO)
+        zeros = tl.broadcast_to(zero, both.shape)
+        # In this order the assembler takes both halves of a word by one instruction, without swapping them.
+        second = tl.fma(_low(both >> 16, TO), unit, zeros)
+        first = tl.fma(_low(both, TO), unit, zeros)
+    return tl.reshape(tl.join(first, second), (words.shape[0], 2 * words.shape[1]))
+
+
+@triton.jit
+def _zeros(words, SCALES: tl.constexpr, ZERO: tl.constexpr, TO: tl.constexpr):
+    """Return what is added to q / 8 to make a level, of the even and the odd group of the words at `words`
+    [M].
+    """
+    if SCALES != 3:
+        same = tl.full(words.shape, -ZERO / 8, TO)
+        return same, same
+    word = tl.load(words)
+    if tl.float32 == TO:
+        return _number(word & 127) / 64 - 2.0, _number((word >> 16) & 127) / 64 - 2.0
+    fields = word & 0x007F007F
+    # Taken off the bits of -4, in both halves at once: -4 + z / 64.
+    both = -0x3F7F3F80 - fields if tl.bfloat16 == TO else -0x3BFF3C00 - (fields << 3)
+    two = tl.full(words.shape, 2.0, TO)
+    odd = _low(both >> 16, TO) + two
+    return _low(both, TO) + two, odd
+
+
+@triton.jit
+def _scale(word, top, low_top, ODD: tl.constexpr, SCALES: tl.constexpr, CODEBOOK: tl.constexpr):
+    """Return what multiplies a level, and the minimum, of the even or the odd group of words [M]."""
+    minimum = top
     if SCALES == 1:
         scale = _half(word >> (16 * ODD))
     elif SCALES == 2:
         scale = _half(word)
         minimum = _half(word >> 16)
     elif SCALES == 3:
-        scale = top * _number((word >> (14 * ODD)) & 127)
-        lift = _number((word >> (14 * ODD + 7)) & 127) - (128 + BASE)
+        # As bits of the mantissa of 128; products of 8 bits and a half are exact.
+        field = ((word >> 7 if ODD else word << 9) & 0x007F0000) | 0x43000000
+        unit = top / 128
+        scale = tl.fma(field.to(tl.float32, bitcast=True), unit, unit * -128.0)
     elif SCALES == 4:
         scale = top * _number((word >> (12 * ODD)) & 63)
         minimum = low_top * _number((word >> (12 * ODD + 6)) & 63)
     else:
         scale = top * (_number(((word >> (8 * ODD)) & 255) ^ 128) - 128.0)
-    return scale if CODEBOOK or SCALES == 3 else scale * 0.125, lift, minimum
+    return scale if CODEBOOK else scale * 8.0, minimum
 
 
 @triton.jit
-def _tops(first, second, third, fourth, SCALES: tl.constexpr):
-    """Return what the groups of a row's four words share: the scale above their scales, and the minimum."""
-    top = first
-    low_top = first
-    if SCALES == 3 or SCALES == 5:
-        bits = (
-            ((first >> 28) & 15) | ((second >> 24) & 240) | ((third >> 20) & 3840) | ((fourth >> 16) & 61440)
-        )
-        top = _half(bits)
-    elif SCALES == 4:
+def _tops(words, SCALES: tl.constexpr):
+    """Return what the groups of rows share, whose four words each lie at `words` [M]: the half above their
+    scales, and that above their minimums.
+    """
+    first, second = tl.load(words), tl.load(words + 1)
+    third, fourth = tl.load(words + 2), tl.load(words + 3)
+    if SCALES == 4:
         top = _half(((first >> 24) & 255) | ((second >> 16) & 65280))
-        low_top = _half(((third >> 24) & 255) | ((fourth >> 16) & 65280))
-    return top / 1024.0 if SCALES == 3 else top, low_top
-
-
-@triton.jit
-def _side_by_side(word, SCALES: tl.constexpr):
-    """As `_tops`, of the words [64, 4] of each row."""
-    place = tl.arange(0, 4)[None, :]
-    top = tl.zeros((64,), tl.float32)
-    low_top = top
-    if SCALES == 3 or SCALES == 5:
-        top = _half(tl.sum(((word >> 28) & 15) << (4 * place), 1))
-    elif SCALES == 4:
-        byte = ((word >> 24) & 255) << (8 * (place % 2))
-        top = _half(tl.sum(tl.where(place < 2, byte, 0), 1))
-        low_top = _half(tl.sum(tl.where(place < 2, 0, byte), 1))
-    return (top / 1024.0 if SCALES == 3 else top)[:, None], low_top[:, None]
-
-
-@triton.jit
-def _group(
-    codes, x, sums, word, top, low_top, level_table, GROUP: tl.constexpr, SCALES: tl.constexpr,
-    ZERO: tl.constexpr, CODEBOOK: tl.constexpr, BASE: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """Return the products [64, rows] of one of eight groups: codes [64, 16], x [32, rows] and its sums."""
-    dots = tl.dot(_levels(codes, level_table, GROUP // 2, CODEBOOK, TO), x, input_precision="ieee")
-    scale, lift, minimum = _fields(word, top, low_top, GROUP % 2, SCALES, ZERO, CODEBOOK, BASE)
-    if not CODEBOOK:
-        dots = tl.fma(sums, tl.broadcast_to(lift[:, None], dots.shape), dots)
-    dots = dots * scale[:, None]
-    if SCALES == 2 or SCALES == 4:
-        dots -= sums * minimum[:, None]
-    return dots
-
-
-@triton.jit
-def add_rows_step(
-    acc, acc2, x_row, row_scales, norm_weight, codes, words, codes2, words2, level_table, k0, valid,
-    num_columns, TWO: tl.constexpr, NORMED: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
-    CODEBOOK: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """Add the products of 256 columns of a block, or two, and several rows to acc [64, rows]."""
-    BASE: tl.constexpr = -64 if tl.float32 == TO else 128
-    row = tl.arange(0, 64)
-    at = row[:, None] * 32 + tl.arange(0, 16)[None, :]
-    even, odd = tl.load(codes + at), tl.load(codes + at + 16)
-    even2, odd2 = even, odd
-    line = words + row * 4
-    top, low_top = row, row
-    if SCALES > 2:
-        top, low_top = _tops(tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), SCALES)
-    top2, low_top2 = top, low_top
-    if TWO:
-        even2, odd2 = tl.load(codes2 + at), tl.load(codes2 + at + 16)
-        line = words2 + row * 4
-        if SCALES > 2:
-            top2, low_top2 = _tops(
-                tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), SCALES
-            )
-    ones = tl.full((64, 32), 1.0, TO)
-    STRIDE: tl.constexpr = 8 if SCALES == 2 else 4
-    for group in tl.static_range(8):
-        k = k0 + 32 * group + tl.arange(0, 32)[:, None]
-        inside = k < num_columns
-        x = columns_of(x_row, row_scales, norm_weight, k, valid[None, :] & inside, inside, NORMED, H, TO)
-        sums = tl.zeros((64, x.shape[1]), tl.float32)
-        if not CODEBOOK:
-            sums = tl.dot(ones, x, input_precision="ieee")
-        at = row * STRIDE + (group if SCALES == 2 else group // 2)
-        acc += _group(
-            odd if group % 2 else even, x, sums, tl.load(words + at), top, low_top, level_table, group,
-            SCALES, ZERO, CODEBOOK, BASE, TO,
-        )  # fmt: skip
-        if TWO:
-            acc2 += _group(
-                odd2 if group % 2 else even2, x, sums, tl.load(words2 + at), top2, low_top2, level_table,
-                group, SCALES, ZERO, CODEBOOK, BASE, TO,
-            )  # fmt: skip
-    return acc, acc2
-
-
-@triton.jit
-def _add_groups(
-    acc, dots, sums, words, SCALES: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr,
-    BASE: tl.constexpr,
-):  # fmt: skip
-    """Add the product of 256 columns to acc [64, 1], from dot products and sums [64, 8] of their groups."""
-    row = tl.arange(0, 64)[:, None]
-    if SCALES == 2:
-        word = tl.load(words + row * 8 + tl.arange(0, 8)[None, :])
-        scale, lift, minimum = _fields(word, word, word, 0, SCALES, ZERO, CODEBOOK, BASE)
+        return top, _half(((third >> 24) & 255) | ((fourth >> 16) & 65280))
+    if SCALES == 3:
+        bits = ((first >> 14) & 0x00030003) | ((second >> 12) & 0x000C000C)
+        bits = bits | ((third >> 10) & 0x00300030) | ((fourth >> 8) & 0x00C000C0)
+        top = _half((bits & 255) | ((bits >> 8) & 0xFF00))
     else:
-        word = tl.load(words + row * 4 + tl.arange(0, 4)[None, :])
-        top, low_top = _side_by_side(word, SCALES)
-        scale, lift, minimum = _fields(word, top, low_top, 0, SCALES, ZERO, CODEBOOK, BASE)
-        scale1, lift1, minimum1 = _fields(word, top, low_top, 1, SCALES, ZERO, CODEBOOK, BASE)
-        scale = tl.reshape(tl.join(scale, scale1), (64, 8))
-        lift = tl.reshape(tl.join(lift, lift1), (64, 8))
-        minimum = tl.reshape(tl.join(minimum, minimum1), (64, 8))
-    if not CODEBOOK:
-        dots = tl.fma(sums, lift, dots)
-    dots = dots * scale
-    if SCALES == 2 or SCALES == 4:
-        dots -= sums * minimum
-    even, odd = tl.split(tl.reshape(dots, (64, 4, 2)))
-    even, even2 = tl.split(tl.reshape(even, (64, 2, 2)))
-    odd, odd2 = tl.split(tl.reshape(odd, (64, 2, 2)))
+        bits = ((first >> 28) & 15) | ((second >> 24) & 240)
+        top = _half(bits | ((third >> 20) & 3840) | ((fourth >> 16) & 61440))
+    return top, top
+
+
+@triton.jit
+def _eight(values):
+    """Return the columns of values [M, 8] as eight of [M]."""
+    even, odd = tl.split(tl.reshape(values, (values.shape[0], 4, 2)))
+    even, even2 = tl.split(tl.reshape(even, (values.shape[0], 2, 2)))
+    odd, odd2 = tl.split(tl.reshape(odd, (values.shape[0], 2, 2)))
     first, fifth = tl.split(even)
     second, sixth = tl.split(odd)
     third, seventh = tl.split(even2)
     fourth, eighth = tl.split(odd2)
-    total = tl.reshape(acc, (64,)) + first + second + third + fourth
-    return (total + fifth + sixth + seventh + eighth)[:, None]
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
 
 
 @triton.jit
-def add_row_step(
-    acc, acc2, x_row, row_scales, norm_weight, codes, words, codes2, words2, level_table, k0, valid,
-    num_columns, TWO: tl.constexpr, NORMED: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
-    CODEBOOK: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+def _add_group(
+    acc, dots, sums, words, top, low_top, GROUP: tl.constexpr, SCALES: tl.constexpr, CODEBOOK: tl.constexpr,
 ):  # fmt: skip
-    """As `add_rows_step`, for one row: its groups stand side by side, eight columns of one product whose
-    other elements are zero. So one product takes 256 columns, and no row is computed that is not there.
+    """Add a group's products [M, rows] of levels, times their scale, to acc; less its sums times the
+    minimum.
     """
-    BASE: tl.constexpr = -64 if tl.float32 == TO else 128
-    row = tl.arange(0, 64)[:, None]
-    group = tl.arange(0, 8)[None, :]
-    ones = tl.full((64, 64), 1.0, TO)
-    at = row * 32 + tl.arange(0, 32)[None, :]
-    pairs = tl.load(codes + at)
-    pairs2 = pairs
-    if TWO:
-        pairs2 = tl.load(codes2 + at)
-    dots = tl.zeros((64, 8), tl.float32)
-    sums = tl.zeros((64, 8), tl.float32)
-    dots2 = tl.zeros((64, 8), tl.float32)
-    for p in tl.static_range(4):
-        place = 64 * p + tl.arange(0, 64)[:, None]
-        inside = k0 + place < num_columns
-        mine = valid[None, :] & inside & (place // 32 == group)
-        x = columns_of(x_row, row_scales, norm_weight, k0 + place + group * 0, mine, inside, NORMED, H, TO)
-        dots = tl.dot(_levels(pairs, level_table, p, CODEBOOK, TO), x, dots, input_precision="ieee")
-        if not CODEBOOK:
-            sums = tl.dot(ones, x, sums, input_precision="ieee")
-        if TWO:
-            dots2 = tl.dot(_levels(pairs2, level_table, p, CODEBOOK, TO), x, dots2, input_precision="ieee")
-    acc = _add_groups(acc, dots, sums, words, SCALES, ZERO, CODEBOOK, BASE)
-    if TWO:
-        acc2 = _add_groups(acc2, dots2, sums, words2, SCALES, ZERO, CODEBOOK, BASE)
-    return acc, acc2
+    word = tl.load(words + (GROUP if SCALES == 2 else GROUP // 2))
+    scale, minimum = _scale(word, top, low_top, GROUP % 2, SCALES, CODEBOOK)
+    acc = tl.fma(dots, tl.broadcast_to(scale[:, None], dots.shape), acc)
+    if SCALES == 2 or SCALES == 4:
+        acc = tl.fma(sums, tl.broadcast_to(-minimum[:, None], dots.shape), acc)
+    return acc
+
+
+@triton.jit
+def add_step(
+    acc, x_row, row_scales, norm_weight, codes, words, level_table, k0, valid, num_columns,
+    ROWS: tl.constexpr, NORMED: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
+    CODEBOOK: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+):  # fmt: skip
+    """Add the products of 256 columns to acc [M, ROWS]; `codes` and `words` [M] are where the words of each
+    output lie.
+
+    The groups of one row stand side by side, eight columns of products whose other elements are zero: they
+    add up in place, and no row is computed that is not there.
+    """
+    HAS_MIN: tl.constexpr = SCALES == 2 or SCALES == 4
+    WIDTH: tl.constexpr = 8 if ROWS == 1 else ROWS
+    M: tl.constexpr = codes.shape[0]
+    at = codes[:, None] + tl.arange(0, 16)[None, :]
+    even, odd = tl.load(at), tl.load(at + 16)
+    top, low_top = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    if SCALES > 2:
+        top, low_top = _tops(words, SCALES)
+    column = tl.arange(0, WIDTH)[None, :]
+    ones = tl.full((M, 32), 1.0, TO)
+    dots = tl.zeros((M, WIDTH), tl.float32)
+    sums = dots
+    for group in tl.static_range(8):
+        k = k0 + 32 * group + tl.arange(0, 32)[:, None]
+        in_weight = None if EVEN else k < num_columns
+        inside = in_weight
+        if ROWS == 1:
+            inside = valid[None, :] & (column == group)
+            if not EVEN:
+                inside = inside & in_weight
+            k = k + 0 * column
+        x = columns_of(x_row, row_scales, norm_weight, k, inside, in_weight, NORMED, H, TO)
+        zero, zero_odd = _zeros(words + group // 2, SCALES, ZERO, TO)
+        if group % 2:
+            levels = _levels(odd, zero_odd[:, None], level_table, group // 2, CODEBOOK, TO)
+        else:
+            levels = _levels(even, zero[:, None], level_table, group // 2, CODEBOOK, TO)
+        if ROWS == 1:
+            dots = tl.dot(levels, x, dots, input_precision="ieee")
+            if HAS_MIN:
+                sums = tl.dot(ones, x, sums, input_precision="ieee")
+        else:
+            dots = tl.dot(levels, x, input_precision="ieee")
+            if HAS_MIN:
+                sums = tl.dot(ones, x, input_precision="ieee")
+            acc = _add_group(acc, dots, sums, words, top, low_top, group, SCALES, CODEBOOK)
+    if ROWS == 1:
+        each = _eight(dots)
+        sum_of = _eight(sums)
+        for group in tl.static_range(8):
+            mine, its_sum = each[group][:, None], sum_of[group][:, None]
+            acc = _add_group(acc, mine, its_sum, words, top, low_top, group, SCALES, CODEBOOK)
+    return acc
 
 
 @triton.jit
@@ -283,10 +250,10 @@ def scale_of(words, column, SCALES: tl.constexpr):
     if SCALES == 1:
         scale = _half(word >> (16 * odd))
         return scale, scale
-    top, low_top = _tops(tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3), SCALES)
+    top, low_top = _tops(words, SCALES)
     if SCALES == 3:
-        unit = top * _number((word >> (14 * odd)) & 127)
-        return 8.0 * unit, unit * (128.0 - _number((word >> (14 * odd + 7)) & 127))
+        unit = top / 1024.0 * _number((word >> (16 * odd + 7)) & 127)
+        return 8.0 * unit, unit * (128.0 - _number((word >> (16 * odd)) & 127))
     if SCALES == 4:
         return top * _number((word >> (12 * odd)) & 63), low_top * _number((word >> (12 * odd + 6)) & 63)
     scale = top * (_number(((word >> (8 * odd)) & 255) ^ 128) - 128.0)

@@ -5,7 +5,7 @@
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bise.kernels.dequant import IQ4_VALUES
-from bise.kernels.panels import TILE_COLUMNS, TILE_ROWS
+from bise.kernels.panels import SUPER_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from bise.kernels.triton import EXACT
-from bise.kernels.triton.launches import Launch, launch_of
+from bise.kernels.triton.launches import Card, Launch, launch_of
 from bise.kernels.triton.products import matmul
 from bise.kernels.triton.tiles import Tiles
 
@@ -105,6 +105,7 @@ class Matmul:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
+        self._card = _card_of(device)
         self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
         """Values of the codebook of 4-bit codes."""
         # Zero between launches: whoever arrives last puts back what it counted.
@@ -179,7 +180,7 @@ class Matmul:
         return experts, shares
 
     def _run(self, x: Tensor | Normed, weight: Tiles, task: _Task, launch: Launch | None = None) -> None:
-        launch, slots, parts = _shape(weight, task, launch)
+        launch, slots, parts = _shape(weight, task, launch, self._card)
         splits, blocks = weight.num_splits, weight.num_blocks
         # Two blocks in one program only where nobody waits for anybody.
         apart = task.after is After.MIX or (splits > 1 and launch.apart)
@@ -199,8 +200,9 @@ class Matmul:
         assert rows.values.stride(1) == 1
         out_stride = 0 if task.out is None else task.out.stride(0)
         matmul[grid](
-            rows.values, rows.squares, rows.weight, *self._arrays(weight), *self._arrays(task.second or
-            weight), none, *(none if each is None else each for each in (task.out, partial)), self._arrived,
+            rows.values, rows.squares, rows.weight, *self._arrays(weight),
+            *self._between(weight, task.second), none,
+            *(none if each is None else each for each in (task.out, partial)), self._arrived,
             *(none if each is None else each for each in task.operands()), rows.eps, task.num_slots,
             *weight.shape, blocks, rows.values.stride(0), out_stride, task.slots_per_row, weight.steps,
             -(-weight.steps // splits), NUM_SPLITS=splits, APART=apart, SLOTS=int(slots),
@@ -215,6 +217,7 @@ class Matmul:
         is_wide = weight.codes.dtype == torch.float32
         return {
             "SQUARES": triton.next_power_of_2(-(-weight.num_columns // TILE_COLUMNS)),
+            "EVEN": weight.num_columns % (SUPER_COLUMNS if weight.bits == 4 else TILE_COLUMNS) == 0,
             "BITS": weight.bits,
             "GROUP": weight.group,
             "ZERO": weight.zero,
@@ -230,21 +233,42 @@ class Matmul:
         scale = none if weight.scale is None else weight.scale
         return weight.codes, scale, none if weight.minimum is None else weight.minimum
 
+    def _between(self, first: Tiles, second: Tiles | None) -> list[int]:
+        """Return how far it is from the arrays of one weight to those of another, in 16 elements: so the
+        compiler knows that both are aligned.
+        """
+        if second is None:
+            return [0, 0, 0]
+        pairs = zip(self._arrays(first), self._arrays(second), strict=True)
+        return [(other.data_ptr() - one.data_ptr()) // (16 * one.element_size()) for one, other in pairs]
 
-def _shape(weight: Tiles, task: _Task, launch: Launch | None) -> tuple[Launch, Slots, int]:
+
+def _shape(weight: Tiles, task: _Task, launch: Launch | None, card: Card) -> tuple[Launch, Slots, int]:
     """Return the shape of a program, which slots it takes, and how many programs that makes."""
     chosen = None if task.after is After.ROUTE else task.chosen
     slots = Slots.ROWS
     if chosen is not None:
         slots = Slots.SINGLE if chosen.slots is None else Slots.SORTED
     launch = launch or launch_of(
-        task.num_slots, weight, is_pair=task.second is not None, single=slots is Slots.SINGLE
+        task.num_slots,
+        weight,
+        card,
+        is_pair=task.second is not None,
+        single=slots is Slots.SINGLE,
+        rows=chosen.rows if chosen is not None and slots is Slots.SORTED else None,
     )
     if chosen is None:
         return launch, slots, -(-task.num_slots // launch.rows)
-    if slots is Slots.SORTED:
-        launch = replace(launch, rows=chosen.rows)
     return launch, slots, len(chosen.experts)
+
+
+def _card_of(device: torch.device) -> Card:
+    """Return what a device is; where there is none, as for the interpreter, an H200."""
+    if device.type != "cuda":
+        return Card()
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Card(properties.multi_processor_count, shared)
 
 
 def _count(x: Tensor | Normed) -> int:

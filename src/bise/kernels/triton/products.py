@@ -15,14 +15,14 @@ The same bits for a row whatever the other rows are (docs/gpu.md):
 # Kernels are written in Triton's language, whose types are not Python's.
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from bise.kernels.triton.fold import columns_of, fold, row_scale
-from bise.kernels.triton.four_bits import add_row_step, add_rows_step
+from bise.kernels.triton.four_bits import add_step
 
 
 @triton.jit
@@ -34,64 +34,31 @@ def _levels(codes, ZERO: tl.constexpr, TO: tl.constexpr):
 
 
 @triton.jit
-def _add_piece(acc, w, x, scale, minimum, at, BITS: tl.constexpr, HAS_MIN: tl.constexpr):
-    """Add the products of a group of columns, levels w [64, W] and x [W, rows], to acc [64, rows]."""
-    if BITS == 0:
-        return tl.dot(w, x, acc, input_precision="ieee")
-    acc += tl.dot(w, x, input_precision="ieee") * tl.load(scale + at).to(tl.float32)[:, None]
-    if HAS_MIN:
-        ones = tl.full(w.shape, 1.0, w.dtype)
-        acc -= tl.dot(ones, x, input_precision="ieee") * tl.load(minimum + at).to(tl.float32)[:, None]
-    return acc
-
-
-@triton.jit
 def _add_tile(
-    acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, tile, tile2,
-    k0, valid, num_columns,
-    TWO: tl.constexpr, NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    HAS_MIN: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    acc, x_row, row_scales, norm_weight, codes, scales, minimums, k0, num_columns,
+    NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr,
+    EVEN: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's products, 64 columns, to acc [64, rows]; with TWO those of a second tile to acc2."""
+    """Add the products of 64 columns of floats or 8-bit codes to acc [M, rows]; `codes`, `scales` and
+    `minimums` [M] are where those of each output lie.
+    """
     PIECES: tl.constexpr = 64 // GROUP
-    row = tl.arange(0, 64)[:, None]
     for piece in tl.static_range(PIECES):
         k = k0 + piece * GROUP + tl.arange(0, GROUP)[:, None]
-        inside = k < num_columns
-        x = columns_of(x_row, row_scales, norm_weight, k, valid[None, :] & inside, inside, NORMED, H, TO)
-        at = piece * 64 * GROUP + row * GROUP + tl.arange(0, GROUP)[None, :]
-        raw = tl.load(codes + tile * 4096 + at)
-        w = _levels(raw, ZERO, TO) if BITS else raw.to(TO)
-        scales = (tile * PIECES + piece) * 64 + tl.arange(0, 64)
-        acc = _add_piece(acc, w, x, scale, minimum, scales, BITS, HAS_MIN)
-        if TWO:
-            raw2 = tl.load(codes2 + tile2 * 4096 + at)
-            w2 = _levels(raw2, ZERO, TO) if BITS else raw2.to(TO)
-            scales2 = (tile2 * PIECES + piece) * 64 + tl.arange(0, 64)
-            acc2 = _add_piece(acc2, w2, x, scale2, minimum2, scales2, BITS, HAS_MIN)
-    return acc, acc2
-
-
-@triton.jit
-def _add_step(
-    acc, acc2, x_row, row_scales, norm_weight, codes, words, codes2, words2, level_table, tile, tile2, k0,
-    valid, num_columns,
-    TWO: tl.constexpr, NORMED: tl.constexpr, ZERO: tl.constexpr, CODEBOOK: tl.constexpr,
-    SCALES: tl.constexpr, ROWS: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
-):  # fmt: skip
-    """As `_add_tile` with tiles of 256 columns of 4-bit codes."""
-    STRIDE: tl.constexpr = 512 if SCALES == 2 else 256
-    if ROWS == 1:
-        return add_row_step(
-            acc, acc2, x_row, row_scales, norm_weight, codes + tile * 2048, words + tile * STRIDE,
-            codes2 + tile2 * 2048, words2 + tile2 * STRIDE, level_table, k0, valid, num_columns,
-            TWO, NORMED, SCALES, ZERO, CODEBOOK, H, TO,
-        )  # fmt: skip
-    return add_rows_step(
-        acc, acc2, x_row, row_scales, norm_weight, codes + tile * 2048, words + tile * STRIDE,
-        codes2 + tile2 * 2048, words2 + tile2 * STRIDE, level_table, k0, valid, num_columns,
-        TWO, NORMED, SCALES, ZERO, CODEBOOK, H, TO,
-    )  # fmt: skip
+        inside = None if EVEN else k < num_columns
+        x = columns_of(x_row, row_scales, norm_weight, k, inside, inside, NORMED, H, TO)
+        raw = tl.load(codes[:, None] + (piece * 64 * GROUP + tl.arange(0, GROUP)[None, :]))
+        if BITS == 0:
+            acc = tl.dot(raw.to(TO), x, acc, input_precision="ieee")
+        else:
+            scale = tl.load(scales + piece * 64).to(tl.float32)[:, None]
+            dots = tl.dot(_levels(raw, ZERO, TO), x, input_precision="ieee")
+            acc = tl.fma(dots, tl.broadcast_to(scale, dots.shape), acc)
+            if HAS_MIN:
+                minimum = tl.load(minimums + piece * 64).to(tl.float32)[:, None]
+                sums = tl.dot(tl.full(raw.shape, 1.0, TO), x, input_precision="ieee")
+                acc = tl.fma(sums, tl.broadcast_to(-minimum, dots.shape), acc)
+    return acc
 
 
 @triton.jit
@@ -143,7 +110,7 @@ def _finish(
 
 @triton.jit
 def _arrive(
-    total, total2, block, slot, valid, out, parts, arrived, residual, squares_out, experts, shares,
+    total, total2, block, part, slot, valid, out, parts, arrived, residual, squares_out, experts, shares,
     num_slots, num_rows, num_blocks, out_stride,
     NUM_SPLITS: tl.constexpr, AFTER: tl.constexpr, TWO: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +125,7 @@ def _arrive(
     if TWO == 1:
         tl.store(at + (NUM_SPLITS + split) * plane, total2, mask=valid[None, :])
     tl.debug_barrier()
-    owner = tl.program_id(1) // TOP_K if AFTER == 3 else tl.program_id(1)
+    owner = part // TOP_K if AFTER == 3 else part
     lanes: tl.constexpr = NUM_SPLITS * TOP_K if AFTER == 3 else NUM_SPLITS
     ticket = arrived + owner * tl.num_programs(0) + tl.program_id(0)
     if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == lanes - 1:
@@ -190,55 +157,75 @@ def _arrive(
 
 @triton.jit
 def _sum_ranges(
-    x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, level_table, first,
-    other, valid, num_columns, steps, steps_per_split, low, high,
-    TWO: tl.constexpr, NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr, SCALES: tl.constexpr, ROWS: tl.constexpr,
+    x_row, row_scales, norm_weight, codes, scales, minimums, level_table, valid, num_columns, steps,
+    steps_per_split, low, high,
+    NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr,
+    CODEBOOK: tl.constexpr, SCALES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of ranges `low` to `high` of columns, each summed apart, of one block and another."""
-    total = tl.zeros((64, ROWS), tl.float32)
-    total2 = tl.zeros((64, ROWS), tl.float32)
+    """Return the sums [M, ROWS] of ranges `low` to `high` of columns, each summed apart, of the M outputs
+    whose first codes lie at `codes`.
+    """
+    total = tl.zeros((codes.shape[0], ROWS), tl.float32)
     for split in range(low, high):
-        acc = tl.zeros((64, ROWS), tl.float32)
-        acc2 = tl.zeros((64, ROWS), tl.float32)
+        acc = tl.zeros((codes.shape[0], ROWS), tl.float32)
         last = tl.minimum((split + 1) * steps_per_split, steps)
         # With a number of stages of its own a loop has all its loads under way, those of scales, too.
         for step in tl.range(split * steps_per_split, last, num_stages=STAGES):
             if BITS == 4:
-                acc, acc2 = _add_step(
-                    acc, acc2, x_row, row_scales, norm_weight, codes, scale, codes2, scale2, level_table,
-                    first * steps + step, other * steps + step, step * 256, valid, num_columns,
-                    TWO, NORMED, ZERO, CODEBOOK, SCALES, ROWS, H, TO,
+                words: tl.constexpr = 512 if SCALES == 2 else 256
+                acc = add_step(
+                    acc, x_row, row_scales, norm_weight, codes + step * 2048, scales + step * words,
+                    level_table, step * 256, valid, num_columns, ROWS, NORMED, SCALES, ZERO, CODEBOOK, EVEN,
+                    H, TO,
                 )  # fmt: skip
             else:
-                acc, acc2 = _add_tile(
-                    acc, acc2, x_row, row_scales, norm_weight, codes, scale, minimum, codes2, scale2,
-                    minimum2, first * steps + step, other * steps + step, step * 64, valid, num_columns,
-                    TWO, NORMED, BITS, GROUP, ZERO, HAS_MIN, H, TO,
+                numbers = step * (4096 // GROUP)
+                acc = _add_tile(
+                    acc, x_row, row_scales, norm_weight, codes + step * 4096, scales + numbers,
+                    minimums + numbers, step * 64, num_columns, NORMED, BITS, GROUP, ZERO, HAS_MIN, EVEN, H,
+                    TO,
                 )  # fmt: skip
         total += acc
-        total2 += acc2
-    return total, total2
+    return total
+
+
+@triton.jit
+def _turn(blocks, parts, GROUPED: tl.constexpr):
+    """Return which block and which part of the slots a program computes.
+
+    GROUPED: eight parts take a block one after the other, so that a weight comes from memory once for them.
+    """
+    block, part = tl.program_id(0), tl.program_id(1)
+    if GROUPED:
+        program = part * blocks + block
+        first = program // (8 * blocks) * 8
+        count = tl.minimum(parts - first, 8)
+        inner = program - first * blocks
+        block, part = inner // count, first + inner % count
+    return block, part
 
 
 @triton.jit
 def matmul(
-    x, squares, norm_weight, codes, scale, minimum, codes2, scale2, minimum2, level_table, out, parts,
-    arrived, residual, squares_out, slots, experts, shares, eps, num_slots, num_rows, num_columns, num_blocks,
-    x_stride, out_stride, slots_per_row, steps, steps_per_split,
+    x, squares, norm_weight, codes, scale, minimum, to_codes2: tl.int64, to_scale2: tl.int64,
+    to_minimum2: tl.int64, level_table, out, parts, arrived, residual, squares_out, slots, experts, shares,
+    eps, num_slots, num_rows, num_columns, num_blocks, x_stride, out_stride, slots_per_row, steps,
+    steps_per_split,
     NUM_SPLITS: tl.constexpr, APART: tl.constexpr, SLOTS: tl.constexpr, AFTER: tl.constexpr,
     NORMED: tl.constexpr, TWO: tl.constexpr, TOP_K: tl.constexpr, SQUARES: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr,
-    SCALES: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    SCALES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr,
+    TO: tl.constexpr,
 ):  # fmt: skip
     """Program (block of 64 outputs, part of the slots, range of columns): see the module, `Slots` and
     `After`.
 
-    TWO: 1 for the same block of a second matrix, 2 for the next block of the same one.
+    TWO: 1 for the same block of a second matrix, which lies `to_codes2` x 16 elements behind the first one,
+    2 for the next block of the same one: 128 outputs then. EVEN: the columns fill their tiles.
     """
-    block = tl.program_id(0) * 2 if TWO == 2 else tl.program_id(0)
-    part = tl.program_id(1)
+    turn, part = _turn(tl.num_programs(0), tl.num_programs(1), ROWS >= 64 and not APART)
+    block = turn * 2 if TWO == 2 else turn
     lane = tl.arange(0, ROWS)
     slot = part * ROWS + lane
     valid = slot < num_slots
@@ -255,21 +242,37 @@ def matmul(
     row_scales = tl.zeros((ROWS,), tl.float32)
     if NORMED:
         row_scales = row_scale(squares, row, num_columns, eps, ROWS, SQUARES)
+    M: tl.constexpr = 128 if TWO else 64
+    output = tl.arange(0, M)
+    is_first = output < 64
     first = (tl.zeros((), tl.int64) + expert) * num_blocks + block
-    other = first
+    mine = tl.zeros((M,), tl.int64) + first
     if TWO == 2:
-        other = tl.where(block + 1 < num_blocks, first + 1, first)
+        mine = tl.where(is_first, first, tl.where(block + 1 < num_blocks, first + 1, first))
+    inner = output % 64
+    per_output: tl.constexpr = 32 if BITS == 4 else GROUP
+    per_scale: tl.constexpr = 1 if BITS != 4 else (8 if SCALES == 2 else 4)
+    at = mine * steps * (2048 if BITS == 4 else 4096) + inner * per_output
+    at_scale = mine * steps * (64 * per_scale if BITS == 4 else 4096 // GROUP) + inner * per_scale
+    at_minimum = at_scale
+    if TWO == 1:
+        at += tl.where(is_first, 0, to_codes2) * 16
+        at_scale += tl.where(is_first, 0, to_scale2) * 16
+        at_minimum += tl.where(is_first, 0, to_minimum2) * 16
     low = tl.program_id(2) if APART else 0
-    total, total2 = _sum_ranges(
-        x + row.to(tl.int64) * x_stride, row_scales, norm_weight, codes, scale, minimum, codes2, scale2,
-        minimum2, level_table, first, other, valid, num_columns, steps, steps_per_split, low,
-        low + 1 if APART else NUM_SPLITS,
-        TWO > 0, NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, SCALES, ROWS, STAGES, H, TO,
+    high = low + 1 if APART else tl.cdiv(steps, steps_per_split)
+    total = _sum_ranges(
+        x + row.to(tl.int64) * x_stride, row_scales, norm_weight, codes + at, scale + at_scale,
+        minimum + at_minimum, level_table, valid, num_columns, steps, steps_per_split, low, high,
+        NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, SCALES, EVEN, ROWS, STAGES, H, TO,
     )  # fmt: skip
+    total2 = total
+    if TWO:
+        total, total2 = tl.split(tl.permute(tl.reshape(total, (2, 64, ROWS)), (1, 2, 0)))
     if APART:
         _arrive(
-            total, total2, block, slot, valid, out, parts, arrived, residual, squares_out, experts, shares,
-            num_slots, num_rows, num_blocks, out_stride, NUM_SPLITS, AFTER, TWO, TOP_K, ROWS,
+            total, total2, block, part, slot, valid, out, parts, arrived, residual, squares_out, experts,
+            shares, num_slots, num_rows, num_blocks, out_stride, NUM_SPLITS, AFTER, TWO, TOP_K, ROWS,
         )  # fmt: skip
     else:
         _finish(

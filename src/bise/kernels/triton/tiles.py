@@ -188,7 +188,8 @@ def tile(weight: Grouped | Tensor) -> Tiles:
 def _words(weight: Grouped) -> tuple[Tensor, Scales]:
     """Return the scales of 4-bit codes as int32 words [N, words of 256 columns x K / 256]."""
     if weight.nested:
-        return weight.scale, Scales[weight.nested.upper()]
+        words = _regrouped(weight.scale) if weight.nested == "u7" else weight.scale
+        return words, Scales[weight.nested.upper()]
     extra = -weight.scale.shape[1] % (SUPER_COLUMNS // BLOCK_COLUMNS)
     scale = functional.pad(weight.scale, (0, extra))
     assert scale.dtype == torch.float16
@@ -196,6 +197,20 @@ def _words(weight: Grouped) -> tuple[Tensor, Scales]:
         return scale.view(torch.int32), Scales.HALVES
     minimum = functional.pad(weight.minimum, (0, extra))
     return torch.stack((scale, minimum), 2).view(torch.int32).flatten(1), Scales.PAIRS
+
+
+def _regrouped(words: Tensor) -> Tensor:
+    """Return words of `u7` as `Scales.U7` has them: a group's fields in a half of a word, so that one
+    operation takes those of two.
+    """
+    four = words.view(len(words), -1, 4)
+    place = 4 * torch.arange(4, dtype=torch.int32, device=words.device)
+    top = ((four >> 28 & 15) << place).sum(2, dtype=torch.int32)[..., None]
+    halves: list[Tensor] = []
+    for odd in (0, 1):
+        scale, zero = (four >> 14 * odd + shift & 127 for shift in (0, 7))
+        halves.append(zero | scale << 7 | (top >> 8 * odd + place // 2 & 3) << 14)
+    return (halves[0] | halves[1] << 16).flatten(1)
 
 
 def _packed_codes(codes: Tensor) -> Tensor:
