@@ -12,14 +12,13 @@ import hmac
 import logging
 import secrets
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
-from weakref import WeakValueDictionary
 
 from bise.errors import (
     AuthenticationError,
@@ -30,6 +29,7 @@ from bise.errors import (
     quoted,
 )
 from bise.server.access import LOCAL_OWNER, Access, Caller, is_loopback, presented_key
+from bise.server.lanes import Lanes
 from bise.server.metrics import Metrics
 from bise.server.store_ticket import StoreTicket
 from bise.store.energy import MachineMeter, Shares
@@ -59,9 +59,6 @@ INTERNAL = "bise.caller"
 PASS_COOKIE = "bise_pass"  # noqa: S105  # a name
 """Cookie of the operator's browser; see `bise.server.entry`."""
 _THREADS = 8
-_CALLS_PER_KEY = 2
-"""Calls to the store that one key's new requests make at once: if it has a thousand, the others wait behind
-these, and not before another key's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +99,11 @@ class StoreGate:
         logger.info("event=energy sources=%s", "+".join(meter.sources) or "none")
         self._shares = shares or Shares(meter.joules)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="bise-store")
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._lanes = Lanes(lambda key_id: len(self._open[key_id]))
         self._unwritten: deque[_Unwritten] = deque()
         self._writing_late = threading.Lock()
-        self._open: dict[str, Reservation] = {}
+        self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
+        """The places that requests of each key hold now, by id."""
         self._has_keys = False
         self.local_pass = secrets.token_urlsafe(32)
         """What lets the operator's browser in, as long as this process lives."""
@@ -140,11 +138,8 @@ class StoreGate:
     async def offload_for(
         self, key_id: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Run a call to the store as `offload` does, but few of a key at a time, in the order of arrival."""
-        turn = self._turns.get(key_id)
-        if turn is None:
-            turn = self._turns[key_id] = asyncio.Semaphore(_CALLS_PER_KEY)
-        async with turn:
+        """Run a call to the store as `offload` does, for a new request of a key: see `bise.server.lanes`."""
+        async with self._lanes.place(key_id):
             return await self.offload(function, *args, **kwargs)
 
     async def authenticate(self, request: Request) -> None:
@@ -212,7 +207,7 @@ class StoreGate:
             except RateLimitError:
                 self.metrics.refuse("rate_limit")
                 raise
-            self._open[reservation.id] = reservation
+            self._open[key.id][reservation.id] = reservation
         return StoreTicket(
             gate=self,
             share=self.begin_share(),
@@ -313,7 +308,7 @@ class StoreGate:
                 token_cost=Decimal(0) if price is None else price.of(0, 0, 1),
             )
         except RateLimitError:
-            self._open.pop(reservation.id, None)
+            self._open[key.id].pop(reservation.id, None)
             self.metrics.refuse("rate_limit")
             raise
 
@@ -321,7 +316,7 @@ class StoreGate:
         """Finish a row (energy, costs), write it and settle the reservation at once; return it."""
         machine_s, energy_j = self._shares.leave(share)
         if reservation is not None:
-            self._open.pop(reservation.id, None)
+            self._open[reservation.key_id].pop(reservation.id, None)
         entry = _Unwritten(
             row=replace(row, energy_j=energy_j),
             reservation=reservation,
@@ -466,7 +461,8 @@ class StoreGate:
         while True:
             await asyncio.sleep(LEASE_S / 3)
             try:
-                await self.offload(self.store.limits.renew, list(self._open))
+                held = [place for places in list(self._open.values()) for place in list(places)]
+                await self.offload(self.store.limits.renew, held)
                 await self.offload(self.store.replays.renew)
             except StoreError:
                 continue
