@@ -36,6 +36,14 @@ def test_a_changed_parameter_is_found_out(cli, receipt):
     assert result.error_lines == []
 
 
+def test_a_name_in_the_receipt_does_not_rename_the_model_that_ran(cli, receipt):
+    value = json.loads(receipt.read_text())
+    value["model"]["name"] = "another"
+    receipt.write_text(json.dumps(value))
+    result = cli("replay", str(receipt), "--threads", "2")
+    assert result.out == "same: 10 tokens, log-probs included, bit for bit (brise)\n"
+
+
 def test_another_model_is_told_before_anything_runs(cli, receipt):
     value = json.loads(receipt.read_text())
     value["model"] |= {"name": "mistral", "weights_sha256": "ab" * 32}

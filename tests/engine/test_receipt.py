@@ -141,6 +141,21 @@ def test_an_end_for_another_reason_is_a_difference(made):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"num_tokens": 5}, "num_tokens"),
+        ({"checks": ""}, "checks"),
+        ({"output_sha256": "0" * 64}, "output_sha256"),
+        ({"output_sha256": "0" * 64, "num_tokens": 1}, "output_sha256, num_tokens"),
+    ],
+)
+def test_a_receipt_whose_parts_contradict_one_another_confirms_nothing(made, change, names):
+    _, done, receipt = made
+    told = output_difference(replace(receipt, **change), done.logprobs, done.finish_reason.value)
+    assert told == f"the receipt contradicts itself: of this output it has a wrong {names}"
+
+
 def test_a_difference_names_the_versions_where_they_differ(made):
     _, done, receipt = made
     other = replace(receipt, bise="9.9", numerics=99)
@@ -250,6 +265,7 @@ def test_a_request_whose_prompt_the_engine_shortens_gets_no_receipt(loaded, made
         ({"kv": None}, "'kv' must not be null"),
         ({"numerics": True}, "'numerics' must not be"),
         ({"prompt_ids": [1, "a"]}, "'prompt_ids' must be whole numbers"),
+        ({"prompt_ids": [1, 1 << 70]}, "'prompt_ids' must be whole numbers"),
         ({"params": {"warmth": 2}}, "knows no parameter 'warmth'"),
         ({"params": {"temperature": 99}}, "params: temperature must be a number"),
         ({"params": {"logit_bias": 3}}, "params: "),

@@ -51,8 +51,9 @@ def command(
     load = LoadOptions(quant=wanted.quant, kv=wanted.kv, threads=threads, context=None, adapter=adapter)
     with open_model(model, load) as loaded:
         differences = model_differences(wanted, loaded, load.adapter_name)
+        name = model_name(loaded)
         if differences:
-            if model is None and wanted.model.name != model_name(loaded):
+            if model is None and wanted.model.name != name:
                 aside(f"(the receipt is of {wanted.model.name}; --model PATH names it)")
             _fail("; ".join(differences))
         prompt_ids = None if prompt is None else plain_ids(loaded, prompt)
@@ -62,7 +63,7 @@ def command(
     if difference is not None:
         _fail(difference)
     tokens = f"{wanted.num_tokens} token{'' if wanted.num_tokens == 1 else 's'}"
-    click.echo(f"same: {tokens}, log-probs included, bit for bit ({wanted.model.name})")
+    click.echo(f"same: {tokens}, log-probs included, bit for bit ({name})")
 
 
 def _fail(reason: str) -> None:

@@ -224,12 +224,22 @@ def _adapter_identity(loaded: LoadedModel, name: str | None) -> AdapterIdentity 
 
 
 def output_difference(receipt: Receipt, logprobs: Sequence[TokenLogprob], finish_reason: str) -> str | None:
-    """Return where a replayed output differs from the receipt's; None when it is the same to the last bit."""
-    if _output_hash(receipt.salt, logprobs) != receipt.output_sha256:
-        return f"the output differs{_first_difference(receipt, logprobs)}{_version_note(receipt)}"
+    """Return where a replayed output differs from the receipt's; None when it is the same to the last bit and
+    all that the receipt says of it is true.
+    """
+    is_same = _output_hash(receipt.salt, logprobs) == receipt.output_sha256
+    checks = None if receipt.checks is None else _checks(receipt.salt, logprobs)
+    if not is_same and (checks is None or checks != receipt.checks):
+        return f"the output differs{_first_difference(receipt, checks)}{_version_note(receipt)}"
     if finish_reason != receipt.finish_reason:
         return f"the output ended by '{finish_reason}', in the receipt by {quoted(receipt.finish_reason)}"
-    return None
+    facts = (
+        ("output_sha256", is_same),
+        ("checks", checks == receipt.checks),
+        ("num_tokens", len(logprobs) == receipt.num_tokens),
+    )
+    wrong = ", ".join(name for name, is_true in facts if not is_true)
+    return f"the receipt contradicts itself: of this output it has a wrong {wrong}" if wrong else None
 
 
 def write_receipt(receipt: Receipt, path: Path) -> None:
@@ -260,8 +270,8 @@ def read_receipt(path: Path) -> Receipt:
         )
     parts = _typed(path, value, _KINDS)
     ids = parts["prompt_ids"]
-    if ids is not None and not all(type(token_id) is int for token_id in ids):
-        raise ReceiptError(f"{path}: 'prompt_ids' must be whole numbers", field="prompt_ids")
+    if ids is not None and not all(type(token_id) is int and 0 <= token_id < 1 << 31 for token_id in ids):
+        raise ReceiptError(f"{path}: 'prompt_ids' must be whole numbers from 0 to 2^31", field="prompt_ids")
     parts["prompt_ids"] = None if ids is None else tuple(ids)
     parts["model"] = ModelIdentity(**_typed(path, parts["model"], dict.fromkeys(_MODEL_FIELDS, (str,))))
     parts["params"] = _params(path, parts["params"])
@@ -407,10 +417,9 @@ def _checks(salt: str, logprobs: Sequence[TokenLogprob]) -> str:
     return "".join(found)
 
 
-def _first_difference(receipt: Receipt, logprobs: Sequence[TokenLogprob]) -> str:
-    if receipt.checks is None:
+def _first_difference(receipt: Receipt, found: str | None) -> str:
+    if found is None or receipt.checks is None:
         return ""
-    found = _checks(receipt.salt, logprobs)
     shorter = min(len(found), len(receipt.checks))
     first = next(
         (at for at in range(0, shorter, 4) if found[at : at + 4] != receipt.checks[at : at + 4]), shorter
