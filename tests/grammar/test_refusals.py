@@ -95,6 +95,21 @@ def test_the_documentation_lists_every_keyword_as_it_is_treated():
     assert listed == {name: what.value for name, (what, _) in KEYWORDS.items()} | {"x-...": "annotation"}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"format": "hostname", "minLength": 254},
+        {"format": "hostname", "pattern": "^..--"},
+        {"format": "hostname", "pattern": "[^.]{64}"},
+        {"format": "email", "minLength": 255},
+        {"format": "email", "pattern": "^[^@]{65}"},
+        {"format": "email", "pattern": "@..--"},
+    ],
+)
+def test_names_of_hosts_and_mailboxes_are_no_longer_and_no_odder_than_their_rfcs_allow(vocabulary, schema):
+    assert "allows no output" in str(refusal(vocabulary, {"type": "string", **schema}))
+
+
 HOSTILE = {
     "no_end": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     "ref_to_itself": {"$ref": "#"},

@@ -12,10 +12,11 @@ _DATE = (
 _CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
 _ZONE = r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _YEAR = r"(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
-_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_LABEL = r"[a-zA-Z0-9](-?[a-zA-Z0-9]){0,30}"  # `--` at its third place is an IDN's, with rules of its own
+_SHORT_LABEL = _LABEL.replace("30", "15")
 _OCTET = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _GROUP = r"[0-9a-fA-F]{1,4}"
-_SPECIAL = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,20}"
+_SPECIAL = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]{1,15}"
 _URI_CHARACTER = r"([a-zA-Z0-9._~!$&'()*+,;=:@/-]|%[0-9a-fA-F]{2})"
 _UNIT = r"[0-9]{1,9}"
 _TIME_PART = rf"T({_UNIT}H({_UNIT}M({_UNIT}S)?)?|{_UNIT}M({_UNIT}S)?|{_UNIT}S)"
@@ -26,7 +27,7 @@ _PATTERNS = {
     "time": _CLOCK + _ZONE,
     "date-time": _DATE.replace("[0-9]{4}", _YEAR, 1) + "[Tt]" + _CLOCK + _ZONE,
     "duration": rf"P({_DAY_PART}({_TIME_PART})?|{_TIME_PART}|{_UNIT}W)",
-    "email": rf"{_SPECIAL}(\.{_SPECIAL}){{0,3}}@{_LABEL}(\.{_LABEL}){{1,3}}",
+    "email": rf"{_SPECIAL}(\.{_SPECIAL}){{0,3}}@{_SHORT_LABEL}(\.{_SHORT_LABEL}){{1,3}}",
     "hostname": rf"{_LABEL}(\.{_LABEL}){{0,3}}",
     "ipv4": rf"{_OCTET}(\.{_OCTET}){{3}}",
     "ipv6": rf"({_GROUP}:){{7}}{_GROUP}|::|::{_GROUP}(:{_GROUP}){{0,5}}|{_GROUP}(:{_GROUP}){{0,5}}::"
