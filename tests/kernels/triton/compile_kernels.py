@@ -21,8 +21,8 @@ from bise.kernels.triton.launches import Card, shape_of
 
 # Types of parameters by name; the same name means the same thing in every kernel.
 POINTERS = {
-    "*bf16": "k_pages v_pages q_out",
-    "*fp32": "squares norm_weight level_table parts residual squares_out shares q k v cos sin k_scales "
+    "*bf16": "k_pages v_pages q_out level_table",
+    "*fp32": "squares norm_weight parts residual squares_out shares q k v cos sin k_scales "
     "v_scales part_tops part_weights x y weight left right logits",
     "*fp16": "minimum",
     "*i32": "arrived slots experts positions owners block_table q_start q_pos tile_sequence tile_row "
@@ -94,7 +94,7 @@ CARDS = {80: Card(108, 163 << 10), 89: SMALL, 90: Card(), 120: SMALL}
 
 def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given):
     bits, group, zero, has_min, codebook, scales = form
-    launch = shape_of(slots, bits, card)
+    launch = shape_of(slots, bits, card, is_wide=to == tl.float32)
     rows = launch.rows
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
@@ -103,9 +103,9 @@ def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given
     }  # fmt: skip
     constants |= given
     types = dict(TYPES)
-    types["x"] = "*fp32" if constants["NORMED"] else "*bf16"
+    types["x"] = "*fp32" if constants["NORMED"] or to == tl.float32 else "*bf16"
     types["out"] = "*bf16" if constants["AFTER"] == 1 else "*fp32"
-    weights = {0: "*bf16", 4: "*i32", 8: "*u8"}[bits]
+    weights = {0: "*fp32" if to == tl.float32 else "*bf16", 4: "*i32", 8: "*u8"}[bits]
     numbers = "*i32" if bits == 4 else "*fp16"
     types |= {"codes": weights, "scale": numbers}
     return f"matmul {name}", products.matmul, types, constants, {
@@ -113,7 +113,7 @@ def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given
     }  # fmt: skip
 
 
-QUICK = ("matmul z4 add one", "matmul z4 prompt gate", "decode", "norm")
+QUICK = ("matmul z4 add one", "decode", "norm")
 """What is compiled without `all`: one of each kind, for seconds."""
 
 
@@ -133,9 +133,13 @@ def products_of(card):
     yield case("z4 gate one", slots=1, NORMED=True, AFTER=1, TWO=1)
     yield case("z4 add one", slots=1, AFTER=2)
     yield case("route", slots=8, form=FLOATS, NORMED=True, AFTER=4, TOP_K=2, to=tl.float32)
+    yield case("route many", slots=512, form=FLOATS, AFTER=4, TOP_K=2, to=tl.float32)
+    yield case("adapter", slots=512, form=FLOATS, to=tl.float32)
+    yield case("z4 f32", slots=512, to=tl.float32)
     yield case("z4 expert gate", slots=1, SLOTS=1, NORMED=True, AFTER=1, TWO=1)
     yield case("z4 expert mix", slots=1, SLOTS=1, AFTER=3, TOP_K=2)
-    yield case("z4 sorted gate", slots=128, SLOTS=2, AFTER=1, TWO=1)
+    slots = 128 if card.is_large else 32  # as `launch_of` looks up what sorted slots get
+    yield case("z4 sorted gate", slots=slots, SLOTS=2, AFTER=1, TWO=1)
     for name, form in FORMS.items():
         if form[0] == 4:
             yield case(f"{name} one", slots=1, form=form)

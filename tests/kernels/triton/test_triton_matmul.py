@@ -10,7 +10,7 @@ from bise.kernels.cpu import CpuOps, arena, packed_size  # noqa: E402
 from bise.kernels.grouped import Grouped, unpack_panels  # noqa: E402
 from bise.kernels.panels import PANEL_FORMATS  # noqa: E402
 from bise.kernels.triton.fused import add_rows, embed, norm  # noqa: E402
-from bise.kernels.triton.launches import Launch  # noqa: E402
+from bise.kernels.triton.launches import Card, Launch, launch_of, shape_of  # noqa: E402
 from bise.kernels.triton.matmul import Chosen, Matmul, Normed  # noqa: E402
 from bise.kernels.triton.sorting import sorted_slots  # noqa: E402
 from bise.kernels.triton.tiles import chained, stacked, tile  # noqa: E402
@@ -259,3 +259,16 @@ def test_rows_of_a_table_are_its_values_and_bring_their_squares(packed_format):
     rows, squares = embed(table, ids, Matmul(torch.float32, DEVICE).levels)
     assert torch.equal(rows, values[ids.long()])
     assert torch.equal(squares, add_rows(rows.clone(), None))
+
+
+@pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
+def test_every_card_gets_a_launch_for_every_number_of_rows(shared):
+    card = Card(84, shared)
+    for bits in (0, 4, 8):
+        rows = [shape_of(slots, bits, card).rows for slots in (1, 2, 8, 9, 64, 65, 300, 5000)]
+        assert rows == sorted(rows)
+        assert rows[-1] == (32 if shared < 99 << 10 or (bits == 4 and shared < 160 << 10) else 128)
+    weight = tile(random_grouped("z4", 70, 256))
+    for slots in (1, 17, 600):
+        pair = launch_of(slots, weight, card, is_wide=False, is_pair=True)
+        assert not pair.two_blocks

@@ -90,17 +90,20 @@ def _zeros(words, SCALES: tl.constexpr, ZERO: tl.constexpr, TO: tl.constexpr):
     [M].
     """
     if SCALES != 3:
-        same = tl.full(words.shape, -ZERO / 8, TO)
-        return same, same
-    word = tl.load(words)
-    if tl.float32 == TO:
-        return _number(word & 127) / 64 - 2.0, _number((word >> 16) & 127) / 64 - 2.0
-    fields = word & 0x007F007F
-    # Taken off the bits of -4, in both halves at once: -4 + z / 64.
-    both = -0x3F7F3F80 - fields if tl.bfloat16 == TO else -0x3BFF3C00 - (fields << 3)
-    two = tl.full(words.shape, 2.0, TO)
-    odd = _low(both >> 16, TO) + two
-    return _low(both, TO) + two, odd
+        even = tl.full(words.shape, -ZERO / 8, TO)
+        odd = even
+    elif tl.float32 == TO:
+        word = tl.load(words)
+        even = _number(word & 127) / 64 - 2.0
+        odd = _number((word >> 16) & 127) / 64 - 2.0
+    else:
+        fields = tl.load(words) & 0x007F007F
+        # Taken off the bits of -4, in both halves at once: -4 + z / 64.
+        both = -0x3F7F3F80 - fields if tl.bfloat16 == TO else -0x3BFF3C00 - (fields << 3)
+        two = tl.full(words.shape, 2.0, TO)
+        odd = _low(both >> 16, TO) + two
+        even = _low(both, TO) + two
+    return even, odd
 
 
 @triton.jit
@@ -132,17 +135,18 @@ def _tops(words, SCALES: tl.constexpr):
     """
     first, second = tl.load(words), tl.load(words + 1)
     third, fourth = tl.load(words + 2), tl.load(words + 3)
+    low_top = first
     if SCALES == 4:
         top = _half(((first >> 24) & 255) | ((second >> 16) & 65280))
-        return top, _half(((third >> 24) & 255) | ((fourth >> 16) & 65280))
-    if SCALES == 3:
+        low_top = _half(((third >> 24) & 255) | ((fourth >> 16) & 65280))
+    elif SCALES == 3:
         bits = ((first >> 14) & 0x00030003) | ((second >> 12) & 0x000C000C)
         bits = bits | ((third >> 10) & 0x00300030) | ((fourth >> 8) & 0x00C000C0)
         top = _half((bits & 255) | ((bits >> 8) & 0xFF00))
     else:
         bits = ((first >> 28) & 15) | ((second >> 24) & 240)
         top = _half(bits | ((third >> 20) & 3840) | ((fourth >> 16) & 61440))
-    return top, top
+    return top, low_top
 
 
 @triton.jit

@@ -49,7 +49,9 @@ def _embed(
         raw = tl.load(codes + tile * 4096 + inner * 64 + column)
     if BITS:
         value = (
-            tl.load(level_table + raw.to(tl.int32)) if CODEBOOK else (raw.to(tl.int32) - ZERO).to(tl.float32)
+            tl.load(level_table + raw.to(tl.int32)).to(tl.float32)
+            if CODEBOOK
+            else (raw.to(tl.int32) - ZERO).to(tl.float32)
         )
         value = value * factor
         if HAS_MIN:

@@ -35,15 +35,25 @@ class Card:
 
     processors: int = 132
     shared_bytes: int = 227 << 10
-    """What the programs of a processor may keep on chip, one program at most."""
+    """What a program may keep on chip."""
 
     @property
     def is_large(self) -> bool:
-        """True for data-centre cards (compute capability 8.0, 9.0, 10.0: 163 KiB and more); consumers' (8.6,
-        8.9, 12.0) have 99 KiB.
+        """True for data-centre cards (compute capability 8.0, 9.0, 10.0), which have 163 KiB and more;
+        consumers' (8.6, 8.9, 12.0) have 99.
         """
         return self.shared_bytes >= 160 << 10
 
+    @property
+    def sorted_slots(self) -> int:
+        """Most slots of an expert that a program computes."""
+        return 64 if self.is_large else 32
+
+
+_ROOMY = 99 << 10
+"""Turing and AMD's have 64 KiB."""
+_FEW = 32
+"""Most rows where there is less room, or where values take 32 bits and tensor cores take none of them."""
 
 _FLOATS = (
     # most slots, rows, warps, stages, two blocks
@@ -65,32 +75,44 @@ _FOUR_BITS = (
     (128, 64, 8, 2, True),
     (1 << 62, 128, 8, 2, True),
 )
-"""4-bit codes: 256 columns a step, so that 128 rows and two stages take 148 KiB: too much for a consumer's
-card, which computes 64 rows."""
+"""4-bit codes: 256 columns a step, so that 128 rows and two stages take 148 KiB."""
 
-_SMALL_CARD_ROWS = 64
+_FOUR_BITS_OF_CONSUMERS = (*_FOUR_BITS[:4], (1 << 62, 32, 8, 2, True))
+"""For more rows the assembler takes so many products at once there that their sums do not fit the registers;
+32 rows keep tensor cores of an eighth of the rate as busy."""
 
 
-def shape_of(num_slots: int, bits: int, card: Card) -> Launch:
-    """Return rows, warps and stages for a number of slots and a width of codes (0: floats)."""
-    table = _FOUR_BITS if bits == 4 else _FLOATS
-    if bits == 4 and not card.is_large:
-        table = tuple(entry for entry in table if entry[1] <= _SMALL_CARD_ROWS)
-        num_slots = min(num_slots, table[-1][0])
+def shape_of(num_slots: int, bits: int, card: Card, *, is_wide: bool = False) -> Launch:
+    """Return rows, warps and stages for a number of slots and a width of codes (0: floats); `is_wide` for
+    products in float32.
+    """
+    table = _FLOATS
+    if bits == 4:
+        table = _FOUR_BITS if card.is_large else _FOUR_BITS_OF_CONSUMERS
+    if is_wide or card.shared_bytes < _ROOMY:
+        num_slots = min(num_slots, _FEW)
     _, rows, warps, stages, two = next(entry for entry in table if num_slots <= entry[0])
-    return Launch(rows, warps, stages, apart=True, two_blocks=two)
+    return Launch(rows, warps, 2 if card.shared_bytes < _ROOMY else stages, apart=True, two_blocks=two)
 
 
 def launch_of(
-    num_slots: int, weight: Tiles, card: Card, *, is_pair: bool, single: bool = False, rows: int | None = None
+    num_slots: int,
+    weight: Tiles,
+    card: Card,
+    *,
+    is_wide: bool,
+    is_pair: bool,
+    single: bool = False,
+    rows: int | None = None,
 ) -> Launch:
     """Return the launch for a number of slots; with `single` each slot is a program, with `rows` a program
     has so many.
     """
     if single:
-        return shape_of(1, weight.bits, card)
+        return shape_of(1, weight.bits, card, is_wide=is_wide)
     # 64 slots of an expert are as good as 64 of many rows.
-    shape = shape_of(num_slots if rows is None else rows if rows < 64 else 2 * rows, weight.bits, card)
+    like = num_slots if rows is None else rows if rows < 64 else 2 * rows
+    shape = shape_of(like, weight.bits, card, is_wide=is_wide)
     if rows is not None:
         shape = replace(shape, rows=rows)
     parts = -(-num_slots // shape.rows)

@@ -105,8 +105,10 @@ class Matmul:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
-        self._card = _card_of(device)
-        self.levels = torch.tensor(IQ4_VALUES, dtype=torch.float32, device=device)
+        self.card = _card_of(device)
+        # Of two bytes each: what takes four would be copied ahead of time, every one into a place of its own.
+        short = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        self.levels = torch.tensor(IQ4_VALUES, dtype=short, device=device)
         """Values of the codebook of 4-bit codes."""
         # Zero between launches: whoever arrives last puts back what it counted.
         self._arrived = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
@@ -180,7 +182,7 @@ class Matmul:
         return experts, shares
 
     def _run(self, x: Tensor | Normed, weight: Tiles, task: _Task, launch: Launch | None = None) -> None:
-        launch, slots, parts = _shape(weight, task, launch, self._card)
+        launch, slots, parts = self._shape(weight, task, launch)
         splits, blocks = weight.num_splits, weight.num_blocks
         # Two blocks in one program only where nobody waits for anybody.
         apart = task.after is After.MIX or (splits > 1 and launch.apart)
@@ -213,8 +215,6 @@ class Matmul:
 
     def _form(self, weight: Tiles) -> dict[str, object]:
         """Return the constants that a weight's format gives."""
-        # A float32 weight (the router) is multiplied in float32 whatever the compute type.
-        is_wide = weight.codes.dtype == torch.float32
         return {
             "SQUARES": triton.next_power_of_2(-(-weight.num_columns // TILE_COLUMNS)),
             "EVEN": weight.num_columns % (SUPER_COLUMNS if weight.bits == 4 else TILE_COLUMNS) == 0,
@@ -225,8 +225,31 @@ class Matmul:
             "CODEBOOK": weight.codebook,
             "SCALES": int(weight.scales),
             "H": TYPES[self._dtype],
-            "TO": tl.float32 if is_wide else TYPES[self._dtype],
+            "TO": tl.float32 if self._is_wide(weight) else TYPES[self._dtype],
         }
+
+    def _is_wide(self, weight: Tiles) -> bool:
+        """Tell whether products are computed in float32, as those of a float32 weight (the router) are."""
+        return torch.float32 in (weight.codes.dtype, self._dtype)
+
+    def _shape(self, weight: Tiles, task: _Task, launch: Launch | None) -> tuple[Launch, Slots, int]:
+        """Return the shape of a program, which slots it takes, and how many programs that makes."""
+        chosen = None if task.after is After.ROUTE else task.chosen
+        slots = Slots.ROWS
+        if chosen is not None:
+            slots = Slots.SINGLE if chosen.slots is None else Slots.SORTED
+        launch = launch or launch_of(
+            task.num_slots,
+            weight,
+            self.card,
+            is_wide=self._is_wide(weight),
+            is_pair=task.second is not None,
+            single=slots is Slots.SINGLE,
+            rows=chosen.rows if chosen is not None and slots is Slots.SORTED else None,
+        )
+        if chosen is None:
+            return launch, slots, -(-task.num_slots // launch.rows)
+        return launch, slots, len(chosen.experts)
 
     def _arrays(self, weight: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         none = self.levels
@@ -241,25 +264,6 @@ class Matmul:
             return [0, 0, 0]
         pairs = zip(self._arrays(first), self._arrays(second), strict=True)
         return [(other.data_ptr() - one.data_ptr()) // (16 * one.element_size()) for one, other in pairs]
-
-
-def _shape(weight: Tiles, task: _Task, launch: Launch | None, card: Card) -> tuple[Launch, Slots, int]:
-    """Return the shape of a program, which slots it takes, and how many programs that makes."""
-    chosen = None if task.after is After.ROUTE else task.chosen
-    slots = Slots.ROWS
-    if chosen is not None:
-        slots = Slots.SINGLE if chosen.slots is None else Slots.SORTED
-    launch = launch or launch_of(
-        task.num_slots,
-        weight,
-        card,
-        is_pair=task.second is not None,
-        single=slots is Slots.SINGLE,
-        rows=chosen.rows if chosen is not None and slots is Slots.SORTED else None,
-    )
-    if chosen is None:
-        return launch, slots, -(-task.num_slots // launch.rows)
-    return launch, slots, len(chosen.experts)
 
 
 def _card_of(device: torch.device) -> Card:

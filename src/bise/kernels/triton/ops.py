@@ -220,7 +220,7 @@ class TritonOps(TorchOps):
         if experts.numel() <= bank.gate.count:
             chosen = Chosen(experts.view(-1))
         else:
-            chosen = sorted_slots(experts, bank.gate.count)
+            chosen = sorted_slots(experts, bank.gate.count, self._matmul.card.sorted_slots)
         operand = self._operand(x)
         if bank.gate.like(bank.up):
             hidden = self._matmul.gate(operand, bank.gate, bank.up, chosen, top_k)

@@ -14,7 +14,7 @@ from bise.kernels.triton import EXACT
 from bise.kernels.triton.matmul import Chosen
 
 _FEW_SLOTS = 16
-"""Slots for each expert, on average, up to which a program computes 16 slots instead of 64."""
+"""Slots for each expert, on average, up to which a program computes 16 slots at most."""
 
 
 @triton.jit
@@ -50,13 +50,13 @@ def _sort(
         seen += tl.sum(is_mine, 0)
 
 
-def sorted_slots(chosen: Tensor, num_experts: int) -> Chosen:
-    """Return the slots of experts `chosen` (int32 [T, top_k]) by expert.
+def sorted_slots(chosen: Tensor, num_experts: int, most: int = 64) -> Chosen:
+    """Return the slots of experts `chosen` (int32 [T, top_k]) by expert, at most `most` for a program.
 
     There are as many programs as any choice can need, so nothing is read back: some have no slot.
     """
     num_slots = chosen.numel()
-    rows = 16 if num_slots <= _FEW_SLOTS * num_experts else 64
+    rows = 16 if num_slots <= _FEW_SLOTS * num_experts else most
     programs = min(num_slots, -(-num_slots // rows) + num_experts)
     slots = torch.full((programs * rows,), -1, dtype=torch.int32, device=chosen.device)
     experts = torch.zeros(programs, dtype=torch.int32, device=chosen.device)
