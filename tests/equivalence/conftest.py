@@ -134,7 +134,7 @@ if Path("/dev/nvidia0").exists():  # `make test-gpu`
     BACKENDS |= {
         "triton-bf16": lambda: _triton_backend("bf16", "bf16"),
         "triton-q8": lambda: _triton_backend("q8", "bf16"),
-        "triton-n4": lambda: _triton_backend("n4", "q8"),
+        "triton-z4": lambda: _triton_backend("z4", "q8"),
     }
 
 
