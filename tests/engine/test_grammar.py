@@ -139,6 +139,13 @@ def test_a_schema_that_cannot_be_kept_is_refused_before_any_token_with_its_place
     assert not model.batches
 
 
+def test_a_grammar_whose_shortest_output_cannot_be_written_is_refused_by_its_field(hash_engine):
+    engine, _ = hash_engine()
+    with pytest.raises(RequestError, match="cut greedily") as refused:
+        engine.submit(ask(GrammarSpec.lark("start: /[0-9]+/ /[0-9]/", field="response_format.lark")))
+    assert refused.value.field == "response_format.lark"
+
+
 class CallingTokenizer:
     """Bytes, but 0 is [TOOL_CALLS], 1 is [ARGS], 256 is BOS and 257 ends a text."""
 

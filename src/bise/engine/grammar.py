@@ -67,7 +67,7 @@ class Grammars:
         )
         if follower.must_end:
             raise RequestError(f"{spec.field} allows only the empty output", field=spec.field)
-        shortest = follower.shortest()
+        shortest = follower.shortest(spec.field)
         if shortest > max_tokens:
             raise RequestError(
                 f"max_tokens {max_tokens} cannot hold an output of this grammar: the shortest that is known "

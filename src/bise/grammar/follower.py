@@ -92,23 +92,21 @@ class Follower:
         other._bits = np.zeros_like(self._bits)
         return other
 
-    def shortest(self) -> int:
+    def shortest(self, field: str = "grammar") -> int:
         """Return how many tokens complete the output, in the shortest way that is known.
 
-        Raises RequestError when the vocabulary cannot spell it.
+        Raises RequestError, about the grammar's source in `field`, when the vocabulary cannot spell it.
         """
         if not self.is_started:
             return 0
         path = self._way_out()
         if path is None:
-            raise RequestError(
-                "the model's vocabulary cannot spell an output of this grammar", field="grammar"
-            )
+            raise RequestError(f"the model's vocabulary cannot spell an output of {field}", field=field)
         if not self._compiled.is_ours and not self._leads_out(path):
             raise RequestError(
-                "the grammar's shortest output cannot be written: text is cut greedily, and one terminal "
+                f"{field}: its shortest output cannot be written: text is cut greedily, and one terminal "
                 "takes what belongs to the next; let what follows a terminal begin with other characters",
-                field="grammar",
+                field=field,
             )
         return len(path)
 

@@ -102,6 +102,8 @@ class _Reader:
             kind = next(
                 name for name, value in match.groupdict().items() if value and name not in ("fold", "flags")
             )
+            if kind == "directive" and match[kind] != "%ignore":
+                self._refuse(line, f"{match[kind]} is not supported; known: %ignore")
             place = match.end()
             if kind == "line":
                 tokens.append(_Token("line", "", line))
@@ -133,8 +135,6 @@ class _Reader:
             self._at = len(self._tokens)
             return
         if token.kind == "directive":
-            if token.text != "%ignore":
-                self._refuse(token.line, f"{token.text} is not supported; known: %ignore")
             self._ignored.append(self._alternatives(0))
             return
         if token.kind == "sign" and token.text == "?":  # Lark: no node of its own in the tree
