@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="sections, with commas between them")
     parser.add_argument(
-        "--model", type=Path, help="a 7B model in bf16, for the time from start to first token"
+        "--model", type=Path, help="a model to time the start of, instead of random weights of a 7B in bf16"
     )
     parser.add_argument("--out", type=Path, help="where the result is written")
     arguments = parser.parse_args()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from bise.cache.pages import KVCache
 from bise.config import ModelConfig
 from bise.engine.graphs import GraphedModel
+from bise.hub.registry import resolve
 from bise.kernels import BLOCK_SIZE, AttentionMeta
 from bise.kernels.grouped import Grouped
 from bise.kernels.triton.ops import TritonOps
@@ -88,6 +92,55 @@ def random_model(config: ModelConfig, bits: int, ops: TritonOps) -> tuple[Transf
             size = size * config.experts_per_token // config.num_experts
         read += 0 if name == "tok_embeddings" else size
     return Transformer(config, weights, ops), read
+
+
+def write_model(config: ModelConfig, folder: Path, device: torch.device) -> None:
+    """Write a dense model of random bf16 weights as a folder of Hugging Face's form, one file a layer, with
+    bise's own tokenizer: what starting is timed with where no model is at hand.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    own = resolve("brise")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(own / name, folder / name)
+    fields = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "hidden_act": "silu", "sliding_window": None, "rope_theta": 1e6,
+        "max_position_embeddings": config.max_context, "rms_norm_eps": 1e-5, "vocab_size": config.vocab_size,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields))
+    e, q, kv, f = config.dim, config.q_dim, config.kv_dim, config.hidden_dim
+    layer = {
+        "input_layernorm": (e,), "post_attention_layernorm": (e,), "self_attn.q_proj": (q, e),
+        "self_attn.k_proj": (kv, e), "self_attn.v_proj": (kv, e), "self_attn.o_proj": (e, q),
+        "mlp.gate_proj": (f, e), "mlp.up_proj": (f, e), "mlp.down_proj": (e, f),
+    }  # fmt: skip
+    files = {
+        f"layer-{index}.safetensors": {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        for index in range(config.num_layers)
+    }
+    ends = {
+        "model.embed_tokens": (config.vocab_size, e),
+        "model.norm": (e,),
+        "lm_head": (config.vocab_size, e),
+    }
+    files["ends.safetensors"] = ends
+    for file, tensors in files.items():
+        made = {
+            f"{name}.weight": (
+                torch.ones(shape, device=device)
+                if len(shape) == 1
+                else torch.randn(shape, device=device) / shape[1] ** 0.5
+            )
+            for name, shape in tensors.items()
+        }
+        save_file({name: tensor.bfloat16().cpu() for name, tensor in made.items()}, folder / file)
+    index = {f"{name}.weight": file for file, tensors in files.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 class Runs:
