@@ -48,11 +48,11 @@ def too_large(lines):
 
 
 def spilled(lines):
-    """Return the kernels whose loop over columns has more values than registers; those in float32, which do
-    without tensor cores, are left out.
+    """Return the kernels whose loop over columns has more values than registers, by more than a few; those in
+    float32, which do without tensor cores, are left out.
     """
-    wide = ("f32", "adapter", "route")
-    return [line for line in lines if not line.endswith(" 0 spilled") and not any(w in line for w in wide)]
+    narrow = [line for line in lines if not any(wide in line for wide in ("f32", "adapter", "route"))]
+    return [line for line in narrow if int(line.split()[-2]) > 4]
 
 
 @pytest.mark.slow
