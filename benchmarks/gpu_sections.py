@@ -289,16 +289,16 @@ SECTIONS: dict[str, Callable[..., Record]] = {
     for section in (
         bandwidth,
         kernels,
+        roofline,
         decode,
         window,
         batch,
         prefill,
+        profile,
         same_bits,
         sampling,
-        profile,
+        start,
         peers,
         llama_cpp,
-        roofline,
-        start,
     )
 }
