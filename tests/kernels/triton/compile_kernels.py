@@ -146,6 +146,8 @@ def products_of(card):
         yield case(f"{name} few", slots=8, form=form)
         yield case(f"{name} many", slots=512, form=form, TWO=2)
     yield case("z4 uneven", slots=8, EVEN=False)
+    if card.is_large:
+        yield case("bf16 long", slots=512, form=FLOATS, TWO=2, ROWS=256)
 
 
 def cases(card):

@@ -125,7 +125,7 @@ def test_ranges_of_columns_side_by_side_and_one_after_the_other_give_the_same_bi
     assert torch.equal(apart, behind)
 
 
-@pytest.mark.parametrize(("rows", "two_blocks"), [(32, False), (64, True), (128, True)])
+@pytest.mark.parametrize(("rows", "two_blocks"), [(32, False), (64, True), (128, True), (256, True)])
 def test_the_shape_of_a_program_does_not_change_the_product(rows, two_blocks):
     weight = tile(random_grouped("q4", 150, 64))
     x = torch.randint(-8, 8, (20, 64), generator=torch.Generator().manual_seed(2)).half().to(DEVICE)
@@ -272,3 +272,13 @@ def test_every_card_gets_a_launch_for_every_number_of_rows(shared):
     for slots in (1, 17, 600):
         pair = launch_of(slots, weight, card, is_wide=False, is_pair=True)
         assert not pair.two_blocks
+
+
+def test_a_large_card_reads_weights_half_as_often_where_many_rows_keep_it_busy():
+    weight = tile(torch.zeros(64 * 40, 64).half().to(DEVICE))
+    rows = [
+        launch_of(slots, weight, card, is_wide=False, is_pair=False).rows
+        for card in (Card(8), Card(8, 99 << 10), Card(132))
+        for slots in (256, 512)
+    ]
+    assert rows == [64, 256, 64, 128, 64, 128]

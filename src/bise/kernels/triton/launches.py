@@ -55,6 +55,9 @@ _ROOMY = 99 << 10
 _FEW = 32
 """Most rows where there is less room, or where values take 32 bits and tensor cores take none of them."""
 
+_LONG = 256
+"""Rows of a program of floats where there are enough of them to keep the processors of a large card busy."""
+
 _FLOATS = (
     # most slots, rows, warps, stages, two blocks
     (8, 8, 4, 4, False),
@@ -122,6 +125,11 @@ def launch_of(
         # Eight warps have an own block each four: with one block they would take its codes apart twice.
         two = shape.two_blocks and not is_pair and weight.num_blocks > 1 and not apart
         return replace(shape, warps=shape.warps if two or is_pair else 4, apart=apart, two_blocks=two)
-    two = shape.two_blocks and not is_pair and weight.num_blocks // 2 * parts >= least
+    pairs = weight.num_blocks if is_pair else weight.num_blocks // 2
+    is_long = weight.bits == 0 and shape.rows == _LONG // 2 and card.is_large and rows is None
+    if is_long and pairs * -(-num_slots // _LONG) >= least:
+        # A third more products for each byte of the second cache, which else gives a large card too little.
+        return Launch(_LONG, shape.warps, shape.stages, apart=False, two_blocks=not is_pair)
+    two = shape.two_blocks and not is_pair and pairs * parts >= least
     # Sums that many rows leave for one another cost more than idle processors do.
     return replace(shape, apart=apart, two_blocks=two)

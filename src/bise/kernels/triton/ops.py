@@ -51,6 +51,7 @@ class TritonOps(TorchOps):
     """Ops on one GPU; see `bise.kernels.Ops` for the contracts."""
 
     name = "triton"
+    takes_masks = True
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> None:
         """Compute products in `dtype` (float16, bfloat16 or float32) on `device`."""
