@@ -133,6 +133,17 @@ HOSTILE = {
     "wide_repeats": {"type": "string", "pattern": "^[^a]{0,15000}$"},
     "long_string": {"type": "string", "minLength": 1_000_000_000},
     "long_array": {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000_000},
+    "product_of_patterns": {
+        "type": "string",
+        "minLength": 100,
+        "maxLength": 1000,
+        "allOf": [{"pattern": "a.{3}b"}, {"pattern": "c.{3}d"}, {"pattern": "[^x]{5}y"}],
+    },
+    "tail_patterns": {
+        "type": "string",
+        "allOf": [{"pattern": f"^(.*{chr(97 + i)}.{{{i + 5}}})$"} for i in range(12)],
+    },
+    "values_against_a_pattern": {"enum": [f"{'x' * 900}{n}" for n in range(900)], "pattern": "x.{600}5$"},
     "many_required": {
         "type": "object",
         "properties": {f"p{n}": {"type": "string"} for n in range(5000)},

@@ -69,17 +69,19 @@ class Machine:
     edges: list[list[tuple[Ranges, int]]] = field(default_factory=lambda: [[]])
     final: set[int] = field(default_factory=set[int])
 
-    def matches(self, value: str) -> bool:
-        """Say whether the whole text is in the language; linear in the text."""
+    def matches(self, value: str, budget: Budget) -> bool:
+        """Say whether the whole text is in the language; linear in the text and in the states at a time."""
         states = {0}
         for char in value:
-            point = ord(char)
-            states = {
-                target
-                for state in states
-                for members, target in self.edges[state]
-                if any(low <= point <= high for low, high in members)
-            }
+            point, looked = ord(char), 0
+            following: set[int] = set()
+            for state in states:
+                for members, target in self.edges[state]:
+                    looked += len(members)
+                    if any(low <= point <= high for low, high in members):
+                        following.add(target)
+            budget.spend(1 + looked // 8)
+            states = following
             if not states:
                 return False
         return not states.isdisjoint(self.final)
@@ -162,15 +164,23 @@ def intersection(left: Machine, right: Machine, budget: Budget) -> Machine:
     numbers = {(0, 0): 0}
     order = [(0, 0)]
     built = Machine()
+    # Few sets stand on many edges: each pair of them is met once, and what they share is kept once. By
+    # identity, because a tuple's hash is made anew each time.
+    shared: dict[tuple[int, int], Ranges] = {}
     for pair in order:
         for first_members, first in left.edges[pair[0]]:
             for second_members, second in right.edges[pair[1]]:
                 budget.spend(1)
-                members = common(first_members, second_members)
+                key = (id(first_members), id(second_members))
+                members = shared.get(key)
+                if members is None:
+                    budget.spend(len(first_members) + len(second_members))
+                    members = shared[key] = common(first_members, second_members)
                 if not members:
                     continue
                 target = numbers.get((first, second))
                 if target is None:
+                    budget.spend(1)
                     target = numbers[first, second] = len(order)
                     order.append((first, second))
                     built.edges.append([])

@@ -138,10 +138,12 @@ class Judge:
             return False
         if "pattern" in schema:
             automaton = self.pattern(cast(str, schema["pattern"]), f"{pointer}/pattern")[1]
-            if not automaton.matches(value):
+            if not automaton.matches(value, self._document.budget):
                 return False
         name = schema.get("format")
-        return name not in STRING_FORMATS or self.format(cast(str, name))[1].matches(value)
+        if name not in STRING_FORMATS:
+            return True
+        return self.format(cast(str, name))[1].matches(value, self._document.budget)
 
     def _admits_number(self, schema: Mapping[str, object], value: object) -> bool:
         number = decimal(value)
@@ -204,7 +206,7 @@ class Judge:
             found.append(below(pointer, "properties", name))
         for source in cast(dict[str, object], schema.get("patternProperties", {})):
             place = below(pointer, "patternProperties", source)
-            if self.pattern(source, place)[1].matches(name):
+            if self.pattern(source, place)[1].matches(name, self._document.budget):
                 found.append(place)
         if not found and "additionalProperties" in schema:
             found.append(below(pointer, "additionalProperties"))
