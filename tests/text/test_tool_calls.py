@@ -44,11 +44,13 @@ def read(form: CallForm, text: str, *, forced: bool = False, size: int = 1):
 
 
 WRITTEN = {
-    CallForm.LIST: 'Hi[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+    CallForm.LIST: 'Hi[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}, '
+    '{"name": "h", "arguments": {}}]',
     CallForm.LIST_WITH_IDS: 'Hi[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}, "id": "abcDEF123"}, '
-    '{"name": "g", "arguments": {}}]',
-    CallForm.NAMED_WITH_IDS: 'Hi[TOOL_CALLS]f[CALL_ID]abcDEF123[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}',
-    CallForm.NAMED: 'Hi[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}',
+    '{"name": "g", "arguments": {}}, {"name": "h", "arguments": {}}]',
+    CallForm.NAMED_WITH_IDS: 'Hi[TOOL_CALLS]f[CALL_ID]abcDEF123[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}'
+    "[TOOL_CALLS]h[ARGS]{}",
+    CallForm.NAMED: 'Hi[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}[TOOL_CALLS]h[ARGS]{}',
 }
 
 
@@ -57,7 +59,11 @@ WRITTEN = {
 def test_text_and_calls_are_told_apart_however_the_tokens_come(form, size):
     text, calls, broken = read(form, WRITTEN[form], size=size)
     assert (text, broken) == ("Hi", "")
-    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("f", {"a": 1}), ("g", {})]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [
+        ("f", {"a": 1}),
+        ("g", {}),
+        ("h", {}),
+    ]
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", call.id) for call in calls)
     assert (calls[0].id == "abcDEF123") == (form in (CallForm.LIST_WITH_IDS, CallForm.NAMED_WITH_IDS))
 

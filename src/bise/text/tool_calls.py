@@ -129,11 +129,11 @@ class CallReader:
     def push(self, token_ids: Sequence[int], text: str) -> Reading:
         """Take the tokens and the text of one delta."""
         written = ""
-        ready: list[_Segment] = []
+        ready: list[list[_Segment]] = []
         for token_id in token_ids:
             name = self._controls.get(token_id)
             if name == TRIGGER and self._segments:
-                ready += self._segments
+                ready.append(self._segments)
                 self._segments = []
             if name == TRIGGER or (name is not None and self._segments):
                 self._segments.append(_Segment(name))
@@ -145,8 +145,9 @@ class CallReader:
             return Reading()
         # The text of a delta ends with what was written after the trigger: that is no text of the answer.
         shown = text[: max(0, len(text) - len(written))]
-        calls, broken = self._read(ready) if ready else ((), "")
-        return Reading("" if self._is_bare else shown, calls, broken)
+        found = [self._read(segments) for segments in ready]
+        calls = tuple(call for own, _ in found for call in own)
+        return Reading("" if self._is_bare else shown, calls, "".join(broken for _, broken in found))
 
     def finish(self, text: str = "") -> Reading:
         """End the answer; `text` is what its last delta held back."""
