@@ -275,6 +275,21 @@ void bind_operations(nb::class_<To>& to) {
       .def("embed", &embed<To>, "table"_a, nb::arg("ids").noconvert(), nb::arg("out").noconvert());
 }
 
+// Chooses tokens: draws [R, 5], what is known of each [2, R], the tokens and how sure they are.
+void sample(Context& c, Floats2 logits, Array<const double, 2> draws, Array<int32_t, 2> out) {
+  const size_t rows = logits.shape(0);
+  require(logits.shape(1) > 0 && draws.shape(0) == rows && draws.shape(1) == 5, "five numbers for each row of logits");
+  require(out.shape(0) == 2 && out.shape(1) == rows, "output has the wrong shape");
+  std::vector<Draw> wanted(rows);
+  for (size_t r = 0; r < rows; ++r) {
+    const double* d = draws.data() + 5 * r;
+    wanted[r] = {d[0], d[1], d[2], d[3], d[4]};
+    require(d[0] >= 0 && d[2] > 0 && d[3] >= 0 && d[4] >= 0 && d[4] < 1, "bad temperature, top_p, min_p or number");
+  }
+  Locked locked(c);
+  c.sample(logits.data(), int64_t(rows), int64_t(logits.shape(1)), wanted.data(), out.data(), out.data() + rows);
+}
+
 bool pack_block_rows(Context& c, int ggml, Array<const uint8_t, 2> raw, int64_t k, Bytes out) {
   const int format = format_of(ggml);
   require(format >= 0, "unknown block type");
@@ -342,6 +357,7 @@ NB_MODULE(_native, m) {
            }, "threads"_a)
       .def_prop_ro("isa", [](const Context& c) { return std::string(c.isa()); })
       .def_prop_ro("threads", &Context::threads)
+      .def("sample", &sample, nb::arg("logits").noconvert(), nb::arg("draws").noconvert(), nb::arg("out").noconvert())
       .def("pack_blocks", &pack_block_rows, "ggml"_a, nb::arg("raw").noconvert(), "k"_a, nb::arg("out").noconvert())
       .def("pack_floats", &pack_float_rows, "format"_a, nb::arg("x").noconvert(), nb::arg("out").noconvert(),
            nb::arg("importance").noconvert().none() = nb::none())

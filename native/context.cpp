@@ -314,6 +314,15 @@ void Context::moe(const float* x, int64_t rows, const Matrix& router, const std:
   });
 }
 
+void Context::sample(const float* logits, int64_t rows, int64_t n, const Draw* draws, int32_t* tokens,
+                     int32_t* status) {
+  if (draw_scratch_.empty()) draw_scratch_.resize(size_t(threads()));
+  pool_.parallel_for(rows, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t r = begin; r < end; ++r)
+      status[r] = choose(ops_, logits + r * n, n, draws[r], draw_scratch_[size_t(thread)], tokens[r]);
+  });
+}
+
 void Context::norm(float* x, const float* add, const float* weight, float eps, int64_t rows, int64_t k, float* y) {
   pool_.parallel_for(rows, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) ops_.norm(x + r * k, add ? add + r * k : nullptr, weight, eps, k, y + r * k);

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "choose.h"
 #include "formats.h"
 #include "ops.h"
 #include "threads.h"
@@ -54,6 +55,8 @@ class Context {
   // Rotates q and k in place, stores k and v, writes attention to out.
   void attend(float* q, float* k, const float* v, const float* cos, const float* sin, int64_t rows,
               const Attention& a, const PageView& pages, float* out);
+  // One token for each row of logits [rows, n], and how sure each is; see choose.h.
+  void sample(const float* logits, int64_t rows, int64_t n, const Draw* draws, int32_t* tokens, int32_t* status);
   void embed(const Matrix& table, const int32_t* ids, int64_t rows, float* out);
   // Packs rows into panels starting at `panels`; false when a value is not finite or does not fit.
   bool pack_blocks(int ggml, const uint8_t* raw, int64_t rows, int64_t k, uint8_t* panels);
@@ -85,6 +88,7 @@ class Context {
     int64_t size_ = 0;
   };
 
+  std::vector<DrawScratch> draw_scratch_;  // one for each thread
   std::vector<Tile> tiles_of(int64_t rows) const;
   static int64_t padded_rows(const std::vector<Tile>& tiles);
   const uint8_t* quantized(const float* x, int64_t rows, int64_t k, const std::vector<Tile>& tiles, Buffer<uint8_t>& to);

@@ -21,6 +21,7 @@ struct PageView {
 };
 
 constexpr int kKvBlock = 32;
+constexpr int64_t kPeakBlock = 64;
 
 // Tokens in the pages before the part of head g in a block.
 inline int64_t head_start(const PageView& p, int64_t block, int64_t g) { return (block * p.kv_heads + g) * kKvBlock; }
@@ -74,6 +75,11 @@ struct Ops {
 
   // Attention of the task's rows and the query heads of its kv head. `scratch` holds attend_scratch floats.
   void (*attend)(const PageView& pages, const AttendTask& task, float* scratch);
+
+  // The peaks of blocks of kPeakBlock logits; returns the highest one, or what is not finite if a logit is not.
+  float (*peaks)(const float* x, int64_t n, float* tops);
+  // weights = e^((x - top) * factor), and their sums by block.
+  void (*weigh)(const float* x, int64_t n, float top, double factor, double* weights, double* sums);
 
   // Reads whole lines of 256 bytes; the result only keeps the reads alive.
   int64_t (*read_all)(const uint8_t* data, int64_t bytes);

@@ -172,11 +172,12 @@ def hash_engine(byte_tokenizer):
         num_blocks=64,
         tokenizer=byte_tokenizer,
         sample=None,
+        takes_masks=True,
         **options,
     ) -> tuple[Engine, HashModel]:
         ops = HashOps()
         if sample is not None:
-            ops.sample = sample  # a device that chooses tokens
+            ops.sample, ops.takes_masks = sample, takes_masks  # a backend that chooses tokens
         model = HashModel(hash_config(*(windows or (None,)), max_context=model_context), script, broken)
         options = {"threaded": False, **options}
         if "kv_memory_bytes" not in options:

@@ -143,12 +143,13 @@ struct R {
 
 #include "../kernels/attention_integer.inl"
 
+#include "../kernels/choose.inl"
 #include "../kernels/probe.inl"
 
 }  // namespace
 
 extern const Ops ops_avx512;
 const Ops ops_avx512 = {"avx512", kWidestTile, quantize, matmul, open_panel, matmul_float, norm, silu_mul, softmax, rotate,
-                        store_kv, attend, read_all, dot_steps, float_steps};
+                        store_kv, attend, peaks, weigh, read_all, dot_steps, float_steps};
 
 }  // namespace bise

@@ -176,6 +176,30 @@ void row_cases(Context& c, Results& out) {
   }
 }
 
+// Tokens as floats: every instruction set and number of threads chooses the same ones.
+void sample_cases(Context& c, Results& out) {
+  Random r(17);
+  for (const int64_t n : {1, 63, 64, 65, 1000}) {
+    std::vector<Draw> draws;
+    for (const double top_k : {0.0, 1.0, 40.0})
+      for (const double top_p : {1.0, 0.7})
+        for (const double min_p : {0.0, 0.1}) draws.push_back({0.8, top_k, top_p, min_p, 0.37});
+    draws.push_back({0.0, 0.0, 1.0, 0.0, 0.0});
+    const int64_t rows = int64_t(draws.size());
+    std::vector<float> logits = r.values(rows * n), found;
+    std::vector<int32_t> tokens(draws.size()), status(draws.size());
+    c.sample(logits.data(), rows, n, draws.data(), tokens.data(), status.data());
+    for (int64_t i = 0; i < rows; ++i) {
+      check(status[i] == kSure && tokens[i] >= 0 && tokens[i] < n, "a token of the row");
+      found.push_back(float(tokens[i]));
+    }
+    out.push_back(found);
+    logits[size_t(n - 1)] = __builtin_nanf("");
+    c.sample(logits.data(), rows, n, draws.data(), tokens.data(), status.data());
+    check(status[0] == kBroken && status[size_t(rows - 1)] == kSure, "one broken row");
+  }
+}
+
 Results run(int threads) {
   Context c(threads);
   Results out;
@@ -183,6 +207,7 @@ Results run(int threads) {
   feed_forward_cases(c, out);
   attention_cases(c, out);
   row_cases(c, out);
+  sample_cases(c, out);
   return out;
 }
 

@@ -128,3 +128,21 @@ def test_a_model_split_between_ram_and_a_gpu_chooses_where_its_logits_are():
     logits = torch.tensor([[0.0, 3.0, 1.0]], device=device.device)
     tokens, status = ops.sample(logits, np.array([[0.0, 0, 1.0, 0.0, 0.0]]), None)
     assert (tokens.tolist(), status.tolist()) == ([1], [0])
+
+
+def test_a_processor_chooses_natively_the_tokens_that_the_sampler_chooses(run):
+    from bise.kernels.cpu import CpuOps
+
+    requests = [ask(index, **params) for index, params in enumerate(PLAIN + FOR_THE_PROCESSOR)]
+    requests.append(ask(20, GrammarSpec.regex("[0-9]{5,9}"), temperature=0.8))
+    native, asked = CpuOps(1), []
+
+    def sample(logits, parameters, mask):
+        asked.append(len(logits))
+        return native.sample(logits, parameters, mask)
+
+    got, want = run(requests, sample, takes_masks=False), run(requests)
+    assert [(done.token_ids, done.logprobs) for done in got] == [
+        (done.token_ids, done.logprobs) for done in want
+    ]
+    assert sum(asked) == sum(len(done.token_ids) for done in want[: len(PLAIN)])

@@ -1,8 +1,8 @@
-"""Tokens chosen where the logits are: what a device can decide alone does not cross the bus.
+"""Tokens chosen by the backend, where the logits are: many rows in one call, and none of them crosses a bus.
 
-A device decides for rows whose choice depends on logits, a few numbers and a mask. Rows with log-probs,
-penalties, bias or typical_p, and those in which rounding might decide, come to the processor, which gives the
-same tokens.
+A backend decides for rows whose choice depends on logits, a few numbers and a mask. Rows with log-probs,
+penalties, bias or typical_p, and those in which rounding might decide, come to `engine.sampling`, which gives
+the same tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from bise.engine.scheduler import Step, StepRow
 from bise.kernels import Array
 
 Candidates = npt.NDArray[np.float32] | Sequence[Row | int]
-"""For each row of a step either its logits [V] or the token that a device chose."""
+"""For each row of a step either its logits [V] or the token that the backend chose."""
 
 
 @runtime_checkable
 class Chooses(Protocol):
     """A backend that chooses tokens."""
+
+    takes_masks: bool
+    """Whether it rules tokens out by itself, better than by picking out the logits of those allowed."""
 
     def sample(
         self, logits: Array, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
@@ -37,15 +40,16 @@ class Chooses(Protocol):
 
 
 class _Draw(NamedTuple):
-    """What a device needs to choose for one row."""
+    """What a backend needs to choose for one row."""
 
     parameters: tuple[float, float, float, float, float]
     allowed: npt.NDArray[np.intp] | None
 
 
-def choose_on_device(step: Step, scores: Array, device: Chooses) -> Candidates:
-    """Return the candidates of a step's rows of scores [R, V], which lie on a device."""
-    draws = [_draw(row, index) for row in step.rows for index in range(row.num_samples)]
+def choose_there(step: Step, scores: Array, backend: Chooses) -> Candidates:
+    """Return the candidates of a step's rows of scores [R, V], which lie where the backend computes."""
+    masks = backend.takes_masks
+    draws = [_draw(row, index, masks) for row in step.rows for index in range(row.num_samples)]
     found: list[Row | int] = [-1] * len(draws)
     left = [index for index, draw in enumerate(draws) if draw is None]
     wanted = [(index, draw) for index, draw in enumerate(draws) if draw is not None]
@@ -53,7 +57,9 @@ def choose_on_device(step: Step, scores: Array, device: Chooses) -> Candidates:
         places = np.array([index for index, _ in wanted], np.int64)
         mine = scores if len(wanted) == len(draws) else scores[places]
         parameters = np.array([draw.parameters for _, draw in wanted], np.float64)
-        tokens, status = device.sample(mine, parameters, _mask([draw for _, draw in wanted], scores.shape[1]))
+        tokens, status = backend.sample(
+            mine, parameters, _mask([draw for _, draw in wanted], scores.shape[1])
+        )
         for index, token, state in zip(places, tokens, status, strict=True):
             found[index] = int(token)
             if state:
@@ -71,7 +77,7 @@ def on_host(scores: Array) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(scores, np.float32)
 
 
-def _draw(row: StepRow, index: int) -> _Draw | None:
+def _draw(row: StepRow, index: int, takes_masks: bool) -> _Draw | None:
     """Return what chooses the token after a step's row and `index` guesses; None when that takes more."""
     sequence = row.sequence
     params, grammar = sequence.sampler.plain_params, sequence.grammar
@@ -79,7 +85,7 @@ def _draw(row: StepRow, index: int) -> _Draw | None:
         return None
     allowed = None
     if grammar is not None:
-        if row.draft:
+        if row.draft or not takes_masks:
             return None  # each guess changes what may follow
         allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
         if allowed is not None and not allowed.size:

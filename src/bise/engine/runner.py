@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bise.cache.pages import KVCache
 from bise.config import ModelConfig
-from bise.engine.device_choice import Candidates, Chooses, choose_on_device, on_host
+from bise.engine.device_choice import Candidates, Chooses, choose_there, on_host
 from bise.engine.scheduler import Step, StepRow
 from bise.kernels import BLOCK_SIZE, Array, AttentionMeta, Ops, Pages
 from bise.model.batch import AdaptedRows, Batch
@@ -142,7 +142,7 @@ class Runner:
         """Run `model` over `cache`; with `ops` that can choose tokens, logits need not leave the device."""
         self._model = model
         self._cache = cache
-        self._device = ops if isinstance(ops, Chooses) else None
+        self._chooser = ops if isinstance(ops, Chooses) else None
         # A device has a step queued as a whole: it would be computed all the same.
         self._can_break_off = ops is not None and ops.name == "cpu"
         self._num_groups = len(model.config.window_groups)
@@ -166,10 +166,10 @@ class Runner:
         return on_host(self._scores(hidden, rows))
 
     def candidates(self, step: Step, hidden: Array, rows: npt.NDArray[np.int32]) -> Candidates:
-        """Return, for the rows of a step that choose tokens, logits [V] or the token that a device chose."""
-        if self._device is None:
+        """Return, for the rows of a step that choose tokens, logits [V] or the token chosen from them."""
+        if self._chooser is None:
             return self.logits(hidden, rows)
-        return choose_on_device(step, self._scores(hidden, rows), self._device)
+        return choose_there(step, self._scores(hidden, rows), self._chooser)
 
     def _scores(self, hidden: Array, rows: npt.NDArray[np.int32]) -> Array:
         return self._model.logits(hidden if len(rows) == len(hidden) else hidden[rows])

@@ -104,6 +104,7 @@ class CpuOps:
     """Ops on this machine's processor; see `bise.kernels.Ops` for the contracts."""
 
     name = "cpu"
+    takes_masks = False
 
     def __init__(self, threads: int = 1) -> None:
         """Start `threads` - 1 worker threads. The instruction set is the best one, or BISE_ISA.
@@ -228,6 +229,17 @@ class CpuOps:
         out = np.empty_like(x)
         self._native.norm(x, y, weight, eps, out)
         return x, out
+
+    def sample(
+        self, logits: Floats, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """See `engine.device_choice.Chooses`; 1 for a row that rounding might decide, 2 for one that is not
+        finite.
+        """
+        assert mask is None
+        out = np.empty((2, len(logits)), np.int32)
+        self._native.sample(logits, parameters, out)
+        return out[0], out[1]
 
     def together(self, weights: Sequence[Packed]) -> Sequence[Packed]:
         """See `Ops.together`."""

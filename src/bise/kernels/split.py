@@ -175,6 +175,8 @@ class SplitOps:
 class ChoosingSplitOps(SplitOps):
     """As `SplitOps`, on a device that chooses tokens itself; logits always lie there."""
 
+    takes_masks = True
+
     def __init__(self, host: CpuOps, device: TritonOps, host_layers: int) -> None:
         """See `SplitOps`."""
         super().__init__(host, device, host_layers)
