@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from bise.engine.device_choice import Candidates
+from bise.engine.candidates import Candidates
 from bise.engine.request import FinishReason, TokenLogprob
 from bise.engine.sampling import Row, token_logprob
 from bise.engine.sequence import Sequence

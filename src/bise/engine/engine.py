@@ -22,7 +22,7 @@ from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
 from bise.engine.admission import Admission, Deadlines, Places
 from bise.engine.choice import choose
-from bise.engine.device_choice import Candidates
+from bise.engine.candidates import Candidates
 from bise.engine.grammar import Grammars
 from bise.engine.handle import Bells, RequestHandle
 from bise.engine.interrupt import Interrupted, Interrupts

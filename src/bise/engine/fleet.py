@@ -288,7 +288,7 @@ class Fleet:
         except BiseError as error:
             if entry.plan is None:
                 entry.fault = error
-            logger.warning("event=model_not_planned reason=%s", error.code)
+            logger.warning("event=model_not_planned model=%s reason=%s", ascii(entry.spec.name), error.code)
 
     def _planned(self, entry: Entry) -> ModelPlan:
         """Return a model's plan; one that failed is tried again, its files may have been mended."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bise.cache.pages import KVCache
 from bise.config import ModelConfig
-from bise.engine.device_choice import Candidates, Chooses, choose_there, on_host
+from bise.engine.candidates import Candidates, Chooses, choose_there, on_host
 from bise.engine.scheduler import Step, StepRow
 from bise.kernels import BLOCK_SIZE, Array, AttentionMeta, Ops, Pages
 from bise.model.batch import AdaptedRows, Batch

@@ -233,7 +233,7 @@ class CpuOps:
     def sample(
         self, logits: Floats, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """See `engine.device_choice.Chooses`; 1 for a row that rounding might decide, 2 for one that is not
+        """See `engine.candidates.Chooses`; 1 for a row that rounding might decide, 2 for one that is not
         finite.
         """
         assert mask is None

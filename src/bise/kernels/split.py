@@ -185,5 +185,5 @@ class ChoosingSplitOps(SplitOps):
     def sample(
         self, logits: Tensor, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """See `engine.device_choice.Chooses`."""
+        """See `engine.candidates.Chooses`."""
         return self._chooser.sample(logits, parameters, mask)
