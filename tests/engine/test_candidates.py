@@ -115,7 +115,7 @@ def test_broken_logits_end_their_request_on_a_device_too(run):
 def test_a_model_split_between_ram_and_a_gpu_chooses_where_its_logits_are():
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
-    from bise.engine.device_choice import Chooses
+    from bise.engine.candidates import Chooses
     from bise.kernels.cpu import CpuOps
     from bise.kernels.split import ChoosingSplitOps, SplitOps
     from bise.kernels.torch import TorchOps

@@ -21,8 +21,8 @@ from bise.cache.prefix_file import PrefixFile
 from bise.config import ModelConfig
 from bise.engine.adapters import Adapters
 from bise.engine.admission import Admission, Deadlines, Places
-from bise.engine.choice import choose
 from bise.engine.candidates import Candidates
+from bise.engine.choice import choose
 from bise.engine.grammar import Grammars
 from bise.engine.handle import Bells, RequestHandle
 from bise.engine.interrupt import Interrupted, Interrupts
