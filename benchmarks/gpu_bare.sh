@@ -24,9 +24,12 @@ many=$(python3 -c 'import os, xdist; print("-n", min(os.cpu_count(), 12))' 2>/de
 # Other versions of packages may warn of what does not matter here.
 pytest="python3 -m pytest -q -W default -p no:cacheprovider"
 case $mode in
-kernels) # ends with the table of errors, whose kernels are compiled by then
-    $pytest $many -m "not slow" "$@" tests/kernels/triton tests/equivalence/test_triton_logits.py
+kernels) # ends with the table of errors, whose kernels are compiled by then, also where a test failed
+    status=0
+    $pytest $many -m "not slow" "$@" tests/kernels/triton tests/equivalence/test_triton_logits.py ||
+        status=$?
     $pytest -s tests/kernels/triton/test_triton_table.py | tee "$out/gpu-errors.txt"
+    exit "$status"
     ;;
 identities)
     $pytest $many -m "not slow" -k triton "$@" tests/equivalence/test_identities.py \
