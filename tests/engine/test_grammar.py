@@ -87,6 +87,13 @@ def test_a_complete_output_stops_at_once_and_without_a_token_for_it(hash_engine)
     assert (done.finish_reason, done.stop_match) == (FinishReason.STOP, None)
 
 
+@pytest.mark.parametrize("params", [{}, {"ignore_eos": True}, {"min_tokens": 3}, {"max_tokens": 1}])
+def test_a_grammar_of_the_empty_text_alone_gives_the_empty_text(hash_engine, params):
+    engine, _ = hash_engine()
+    for grammar in (GrammarSpec.regex("^$"), GrammarSpec.lark('start: ""')):
+        assert engine.submit(ask(grammar, **params)).result().text == ""
+
+
 def test_an_output_that_the_limit_cut_short_is_complete_and_says_so(hash_engine):
     engine, _ = hash_engine()
     done = engine.submit(ask(GrammarSpec.regex("[a-z]{2,90}!"), max_tokens=5)).result()

@@ -65,8 +65,6 @@ class Grammars:
             trigger=trigger,
             forbids_trigger=spec.kind is GrammarKind.FREE,
         )
-        if follower.must_end:
-            raise RequestError(f"{spec.field} allows only the empty output", field=spec.field)
         shortest = follower.shortest(spec.field)
         if shortest > max_tokens:
             raise RequestError(

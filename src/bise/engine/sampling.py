@@ -246,6 +246,8 @@ class Sampler:
                 self._adjust(scores, num_output)
             if allowed is not None:
                 scores = scores[allowed]
+                if np.isneginf(scores).all():  # a grammar that can only end comes before min_tokens
+                    scores = logits[allowed].astype(np.float64)
         if params.temperature == 0:
             return int(scores.argmax())
         scores -= scores.max()
