@@ -10,8 +10,8 @@ As it comes: processor time of this process, one thread, so that other work on t
 engine without a thread of its own; the request comes between two steps. `--any-time`: wall clock, the engine
 with its thread; the request comes at a random moment, which is mostly within a step. `--http`: what a client
 sees; a live `bise serve` with two keys, one of which keeps 1,000 requests open from a process of its own; the
-other one asks now and then, streamed, at random moments: `arriving` while the 1,000, which ask all at once, are
-still being let in, `crowded` once they wait in the engine.
+other one asks now and then, streamed, at random moments: `arriving` while the 1,000, which ask all at once,
+are still being let in, `crowded` once they wait in the engine.
 
 Prints one line per prompt length, and one JSON document last.
 """
