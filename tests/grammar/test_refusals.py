@@ -110,6 +110,11 @@ def test_names_of_hosts_and_mailboxes_are_no_longer_and_no_odder_than_their_rfcs
     assert "allows no output" in str(refusal(vocabulary, {"type": "string", **schema}))
 
 
+def test_bounds_that_leave_only_numbers_too_long_to_write_are_refused_as_that(vocabulary):
+    schema = {"type": "number", "minimum": 1e-300, "maximum": 2e-300}
+    assert "more digits than bise writes" in str(refusal(vocabulary, schema))
+
+
 HOSTILE = {
     "no_end": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     "ref_to_itself": {"$ref": "#"},
