@@ -202,8 +202,8 @@ def _check_shortest(table: Table, field: str) -> None:
     cost = table.costs[table.start]
     if cost >= UNREACHABLE:
         raise RequestError(
-            f"{field} allows no output at all: its conditions exclude one another, or what they leave has more "
-            "digits than bise writes",
+            f"{field} allows no output at all: its conditions exclude one another, or what they leave "
+            "has more digits than bise writes",
             field=field,
         )
     if cost > MAX_SHORTEST:
