@@ -207,6 +207,33 @@ def _turn(blocks, parts, GROUPED: tl.constexpr):
 
 
 @triton.jit
+def _places(
+    first, has_next, to_codes2, to_scale2, to_minimum2, steps,
+    TWO: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Return where the codes, the scales and the minimums of each output of a program begin, which computes
+    the block `first`, counted over all experts, and with TWO another one.
+    """
+    M: tl.constexpr = 128 if TWO else 64
+    output = tl.arange(0, M)
+    is_first = output < 64
+    mine = tl.zeros((M,), tl.int64) + first
+    if TWO == 2:
+        mine = tl.where(is_first, first, tl.where(has_next, first + 1, first))
+    inner = output % 64
+    per_output: tl.constexpr = 32 if BITS == 4 else GROUP
+    per_scale: tl.constexpr = 1 if BITS != 4 else (8 if SCALES == 2 else 4)
+    at = mine * steps * (2048 if BITS == 4 else 4096) + inner * per_output
+    at_scale = mine * steps * (64 * per_scale if BITS == 4 else 4096 // GROUP) + inner * per_scale
+    at_minimum = at_scale
+    if TWO == 1:
+        at += tl.where(is_first, 0, to_codes2) * 16
+        at_scale += tl.where(is_first, 0, to_scale2) * 16
+        at_minimum += tl.where(is_first, 0, to_minimum2) * 16
+    return at, at_scale, at_minimum
+
+
+@triton.jit
 def matmul(
     x, squares, norm_weight, codes, scale, minimum, to_codes2: tl.int64, to_scale2: tl.int64,
     to_minimum2: tl.int64, level_table, out, parts, arrived, residual, squares_out, slots, experts, shares,
@@ -242,23 +269,10 @@ def matmul(
     row_scales = tl.zeros((ROWS,), tl.float32)
     if NORMED:
         row_scales = row_scale(squares, row, num_columns, eps, ROWS, SQUARES)
-    M: tl.constexpr = 128 if TWO else 64
-    output = tl.arange(0, M)
-    is_first = output < 64
     first = (tl.zeros((), tl.int64) + expert) * num_blocks + block
-    mine = tl.zeros((M,), tl.int64) + first
-    if TWO == 2:
-        mine = tl.where(is_first, first, tl.where(block + 1 < num_blocks, first + 1, first))
-    inner = output % 64
-    per_output: tl.constexpr = 32 if BITS == 4 else GROUP
-    per_scale: tl.constexpr = 1 if BITS != 4 else (8 if SCALES == 2 else 4)
-    at = mine * steps * (2048 if BITS == 4 else 4096) + inner * per_output
-    at_scale = mine * steps * (64 * per_scale if BITS == 4 else 4096 // GROUP) + inner * per_scale
-    at_minimum = at_scale
-    if TWO == 1:
-        at += tl.where(is_first, 0, to_codes2) * 16
-        at_scale += tl.where(is_first, 0, to_scale2) * 16
-        at_minimum += tl.where(is_first, 0, to_minimum2) * 16
+    at, at_scale, at_minimum = _places(
+        first, block + 1 < num_blocks, to_codes2, to_scale2, to_minimum2, steps, TWO, BITS, GROUP, SCALES
+    )
     low = tl.program_id(2) if APART else 0
     high = low + 1 if APART else tl.cdiv(steps, steps_per_split)
     total = _sum_ranges(
