@@ -17,7 +17,7 @@ WIDTH = 2
 """Requests of a key that are let in at the same time; its others wait behind them, not before other keys."""
 
 MANY = 32
-"""Open requests of a key from which on it gives way; no engine computes more of them at once."""
+"""Open requests from which on a key gives way: twice as many as an engine computes at once, as it comes."""
 
 GIVES_WAY_S = 0.1
 """How long it does so after a request of a key with fewer, and for each request at most."""
