@@ -100,6 +100,22 @@ def test_a_title_that_comes_takes_the_focus_from_nobody(site, visit, ask):
     expect(search).to_be_focused()
 
 
+def test_a_title_that_comes_does_not_replace_the_one_that_is_being_typed(site, visit, ask):
+    first = visit(site.url)
+    ask(first, "count 3")
+    first.get_by_role("heading", level=1).dblclick()
+    field = first.get_by_role("textbox", name="Title")
+    field.fill("My own words")
+    second = visit(first.url, same_browser_as=first)
+    second.get_by_role("heading", level=1).dblclick()
+    second.get_by_role("textbox", name="Title").fill("Small numbers")
+    second.keyboard.press("Enter")
+    first.get_by_role("list", name="Conversations").get_by_role("link", name="Small numbers").first.wait_for()
+    expect(field).to_have_value("My own words")
+    field.press("Enter")
+    first.get_by_role("heading", name="My own words").wait_for()
+
+
 def test_leaving_the_conversation_does_not_stop_its_answer(site, visit, ask):
     page = visit(site.url)
     ask(page, "count 200", wait=False)
