@@ -41,16 +41,11 @@ async def create_response(request: Request) -> Response:
     body = await read_json(request, ResponsesRequest)
     job = await service.open(request, model=body.model)
     try:
-        earlier = await _earlier(request, job, body)
-        messages = [*earlier, *body.new_messages()]
+        messages = [*await _earlier(request, job, body), *body.new_messages()]
         rivals = (body.top_logprobs or 0) if body.wants_logprobs else None
         with spoken_as(NAMES):
             chat = body.as_chat(messages)
-            options = ChatOptions(rivals=rivals)
-            if earlier:  # of any length, however short this request is
-                plan = await service.offload(plan_chat, job, chat, options)
-            else:
-                plan = await job.plan(plan_chat, chat, options)
+            plan = await job.plan(plan_chat, chat, ChatOptions(rivals=rivals))
             generation = await job.start(plan.requests)
         answer = ResponseAnswer(
             job,
@@ -187,6 +182,7 @@ async def _earlier(request: Request, job: Job, body: ResponsesRequest) -> list[M
         stored = await shelf_of(request).get(job.ticket.tenant, body.previous_response_id)
     except NotFoundError as error:
         raise NotFoundError(str(error), field="previous_response_id") from None
+    job.has_history = True
     return list(stored.messages)
 
 

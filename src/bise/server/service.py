@@ -267,6 +267,8 @@ class Job:
         self.traits = traits
         self.generation: Generation | None = None
         self.client_gone = False
+        self.has_history = False
+        """What is asked goes on from a conversation that was stored, of any length."""
         self.dropped_tokens = 0
         """Prompt tokens that were left out at the caller's wish, before the engine got the prompt."""
         self.around: Callable[[int, str], tuple[str, str, str]] = lambda _, text: ("", text, "")
@@ -282,15 +284,15 @@ class Job:
         return self.request.headers.get("user-agent", "").startswith("mistral-client")
 
     async def plan(self, function: Callable[Concatenate[Job, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run what makes requests for the engine out of this request's body. A short one takes a millisecond
-        at most: here and now, since a change of threads takes 2 ms beside an engine at work. Guardrails and
-        templates that are programs may take longer, and get a thread as long bodies do.
+        """Run what makes requests for the engine out of this request's body; a short one here and now, which
+        takes a millisecond at most, a change of threads 2 ms beside an engine at work. Long bodies, stored
+        conversations, guardrails and templates that are programs may take longer, and get a thread.
         """
         template = self.loaded.template
-        is_quick = not self.ticket.checks_input and not isinstance(template, JinjaTemplate)
-        if is_quick and len(await self.request.body()) <= _SHORT_BYTES:
-            return function(self, *args, **kwargs)
-        return await self.service.offload(function, self, *args, **kwargs)
+        takes_long = self.has_history or self.ticket.checks_input or isinstance(template, JinjaTemplate)
+        if takes_long or len(await self.request.body()) > _SHORT_BYTES:
+            return await self.service.offload(function, self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
     async def start(
         self, requests: Iterable[EngineRequest], *, prompts: Sequence[int] | None = None
