@@ -42,6 +42,7 @@ from bise.store.secret import keyed_hash
 from bise.store.worker import LEASE_S
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
     from starlette.requests import Request
 
     from bise.store.opening import Store
@@ -102,8 +103,8 @@ class StoreGate:
         self._lanes = Lanes(lambda key_id: len(self._open[key_id]))
         self._unwritten: deque[_Unwritten] = deque()
         self._writing_late = threading.Lock()
-        self._open: defaultdict[str, dict[str, Reservation]] = defaultdict(dict)
-        """The places that requests of each key hold now, by id."""
+        self._open: defaultdict[str, set[str]] = defaultdict(set)
+        """Ids of the places that requests of each key hold now."""
         self._has_keys = False
         self.local_pass = secrets.token_urlsafe(32)
         """What lets the operator's browser in, as long as this process lives."""
@@ -207,7 +208,7 @@ class StoreGate:
             except RateLimitError:
                 self.metrics.refuse("rate_limit")
                 raise
-            self._open[key.id][reservation.id] = reservation
+            self._open[key.id].add(reservation.id)
         return StoreTicket(
             gate=self,
             share=self.begin_share(),
@@ -279,9 +280,11 @@ class StoreGate:
         """End a share of what made no row."""
         self._shares.leave(share)
 
-    def cost(self, model: str, prompt: int, cached: int, completion: int) -> Decimal | None:
+    def cost(
+        self, model: str, prompt: int, cached: int, completion: int, session: Session | None = None
+    ) -> Decimal | None:
         """Return what tokens cost by the price book; None for a model without a price."""
-        price = self.store.prices.get(model)
+        price = self.store.prices.get(model, session)
         return None if price is None else price.of(prompt, cached, completion)
 
     def extend(
@@ -308,7 +311,7 @@ class StoreGate:
                 token_cost=Decimal(0) if price is None else price.of(0, 0, 1),
             )
         except RateLimitError:
-            self._open[key.id].pop(reservation.id, None)
+            self._open[key.id].discard(reservation.id)
             self.metrics.refuse("rate_limit")
             raise
 
@@ -316,7 +319,7 @@ class StoreGate:
         """Finish a row (energy, costs), write it and settle the reservation at once; return it."""
         machine_s, energy_j = self._shares.leave(share)
         if reservation is not None:
-            self._open[reservation.key_id].pop(reservation.id, None)
+            self._open[reservation.key_id].discard(reservation.id)
         entry = _Unwritten(
             row=replace(row, energy_j=energy_j),
             reservation=reservation,
@@ -345,15 +348,12 @@ class StoreGate:
 
     def _write(self, entry: _Unwritten) -> LedgerRow:
         """Write a row with its costs and settle its reservation, in one transaction; return the row."""
-        row, prices = entry.row, self.store.prices
+        row = entry.row
         tokens = row.prompt_tokens + row.completion_tokens
         with self.store.database.writing() as session:
-            cost: Decimal | None = Decimal(0)
-            if not row.is_free:
-                price = prices.get(row.model, session)
-                used = (row.prompt_tokens, row.cached_tokens, row.completion_tokens)
-                cost = None if price is None else price.of(*used)
-            house_cost = prices.rates(session).of(entry.machine_s, row.energy_j)
+            used = (row.prompt_tokens, row.cached_tokens, row.completion_tokens)
+            cost = Decimal(0) if row.is_free else self.cost(row.model, *used, session)
+            house_cost = self.store.prices.rates(session).of(entry.machine_s, row.energy_j)
             row = replace(row, cost=cost, house_cost=house_cost)
             is_new = self.store.ledger.record(row, session, entry.at)
             if entry.reservation is not None:

@@ -40,6 +40,7 @@ _is_recent = (_held.at > bindparam("since")) & (_held.at <= bindparam("until"))
 _LOCK = select(KeyRecord.id).where(KeyRecord.id == bindparam("its_key")).with_for_update()
 _PLACE = insert(_held)
 _CHANGE = update(_held).where(_held.id == bindparam("its_id"))
+_FORGET = delete(_held).where(~_held.is_open | (_held.lease_until <= bindparam("now")), ~_is_recent)
 _RECENT = select(_held.at, _held.tokens).where(_is_of_key, _is_recent).order_by(_held.at, _held.id)
 _SPEND_FIRST = insert(_spent)
 _SPEND_MORE = (
@@ -212,14 +213,11 @@ class Limits:
         every LEASE_S / 3.
         """
         held, now = ReservationRecord, self._clock()
-        until = now + LEASE_S
         with self._database.writing(is_lasting=False) as session:
             for first in range(0, len(reservation_ids), _AT_ONCE):
                 some = reservation_ids[first : first + _AT_ONCE]
-                session.execute(update(held).where(held.id.in_(some)).values(lease_until=until))
-            is_over = ~held.is_open | (held.lease_until <= now)
-            is_recent = (held.at > now - MINUTE_S) & (held.at <= now + MINUTE_S)
-            session.execute(delete(held).where(is_over, ~is_recent))
+                session.execute(update(held).where(held.id.in_(some)).values(lease_until=now + LEASE_S))
+            session.connection().execute(_FORGET, {"now": now, **_minute(now)})
 
     def _state(self, session: Session, key: KeyInfo, now: float, *, is_whole: bool = False) -> _State:
         """Return what the key holds and has used.
@@ -234,8 +232,8 @@ class Limits:
             num_open, open_tokens, open_cost = _take_stock(session, key, now)
         recent: list[tuple[float, int]] = []
         if is_whole or limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
-            minute = {"its_key": key.id, "since": now - MINUTE_S, "until": now + MINUTE_S}
-            recent = [(at, tokens) for at, tokens in session.connection().execute(_RECENT, minute)]
+            found = session.connection().execute(_RECENT, {"its_key": key.id, **_minute(now)})
+            recent = [(at, tokens) for at, tokens in found]
         spend_day = spend_month = None
         if counts_spend:
             spend_day, spend_month = (session.get(SpendRecord, (key.id, period)) for period in periods(now))
@@ -373,6 +371,11 @@ def _until(now: float, period: str) -> float:
     else:
         end = (start.replace(day=1) + timedelta(days=32)).replace(day=1)
     return (end - moment).total_seconds()
+
+
+def _minute(now: float) -> dict[str, float]:
+    """Return what `_is_recent` asks for."""
+    return {"since": now - MINUTE_S, "until": now + MINUTE_S}
 
 
 def _lock(session: Session, key_id: str) -> None:

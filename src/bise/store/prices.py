@@ -16,7 +16,7 @@ ANY_MODEL = "*"
 """The entry of all models without one of their own."""
 _RATES = ("currency", "energy", "hardware", "hardware_years")
 # Every request asks for these two; building a statement costs more than running it.
-_PRICE = select(PriceRecord.model, PriceRecord.input, PriceRecord.cached, PriceRecord.output).where(
+_PRICE = select(PriceRecord).where(
     or_(PriceRecord.model == bindparam("its_name"), PriceRecord.model == ANY_MODEL)
 )
 _SETTINGS = select(SettingRecord.name, SettingRecord.value).where(SettingRecord.name.in_(_RATES))
@@ -127,22 +127,18 @@ class PriceBook:
 
     def list(self) -> list[Price]:
         """Return all prices by model."""
+        query = select(PriceRecord).order_by(PriceRecord.model)
         with self._database.reading() as session:
-            return [
-                _price(record) for record in session.scalars(select(PriceRecord).order_by(PriceRecord.model))
-            ]
+            return [Price(**row) for row in session.connection().execute(query).mappings()]
 
     def get(self, model: str, session: Session | None = None) -> Price | None:
         """Return a model's price or the one for all others; None when the book has neither."""
         if session is None:
             with self._database.reading() as own:
                 return self.get(model, own)
-        found = session.connection().execute(_PRICE, {"its_name": model}).all()
-        own = [row for row in found if row.model == model] or found
-        if not own:
-            return None
-        name, input_price, cached, output = own[0]
-        return Price(model=name, input=input_price, cached=cached, output=output)
+        found = session.connection().execute(_PRICE, {"its_name": model}).mappings()
+        prices = {row["model"]: Price(**row) for row in found}
+        return prices.get(model) or prices.get(ANY_MODEL)
 
     def rates(self, session: Session | None = None) -> HouseRates:
         """Return what running this machine costs; defaults until `set_rates` was called."""
@@ -164,10 +160,6 @@ class PriceBook:
                     session.flush()
                 if value is not None:
                     session.add(SettingRecord(name=name, value=value))
-
-
-def _price(record: PriceRecord) -> Price:
-    return Price(model=record.model, input=record.input, cached=record.cached, output=record.output)
 
 
 def _check(name: str, value: Decimal, limit: Decimal, decimals: int) -> None:
