@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from bise.server.edge import Edge, Reach
 from bise.server.limits import HttpLimits
-from bise.server.turns import AT_ONCE, Turns
+from bise.server.turns import Turns
 
 
 def _begun(callers, cancelled=()):
@@ -45,7 +45,7 @@ def test_everybody_begins_once_in_the_order_in_which_they_came(callers, data):
 def test_who_comes_after_a_crowd_waits_for_one_of_them_and_not_for_all(crowd, others):
     begun = [caller for _, caller in _begun(["crowd"] * crowd + [f"other {n}" for n in range(others)])]
     last = max(begun.index(f"other {n}") for n in range(others))
-    assert last <= 2 * AT_ONCE + others
+    assert last <= 2 + others
 
 
 def test_one_request_begins_in_each_round_of_the_event_loop():
@@ -62,7 +62,7 @@ def test_one_request_begins_in_each_round_of_the_event_loop():
             rounds += 1
         return [begun.count(number) for number in set(begun)]
 
-    assert max(asyncio.run(main())) <= AT_ONCE
+    assert max(asyncio.run(main())) <= 1
 
 
 def test_a_key_with_many_requests_does_not_stand_before_another_key_at_the_edge():

@@ -85,8 +85,8 @@ def _draw(row: StepRow, index: int, takes_masks: bool) -> _Draw | None:
         return None
     allowed = None
     if grammar is not None:
-        if row.draft or not takes_masks:
-            return None  # each guess changes what may follow
+        if row.draft or not takes_masks:  # each guess changes what may follow
+            return None
         allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
         if allowed is not None and not allowed.size:
             return None
