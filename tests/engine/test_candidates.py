@@ -52,8 +52,8 @@ class Device:
             elif temperature == 0:
                 tokens[index] = allowed[largest(scores, 1)[0]]
             else:
-                params = SamplingParams(top_k=int(top_k), top_p=top_p, min_p=min_p)
-                ids, weights = truncate((scores - scores.max()) / temperature, params)
+                params = SamplingParams(temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p)
+                ids, weights = truncate(scores, params)
                 place = pick(weights, share)
                 tokens[index] = allowed[place if ids is None else ids[place]]
         return tokens, status

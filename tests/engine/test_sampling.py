@@ -34,9 +34,7 @@ def sampler(vocab: int = VOCAB, prompt=(), stop_ids=(), seed: int = 1, **params)
 
 def distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Return what `truncate` leaves, as probabilities [V]."""
-    scores = logits.astype(np.float64)
-    scores = (scores - scores.max()) / params.temperature
-    ids, weights = truncate(scores, params)
+    ids, weights = truncate(logits.astype(np.float64), params)
     full = np.zeros(logits.size)
     full[np.arange(logits.size) if ids is None else ids] = weights / weights.sum()
     return full

@@ -11,6 +11,8 @@ from bise.engine.request import SamplingParams
 from bise.engine.sampling import Sampler, uniform
 
 SURE, UNSURE = 0, 1
+NEARLY_EQUAL = np.array([[0.0, 4e-17, 1.0, 0.5, 3e-17]], np.float32)
+"""Less the best, as the sampler weighs them, three of these are one number; their order is still theirs."""
 WAYS = [
     {"temperature": 0},
     {"temperature": 0.7},
@@ -19,6 +21,12 @@ WAYS = [
     {"temperature": 0.9, "min_p": 0.05},
     {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
 ]
+
+
+def _check_nearly_equal(sample):
+    ways = [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.8}]
+    ways = [{"temperature": 3.0, **way} for way in ways * 4]
+    assert _check(sample, NEARLY_EQUAL.repeat(len(ways), 0), ways) == 0
 
 
 def _rows(vocab, count, seed, width=3.0):
@@ -57,4 +65,4 @@ def _check(sample, logits, ways, mask=None, position=9):
 @pytest.fixture(scope="session")
 def choosing():
     """Ways of choosing tokens, logits, what a backend is told, and its tokens against the sampler's."""
-    return SimpleNamespace(ways=WAYS, rows=_rows, numbers=_numbers, check=_check)
+    return SimpleNamespace(ways=WAYS, rows=_rows, numbers=_numbers, check=_check, check_nearly_equal=_check_nearly_equal)

@@ -51,6 +51,10 @@ def test_any_row_gets_the_token_of_the_sampler(choosing, values, temperature, to
     choosing.check(CpuOps(1).sample, np.array([values], np.float32), [way], position=position)
 
 
+def test_logits_that_are_nearly_equal_keep_their_order(choosing):
+    choosing.check_nearly_equal(CpuOps(1).sample)
+
+
 def test_tokens_come_as_often_as_they_weigh(choosing):
     logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32)).repeat(4000, 0)
     tokens, status = CpuOps(2).sample(logits, choosing.numbers([{"temperature": 1.0}] * 4000, 0), None)

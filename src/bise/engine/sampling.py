@@ -25,8 +25,8 @@ _NUM_ROWS = 32
 
 _NUM_BINS = 2048
 _WIDEST = 32.0
-"""Keys further than this from the best one share the last bin of `smallest_set`: e^-32 is a weight of
-nothing.
+"""Tempered scores further than this from the best one share the last bin of `smallest_set`: e^-32 is a weight
+of nothing.
 """
 
 
@@ -78,16 +78,16 @@ def _floor(values: Wide, count: int) -> float:
     return float(np.partition(values, values.size - count)[values.size - count])
 
 
-def smallest_set(keys: Wide, weights: Wide, mass: float) -> Ids:
+def smallest_set(keys: Wide, weights: Wide, mass: float, widest: float = _WIDEST) -> Ids:
     """Return, ascending, the fewest indices by ascending key (ties: lower index) whose weights reach `mass`
     of all.
 
     Weights are summed per bin of keys, and only the bin in which the mass is reached gets sorted, so that a
-    vocabulary of 128k takes a few passes and no sort.
+    vocabulary of 128k takes a few passes and no sort. Keys `widest` and more from the lowest share a bin.
     """
     goal = mass * float(weights.sum())
     lowest = float(keys.min())
-    span = min(float(keys.max()) - lowest, _WIDEST) or 1.0
+    span = min(float(keys.max()) - lowest, widest) or 1.0
     bins = np.minimum((keys - lowest) * ((_NUM_BINS - 1) / span), _NUM_BINS - 1).astype(np.intp)
     running = np.cumsum(np.bincount(bins, weights, _NUM_BINS))
     last = min(int(np.searchsorted(running, goal)), _NUM_BINS - 1)
@@ -100,11 +100,12 @@ def smallest_set(keys: Wide, weights: Wide, mass: float) -> Ids:
 
 
 def truncate(scores: Wide, params: SamplingParams) -> tuple[Ids | None, Wide]:
-    """Apply top_k, top_p, min_p and typical_p, each on what the one before left.
+    """Apply temperature, top_k, top_p, min_p and typical_p, each on what the one before left.
 
-    `scores` [V] are tempered logits minus their maximum; they are used up. Returns (ids kept, their weights
-    exp(score)); ids None means all. Compared with transformers' warpers, ties are cut at the count that was
-    asked for, lower ids first.
+    `scores` [V] are logits with penalties; they are used up. Returns (ids kept, their weights, 1 for the
+    best); ids None means all. Compared with transformers' warpers, ties are cut at the count that was asked
+    for, lower ids first. The order is that of the scores themselves: less their maximum, two that differ
+    may round to one number, and a backend that sorts logits would see a tie here that it cannot see.
     """
     ids: Ids | None = None
     if 0 < params.top_k < scores.size:
@@ -113,15 +114,17 @@ def truncate(scores: Wide, params: SamplingParams) -> tuple[Ids | None, Wide]:
     # In place where nobody needs the scores any more: a fresh row of a vocabulary costs more in page faults
     # than the arithmetic on it.
     needs_scores = params.top_p < 1 or params.typical_p < 1
-    weights = np.exp(scores) if needs_scores else np.exp(scores, out=scores)
+    weights = np.subtract(scores, scores.max(), out=None if needs_scores else scores)
+    weights /= params.temperature
+    np.exp(weights, out=weights)
     if params.top_p < 1:
-        kept = smallest_set(-scores, weights, params.top_p)
+        kept = smallest_set(-scores, weights, params.top_p, _WIDEST * params.temperature)
         ids, scores, weights = _narrow(ids, kept), scores[kept], weights[kept]
     if params.min_p > 0:
         kept = np.flatnonzero(weights >= params.min_p * weights.max())
         ids, scores, weights = _narrow(ids, kept), scores[kept], weights[kept]
     if params.typical_p < 1:
-        kept = _typical_set(scores, weights, params.typical_p)
+        kept = _typical_set((scores - scores.max()) / params.temperature, weights, params.typical_p)
         ids, weights = _narrow(ids, kept), weights[kept]
     return ids, weights
 
@@ -250,8 +253,6 @@ class Sampler:
                     scores = logits[allowed].astype(np.float64)
         if params.temperature == 0:
             return int(scores.argmax())
-        scores -= scores.max()
-        scores /= params.temperature
         ids, weights = truncate(scores, params)
         index = _place(np.cumsum(weights, out=weights), uniform(self.seed, position))
         return index if ids is None else int(ids[index])

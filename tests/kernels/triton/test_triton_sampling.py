@@ -28,6 +28,10 @@ def test_every_way_of_choosing_gives_the_token_of_the_processor(choosing):
     assert choosing.check(on_device, rows_of(choosing, 37, 6, 0), choosing.ways) <= 1
 
 
+def test_logits_that_are_nearly_equal_keep_their_order(choosing):
+    choosing.check_nearly_equal(on_device)
+
+
 def test_tokens_that_a_mask_rules_out_are_never_chosen(choosing):
     mask = np.random.default_rng(1).random((6, 70)) < 0.4
     assert choosing.check(on_device, rows_of(choosing, 70, 6, 2), choosing.ways, mask) <= 1
