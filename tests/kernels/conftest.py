@@ -65,4 +65,6 @@ def _check(sample, logits, ways, mask=None, position=9):
 @pytest.fixture(scope="session")
 def choosing():
     """Ways of choosing tokens, logits, what a backend is told, and its tokens against the sampler's."""
-    return SimpleNamespace(ways=WAYS, rows=_rows, numbers=_numbers, check=_check, check_nearly_equal=_check_nearly_equal)
+    return SimpleNamespace(
+        ways=WAYS, rows=_rows, numbers=_numbers, check=_check, check_nearly_equal=_check_nearly_equal
+    )
