@@ -14,6 +14,8 @@ from pathlib import Path
 from bise.engine.grammar import Grammars
 from bise.engine.handle import RequestHandle
 from bise.engine.model_spec import ModelCard, ModelPlan, ModelSpec
+from bise.engine.placement import NATIVE
+from bise.engine.receipt import ModelIdentity
 from bise.engine.request import Delta, FinishReason, Request, Timings, TokenLogprob, Usage
 from bise.errors import BiseError, ContextOverflowError, ModelNotFoundError, QueueFullError, RequestError
 from bise.text.mistral_template import MistralTemplate
@@ -217,9 +219,13 @@ class ScriptedModel:
         self.engine = ScriptedEngine(self.tokenizer)
         self.temperature = 0.7
         self.notes = ()
+        self.quant, self.kv, self.placement = "q8", "q16", NATIVE
 
     def expert_counts(self):
         return None
+
+    def identity(self) -> ModelIdentity:
+        return ModelIdentity(name="stub", weights_sha256="", config_sha256="", tokenizer_sha256="")
 
     def close(self) -> None:
         pass

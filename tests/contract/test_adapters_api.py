@@ -27,8 +27,8 @@ def live(tmp_path, serve):
     return serve(Fleet([ModelSpec(name="a", path=base, quant="q8", threads=1, adapters=adapters)], 1 << 30))
 
 
-def complete(live, model: str) -> httpx.Response:
-    body = {"model": model, "prompt": "some words", "max_tokens": 12, "temperature": 0}
+def complete(live, model: str, **fields) -> httpx.Response:
+    body = {"model": model, "prompt": "some words", "max_tokens": 12, "temperature": 0, **fields}
     return httpx.post(f"{live.url}/v1/completions", json=body)
 
 
@@ -50,3 +50,12 @@ def test_a_request_for_model_and_adapter_goes_through_the_adapter(live):
     assert complete(live, "a:none").status_code == 404
     assert complete(live, "a:gone").status_code == 503
     assert complete(live, "a").json()["choices"] == plain.json()["choices"]
+
+
+def test_a_receipt_names_the_adapter_by_its_content(live):
+    def adapter(model):
+        return complete(live, model, receipt=True).json()["choices"][0]["receipt"]["adapter"]
+
+    with live.fleet.acquire("a:x") as lease:
+        assert adapter("a:x") == {"name": "x", "sha256": lease.loaded.engine.adapters.find("x").sha256}
+    assert adapter("a") is None

@@ -9,6 +9,8 @@ import pytest
 from mistralai.client import Mistral
 from openai import OpenAI
 
+from bise.engine.placement import Placement
+
 ASK = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "stub", "messages": ASK}
 ROUTES = {
@@ -45,6 +47,39 @@ def test_a_stream_that_meets_its_deadline_shows_what_there_is_and_ends_with_the_
     assert "H" in json.dumps(shown, ensure_ascii=False)
     assert "deadline_s passed" in json.dumps(last)
     assert not any(choice.get("finish_reason") for part in shown for choice in part.get("choices", ()))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/fim/completions"])
+def test_a_receipt_comes_only_when_it_is_asked_for(live, path):
+    assert "receipt" not in live.post(path, ROUTES[path]).json()["choices"][0]
+    told = events(live.post(path, {**ROUTES[path], "receipt": True, "stream": True}))
+    choices = [choice for part in told for choice in part["choices"]]
+    assert ["receipt" in choice for choice in choices] == [bool(c["finish_reason"]) for c in choices]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        ("/v1/completions", {"max_tokens": 0, "echo": True}, "max_tokens 0"),
+        ("/v1/completions", {"truncate": "oldest"}, "truncate"),
+        ("/v1/chat/completions", {"truncate": "middle", "max_tokens": 5}, "truncate"),
+        ("/v1/chat/completions", {"receipt": "yes"}, "receipt"),
+    ],
+)
+def test_a_receipt_of_what_it_cannot_cover_is_refused_before_anything_runs(live, path, fields, words):
+    refused = live.post(path, {**ROUTES[path], "receipt": True, **fields})
+    assert refused.status_code == 400
+    assert "receipt" in refused.json()["message"]
+    assert words in refused.json()["message"]
+    assert not live.engine.requests
+
+
+def test_a_receipt_of_a_model_on_another_device_is_refused(live, monkeypatch):
+    monkeypatch.setattr(live.fleet.model, "placement", Placement(device="cuda"))
+    refused = live.post("/v1/chat/completions", {**CHAT, "receipt": True})
+    assert refused.status_code == 400
+    assert refused.json()["param"] == "receipt"
+    assert "cuda" in refused.json()["message"]
 
 
 @pytest.mark.parametrize("value", [0, -1, 86_401, "soon", True])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -119,6 +120,69 @@ def test_a_demanded_call_comes(client):
     (call,) = answer.choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
     assert re.fullmatch("[a-zA-Z0-9]{9}", call.id)
+
+
+def replayed(receipt: dict, folder) -> str | None:
+    """Write a receipt as a user would; return what differs when the embedded model runs it again."""
+    from bise.engine.load import load_model
+    from bise.engine.receipt import model_differences, output_difference, read_receipt, replay_request
+    from bise.hub.embedded import embedded_path
+
+    path = folder / "receipt.json"
+    path.write_text(json.dumps(receipt))
+    wanted = read_receipt(path)
+    loaded = load_model(embedded_path(), quant=wanted.quant, kv=wanted.kv, threads=1)
+    try:
+        assert not model_differences(wanted, loaded)
+        done = loaded.engine.submit(replay_request(wanted)).result()
+        return output_difference(wanted, done.logprobs, done.finish_reason.value)
+    finally:
+        loaded.close()
+
+
+RIVERS = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["Loire", "Seine"]}}}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"n": {"enum": [1]}}}}}
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0, "n": 3},
+        {"temperature": 0.7, "top_p": 0.9, "seed": 5, "logprobs": True, "top_logprobs": 2, "stop": ["a"]},
+        {"tools": TOOLS, "tool_choice": "any", "max_tokens": 60},
+        {"frequency_penalty": 0.5, "max_tokens": None, "response_format": RIVERS},
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_receipt_of_every_choice_is_confirmed(client, tmp_path, fields, stream):
+    ask = {"model": "brise", "messages": ASK, "max_tokens": 12, **fields}
+    answer = client.chat.completions.create(**ask, stream=stream, extra_body={"receipt": True})
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    receipts = {choice.index: choice.receipt for choice in choices if choice.finish_reason}
+    assert sorted(receipts) == list(range(fields.get("n", 1)))
+    assert replayed(receipts[max(receipts)], tmp_path) is None
+    assert replayed(receipts[0] | {"output_sha256": "0" * 64}, tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 3, "n": 2}, {"echo": True}, {"stream": True, "logprobs": 1}])
+def test_a_receipt_of_a_continued_text_is_confirmed(client, tmp_path, fields):
+    ask = {"model": "brise", "prompt": ["Once upon", "A river"], "max_tokens": 9, "temperature": 0.9}
+    answer = client.completions.create(**ask, **fields, extra_body={"receipt": True})
+    if fields.get("stream"):
+        ended = [choice for chunk in answer for choice in chunk.choices if choice.finish_reason]
+    else:
+        ended = answer.choices
+    assert len(ended) == 2 * fields.get("n", 1)
+    assert replayed(ended[-1].receipt, tmp_path) is None
+    assert len({choice.receipt["output_sha256"] for choice in ended}) == len(ended)
+
+
+def test_mistrals_client_gets_a_receipt_of_a_filled_gap(process, tmp_path):
+    ask = {"model": "brise", "prompt": "def f(", "suffix": "return x", "max_tokens": 8, "receipt": True}
+    answer = httpx.post(f"{process.url}/v1/fim/completions", json=ask).json()
+    assert replayed(answer["choices"][0]["receipt"], tmp_path) is None
 
 
 def test_embeddings_are_unit_vectors_of_the_mean_or_of_the_last_token(client):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -29,7 +29,7 @@ from bise.engine.memory import (
 )
 from bise.engine.pace import Pace
 from bise.engine.placement import NATIVE, Placement
-from bise.engine.receipt import NUMERICS_VERSION
+from bise.engine.receipt import NUMERICS_VERSION, ModelIdentity, identify
 from bise.engine.replay import ReplayedModel
 from bise.engine.runner import Model
 from bise.engine.speculation import Speculation
@@ -86,6 +86,14 @@ class LoadedModel:
     """The device that it runs on."""
     split: Split | None = None
     """What of it lies there; None on the processor."""
+
+    _identity: ModelIdentity | None = field(default=None, init=False, repr=False)
+
+    def identity(self) -> ModelIdentity:
+        """Return which model this is, by content. The first call reads its files."""
+        if self._identity is None:
+            self._identity = identify(self.source, self.tokenizer)
+        return self._identity
 
     def load_adapter(self, name: str, path: Path) -> Adapter:
         """Let requests name the LoRA adapter in directory `path` as `name`, while others run.

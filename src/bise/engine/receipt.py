@@ -28,6 +28,7 @@ from bise.model.packed import content_hash
 
 if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
+    from bise.model.source import ModelSource
     from bise.text.tokenizer import Tokenizer
 
 NUMERICS_VERSION = 1
@@ -89,13 +90,13 @@ class Receipt:
     """Four hex digits per token, each over all tokens up to it; None when the prompt was left out."""
 
 
-def identify(loaded: LoadedModel) -> ModelIdentity:
-    """Return the identity of a model; reads its files once."""
+def identify(source: ModelSource, tokenizer: Tokenizer) -> ModelIdentity:
+    """Return the identity of a model; reads its files."""
     return ModelIdentity(
-        name=loaded.source.name or loaded.source.path.name,
-        weights_sha256=content_hash(loaded.source),
-        config_sha256=_sha256(json.dumps(_set_fields(loaded.source.config), sort_keys=True).encode()),
-        tokenizer_sha256=tokenizer_hash(loaded.tokenizer),
+        name=source.name or source.path.name,
+        weights_sha256=content_hash(source),
+        config_sha256=_sha256(json.dumps(_set_fields(source.config), sort_keys=True).encode()),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
     )
 
 
@@ -117,9 +118,10 @@ def make_receipt(
     finish_reason: str,
     *,
     keeps_prompt: bool = True,
+    adapter: AdapterIdentity | None = None,
 ) -> Receipt:
     """Return the receipt of an output, given by its tokens' log-probs; `request` has `receipt_params` and a
-    seed.
+    seed. `adapter` is for adapters that may be unloaded by now.
 
     Raises ReceiptError for requests that have no output, or whose prompt depends on the engine's context.
     """
@@ -133,12 +135,12 @@ def make_receipt(
         bise=__version__,
         numerics=NUMERICS_VERSION,
         processor=_processor(),
-        model=identify(loaded),
+        model=loaded.identity(),
         quant=loaded.quant,
         kv=loaded.kv,
         params=replace(request.params, logprobs=0),
         continuation=request.continuation,
-        adapter=_adapter_identity(loaded, request.adapter),
+        adapter=adapter or adapter_identity(loaded, request.adapter),
         grammar=grammar if keeps_prompt else None,
         grammar_sha256=None if grammar is None else _grammar_hash(salt, grammar),
         salt=salt,
@@ -191,7 +193,7 @@ def model_differences(receipt: Receipt, loaded: LoadedModel, adapter: str | None
     """Return one phrase per part of the model, and of the adapter loaded as `adapter`, that is not the
     receipt's; nothing to replay if there are any.
     """
-    found = identify(loaded)
+    found = loaded.identity()
     parts = (
         ("weights", receipt.model.weights_sha256, found.weights_sha256),
         ("configuration", receipt.model.config_sha256, found.config_sha256),
@@ -203,7 +205,7 @@ def model_differences(receipt: Receipt, loaded: LoadedModel, adapter: str | None
         for part, expected, actual in parts
         if expected != actual
     ]
-    return told + _adapter_differences(receipt.adapter, _adapter_identity(loaded, adapter))
+    return told + _adapter_differences(receipt.adapter, adapter_identity(loaded, adapter))
 
 
 def _adapter_differences(wanted: AdapterIdentity | None, here: AdapterIdentity | None) -> list[str]:
@@ -218,8 +220,9 @@ def _adapter_differences(wanted: AdapterIdentity | None, here: AdapterIdentity |
     ]
 
 
-def _adapter_identity(loaded: LoadedModel, name: str | None) -> AdapterIdentity | None:
-    adapter = loaded.engine.adapters.find(name)
+def adapter_identity(loaded: LoadedModel, name: str | None) -> AdapterIdentity | None:
+    """Return which adapter is loaded as `name`. Raises RequestError when none is."""
+    adapter = None if name is None else loaded.engine.adapters.find(name)
     return None if adapter is None or name is None else AdapterIdentity(name=name, sha256=adapter.sha256)
 
 
@@ -242,9 +245,14 @@ def output_difference(receipt: Receipt, logprobs: Sequence[TokenLogprob], finish
     return f"the receipt contradicts itself: of this output it has a wrong {wrong}" if wrong else None
 
 
+def receipt_body(receipt: Receipt) -> dict[str, Any]:
+    """Return what the file of a receipt holds."""
+    return {"receipt": _FORM, **_plain(receipt)}
+
+
 def write_receipt(receipt: Receipt, path: Path) -> None:
     """Write a receipt to a new file that only its owner can read. Raises ReceiptError when it exists."""
-    value = {"receipt": _FORM, **_plain(receipt)}
+    value = receipt_body(receipt)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:

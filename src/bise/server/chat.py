@@ -26,6 +26,7 @@ from bise.server.hosted_chat import chat_elsewhere
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading
+from bise.server.receipts import receipt_field
 from bise.server.service import Job, Service
 from bise.server.sse import DONE, EventStream, event
 
@@ -49,7 +50,7 @@ async def create_chat_completion(request: Request) -> Response:
             usage_chunk=body.wants_usage_chunk,
         )
         plan = await job.plan(plan_chat, body, options)
-        await job.start(plan.requests)
+        await job.start(plan.requests, receipt=body.receipt)
         chat = ChatAnswer(job, options, plan.reading, plan.prefix)
         return await chat.respond(stream=bool(body.stream))
     except BaseException as error:
@@ -142,7 +143,8 @@ class ChatAnswer:
         }
         if self._options.prompt_rivals is not None and answer.prompt_logprobs:
             choice["prompt_logprobs"] = self._prompt_logprobs(answer)
-        return choice
+        assert self._job.generation is not None
+        return choice | receipt_field(self._job.generation, index)
 
     def _logprobs(self, delta: Delta) -> dict[str, object] | None:
         if self._options.rivals is None:
@@ -167,7 +169,10 @@ class ChatAnswer:
                 yield data
             if delta.finish_reason is not None:
                 left -= 1
-                yield self._last_chunk(index, delta, is_last=not left)
+                extra: dict[str, object] = {}
+                if generation.receipts is not None:
+                    extra = await self._job.service.offload(receipt_field, generation, index)
+                yield self._last_chunk(index, delta, extra, is_last=not left)
         if self._options.usage_chunk:
             yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
         yield DONE
@@ -199,14 +204,14 @@ class ChatAnswer:
             for place, body in enumerate(bodies)
         ]
 
-    def _last_chunk(self, index: int, delta: Delta, *, is_last: bool) -> bytes:
+    def _last_chunk(self, index: int, delta: Delta, extra: dict[str, object], *, is_last: bool) -> bytes:
         self._reasons[index] = reason = self._readers[index].finish_reason(delta)
         generation = self._job.generation
         assert generation is not None
         usage = None
         if is_last and self._options.usage_chunk is None:
             usage = usage_body(generation.usage())
-        return self._chunk(index, {"content": ""}, reason=reason, usage=usage)
+        return self._chunk(index, {"content": ""}, reason=reason, usage=usage, extra=extra)
 
     def _chunk(
         self,

@@ -21,6 +21,7 @@ from bise.server.limits import MAX_SEQUENCES
 from bise.server.logprobs import FLOOR, plain_name
 from bise.server.openapi import documented
 from bise.server.prompts import Prompt, fim_prompt, prompts_of
+from bise.server.receipts import receipt_field
 from bise.server.service import Job, Service
 from bise.server.sse import DONE, EventStream, event
 from bise.server.text_schema import CompletionRequest
@@ -43,7 +44,8 @@ async def create_completion(request: Request) -> Response:
         prompts, requests = await job.plan(_plan, body)
         answer = CompletionAnswer(job, body, prompts)
         per_prompt = len(requests) // len(prompts)
-        await job.start(requests, prompts=[index // per_prompt for index in range(len(requests))])
+        owners = [index // per_prompt for index in range(len(requests))]
+        await job.start(requests, prompts=owners, receipt=body.receipt)
         if body.stream:
             return EventStream(job, answer.events(), finish_reason=answer.finish_reason)
         return await answer.whole()
@@ -122,14 +124,16 @@ class CompletionAnswer:
 
     def _completion(self, answers: Sequence[Delta]) -> dict[str, object]:
         choices: list[dict[str, object]] = []
-        for number, prompt in enumerate(self._prompts):
-            own = answers[number * self._candidates : (number + 1) * self._candidates]
-            if self._candidates > self._shown:
-                own = sorted(own, key=_mean_logprob, reverse=True)[: self._shown]
-            for answer in own:
-                choices.append(self._choice(len(choices), prompt, answer))
         generation = self._job.generation
         assert generation is not None
+        for number, prompt in enumerate(self._prompts):
+            own = range(number * self._candidates, (number + 1) * self._candidates)
+            if self._candidates > self._shown:
+                best = sorted(own, key=lambda place: _mean_logprob(answers[place]), reverse=True)
+                own = best[: self._shown]
+            for place in own:
+                choice = self._choice(len(choices), prompt, answers[place])
+                choices.append(choice | receipt_field(generation, place))
         return {
             **self._head(),
             "choices": choices,
@@ -156,8 +160,11 @@ class CompletionAnswer:
             reason = None if delta.finish_reason is None else _reason(delta)
             left -= reason is not None
             self._reason = reason or self._reason
+            extra: dict[str, object] = {}
+            if reason and generation.receipts is not None:
+                extra = await self._job.service.offload(receipt_field, generation, index)
             if text or reason or logprobs:
-                yield self._chunk(index, text, reason, logprobs, is_last=not left)
+                yield self._chunk(index, text, reason, {"logprobs": logprobs, **extra}, is_last=not left)
         if self._body.wants_usage_chunk:
             yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
         yield DONE
@@ -167,11 +174,11 @@ class CompletionAnswer:
         index: int,
         text: str,
         reason: str | None,
-        logprobs: dict[str, object] | None,
+        extra: dict[str, object],
         *,
         is_last: bool,
     ) -> bytes:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "text": text, **extra, "finish_reason": reason}
         chunk: dict[str, object] = {**self._head(), "choices": [choice]}
         generation = self._job.generation
         assert generation is not None

@@ -59,6 +59,8 @@ class SamplingFields(RunFields):
     ignore_eos: bool | None = None
     truncate: Literal["oldest", "middle"] | None = None
     """What may be left out of a prompt that leaves no room for `max_tokens`; nothing when absent."""
+    receipt: bool | None = None
+    """Give every choice what `bise replay` needs to make it again."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None
@@ -93,6 +95,8 @@ class SamplingFields(RunFields):
             raise ValueError("seed and random_seed mean the same and differ; give one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.receipt and self.truncate is not None:
+            raise ValueError("receipt vouches for the whole prompt, which truncate may shorten; drop one")
         return self
 
     @property

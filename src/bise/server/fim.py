@@ -29,7 +29,7 @@ async def create_fim_completion(request: Request) -> Response:
     job = await service.open(request, model=body.model)
     try:
         wanted = await job.plan(_plan, body)
-        await job.start([wanted])
+        await job.start([wanted], receipt=body.receipt)
         answer = ChatAnswer(job, ChatOptions(usage_chunk=body.wants_usage_chunk), Reading())
         return await answer.respond(stream=bool(body.stream))
     except BaseException as error:

@@ -9,9 +9,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from bise.engine.handle import RequestHandle
 from bise.engine.request import Delta, Timings, Usage
+
+if TYPE_CHECKING:
+    from bise.server.receipts import Receipts
 
 _MERGE_AT = 32
 """Deltas of one sequence that wait before they are put together into one."""
@@ -31,10 +35,13 @@ class Generation:
         *,
         prompts: Sequence[int] | None = None,
         dropped_tokens: int = 0,
+        receipts: Receipts | None = None,
     ) -> None:
         """`prompts[i]` is the prompt that sequence i belongs to, so that usage counts each prompt once; all
-        belong to one prompt without it. `dropped_tokens` of the prompt never reached the engine.
+        belong to one prompt without it. `dropped_tokens` of the prompt never reached the engine. With
+        `receipts` each sequence gets one.
         """
+        self.receipts = receipts
         self._dropped_tokens = dropped_tokens
         self._handles = tuple(handles)
         self._prompts = tuple(prompts) if prompts is not None else (0,) * len(self._handles)
@@ -120,6 +127,8 @@ class Generation:
             if delta.finish_reason is not None:
                 self.finals[index] = delta
                 self._num_open -= 1
+            if self.receipts is not None:
+                self.receipts.take(index, delta)
             self._put(index, delta)
         self._arrived.set()
 

@@ -29,7 +29,7 @@ _PASSED = (
 _REFUSED = (
     "top_k", "min_p", "typical_p", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids",
     "ignore_eos", "logprobs", "prompt_logprobs", "prediction", "prompt_mode", "deadline_s",
-    "truncate", "priority",
+    "truncate", "priority", "receipt",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ _BYTES_PER_TOKEN = 3
 _PASSED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _REFUSED = (
     "top_k", "min_p", "typical_p", "repetition_penalty", "logit_bias", "min_tokens", "stop_token_ids",
-    "ignore_eos", "truncate", "deadline_s", "echo", "logprobs", "best_of",
+    "ignore_eos", "truncate", "deadline_s", "echo", "logprobs", "best_of", "receipt",
 )  # fmt: skip
 
 

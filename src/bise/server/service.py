@@ -22,6 +22,7 @@ from bise.server.generation import Generation
 from bise.server.hosted import HostedJob, HostedModels
 from bise.server.limits import HttpLimits
 from bise.server.problem import ApiError, as_api_error
+from bise.server.receipts import Receipts
 from bise.server.ticket import Gate, Ticket
 from bise.server.traits import Traits
 from bise.server.tuned import TunedModels
@@ -189,7 +190,7 @@ class Service:
         name = card.spec.name
         if name not in self._traits and card.fault is None:
             try:
-                self._traits[name] = await self.offload(_traits_on_disk, card.spec.path)
+                self._traits[name] = await self.offload(Traits.on_disk, card.spec.path)
             except BiseError as error:
                 logger.warning("event=model_unavailable code=%s", error.code)
         return self._traits.get(name)
@@ -295,9 +296,15 @@ class Job:
         return function(self, *args, **kwargs)
 
     async def start(
-        self, requests: Iterable[EngineRequest], *, prompts: Sequence[int] | None = None
+        self,
+        requests: Iterable[EngineRequest],
+        *,
+        prompts: Sequence[int] | None = None,
+        receipt: bool | None = None,
     ) -> Generation:
-        """Submit to the engine, under this job's key and adapter. All of the requests run or none."""
+        """Submit to the engine, under this job's key and adapter, with `receipt` in such a way that the
+        answers get receipts. All of the requests run or none.
+        """
         wanted = [
             replace(
                 request,
@@ -310,12 +317,17 @@ class Job:
         if self.client_gone:
             raise ClientGoneError
         wanted = await self._reserve(wanted, prompts)
+        receipts = Receipts(self.loaded, wanted) if receipt else None
+        if receipts is not None:
+            wanted = receipts.requests
         # A thread costs more than what is done there, beside an engine at work 2 ms: only grammars need one.
         if len(wanted) > _FEW or any(request.grammar is not None for request in wanted):
             handles = await self.service.offload(self._submit, wanted)
         else:
             handles = self._submit(wanted)
-        self.generation = Generation(handles, prompts=prompts, dropped_tokens=self.dropped_tokens)
+        self.generation = Generation(
+            handles, prompts=prompts, dropped_tokens=self.dropped_tokens, receipts=receipts
+        )
         if self._stopped or self.client_gone:
             self.generation.cancel()
         return self.generation
@@ -483,10 +495,3 @@ class Job:
                 finish_reason="abort" if gone else "error" if error is not None else finish_reason,
                 error_code=None if error is None or gone else as_api_error(error).code,
             )
-
-
-def _traits_on_disk(path: Path) -> Traits:
-    from bise.engine.load import load_text
-    from bise.model.checkpoint import open_model
-
-    return Traits.of(*load_text(open_model(path)))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from bise.errors import ContextOverflowError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bise.text.template import ChatTemplate
     from bise.text.tokenizer import Tokenizer
 
@@ -35,6 +37,14 @@ class Traits:
             fim="[PREFIX]" in controls and "[SUFFIX]" in controls,
             longest_token=max(1, longest),
         )
+
+    @classmethod
+    def on_disk(cls, path: Path) -> Traits:
+        """Return the abilities of a model that need not be loaded. Raises ModelFileError."""
+        from bise.engine.load import load_text
+        from bise.model.checkpoint import open_model
+
+        return cls.of(*load_text(open_model(path)))
 
     def check_size(self, num_bytes: int, context: int) -> None:
         """Raise ContextOverflowError when a text cannot fit whatever its tokens are, before it is encoded."""
