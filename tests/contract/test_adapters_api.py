@@ -56,6 +56,7 @@ def test_a_receipt_names_the_adapter_by_its_content(live):
     def adapter(model):
         return complete(live, model, receipt=True).json()["choices"][0]["receipt"]["adapter"]
 
-    with live.fleet.acquire("a:x") as lease:
-        assert adapter("a:x") == {"name": "x", "sha256": lease.loaded.engine.adapters.find("x").sha256}
+    lease = live.fleet.acquire("a:x")
+    assert adapter("a:x") == {"name": "x", "sha256": lease.loaded.engine.adapters.find("x").sha256}
     assert adapter("a") is None
+    lease.release()
