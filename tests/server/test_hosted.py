@@ -45,9 +45,13 @@ def upstream():
 
 @pytest.fixture
 def place(make_site, upstream):
+    return make_place(make_site, upstream)
+
+
+def make_place(make_site, upstream, timeout_s=10.0):
     from bise.server.hosted import HostedModels
 
-    spec = RemoteSpec(name="far", url=upstream.url, model="big", key_env="X", timeout_s=0.4)
+    spec = RemoteSpec(name="far", url=upstream.url, model="big", key_env="X", timeout_s=timeout_s)
     return make_site(hosted=HostedModels([Remote(spec=spec, key=KEY)]))
 
 
@@ -178,9 +182,9 @@ def test_a_hosts_refusal_has_a_status_of_its_own_and_none_of_its_words(status, w
         assert stream or response.status_code == wanted
 
 
-def test_a_slow_host_is_a_504(place, upstream):
+def test_a_slow_host_is_a_504(make_site, upstream):
     upstream.answer = lambda handler: time.sleep(1)
-    response = chat(place)
+    response = chat(make_place(make_site, upstream, timeout_s=0.2))
     assert (response.status_code, response.json()["error"]["code"]) == (504, "upstream_timeout")
 
 

@@ -38,7 +38,7 @@ def place(make_site, upstream):
 
 
 def make_place(make_site, upstream, **fields):
-    fields = {"timeout_s": 0.2, "serves": ("chat", "embeddings", "completions", "fim"), **fields}
+    fields = {"timeout_s": 10.0, "serves": ("chat", "embeddings", "completions", "fim"), **fields}
     spec = RemoteSpec(name="far", url=upstream.url, model="big", key_env="X", **fields)
     models = ScriptedModels(lambda _: "local", names=("stub",))
     return make_site(hosted=HostedModels([Remote(spec=spec, key=KEY)]), chats=models)
