@@ -66,6 +66,16 @@ def test_each_annotation_is_read_over(vocabulary, keyword):
         ({"required": "a"}, "/required"),
         ({"anyOf": []}, "/anyOf"),
         ({"items": 3, "type": "array"}, "/items"),
+        ({"enum": ["(", "a"], "format": "regex"}, "/format"),
+        ({"type": ["number", "null"], "format": "decimal"}, "/format"),
+        ({"enum": [0.3, 0.2], "multipleOf": 0.1}, "/multipleOf"),
+        ({"type": "integer", "multipleOf": 997}, "/multipleOf"),
+        ({"type": "string", "maxLength": 1 << 32}, "/maxLength"),
+        ({"$defs": {"a": {"$anchor": "n"}}, "$anchor": "n"}, "/$defs/a/$anchor"),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}], "items": {}},
+            "/prefixItems",
+        ),
     ],
 )
 def test_the_place_is_named(vocabulary, schema, pointer):
@@ -119,6 +129,20 @@ def test_bounds_that_leave_only_numbers_too_long_to_write_are_refused_as_that(vo
 HOSTILE = {
     "no_end": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     "ref_to_itself": {"$ref": "#"},
+    "value_against_a_ref_to_itself": {
+        "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, True]}},
+        "properties": {"x": {"$ref": "#/$defs/a"}},
+        "enum": [{"x": 1}],
+    },
+    "long_way": {
+        "$defs": {f"a{n}": {"items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(3000)} | {"a3000": True},
+        "$ref": "#/$defs/a0",
+    },
+    "value_a_long_way_from_its_schema": {
+        "$defs": {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(3000)} | {"a3000": True},
+        "items": {"$ref": "#/$defs/a0"},
+        "enum": [[1]],
+    },
     "refs_in_a_ring": {
         "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
         "$ref": "#/$defs/a",

@@ -53,6 +53,11 @@ OBJECTS = {
     },
     "forbidden_name": {"type": "object", "properties": {"a": False, "b": {"type": "null"}}},
     "required_unnamed": {"type": "object", "required": ["z"], "additionalProperties": {"type": "null"}},
+    "name_of_del_and_others": {
+        "type": "object",
+        "properties": {"\x7f": {"type": "null"}},
+        "additionalProperties": {"type": "null"},
+    },
     "quoted_name": {
         "type": "object",
         "properties": {'a"\\\n\u0001': {"const": 1}},
@@ -117,6 +122,12 @@ NUMBERS = {
     "negative": {"type": "number", "maximum": -2.5},
     "narrow": {"type": "number", "minimum": 1.25, "exclusiveMaximum": 1.5},
     "sevens": {"type": "integer", "multipleOf": 7},
+    "beyond_doubles": {"type": "integer", "minimum": 9e22, "maximum": 1e23},
+    "just_beyond_doubles": {"type": "number", "exclusiveMinimum": 1e300},
+    "beyond_what_decimals_round": {
+        "allOf": [{"type": "integer", "minimum": 10**38}, {"maximum": 10**38 + 3}, {"maximum": 10**38 + 2}]
+    },
+    "multiples_of_huge_values": {"enum": [1e300, 3], "multipleOf": 3},
     "fives": {"type": "integer", "multipleOf": 5, "minimum": 0},
     "sixties": {"type": "integer", "multipleOf": 60, "minimum": -100, "maximum": 1000},
     "fours_and_sixes": {
@@ -234,6 +245,14 @@ def test_every_limit_from_the_shortest_up_gives_a_whole_output(outputs, name):
     made = outputs(GrammarSpec.json_schema(SCHEMAS[name]))
     for limit in range(made.shortest, made.shortest + 8):
         judged(SCHEMAS[name], made.one(limit))
+
+
+@pytest.mark.parametrize("step", [7, 60, 66, 1000])
+def test_multiples_without_bounds_have_no_more_digits_than_doubles_keep(outputs, step):
+    made = outputs(GrammarSpec.json_schema({"type": "number", "multipleOf": step}))
+    values = [int(made.one(60)) for _ in range(30)]
+    assert all(value % step == 0 and abs(value) < 10**15 for value in values)
+    assert max(map(abs, values)) > 10**8, "long ones are possible"
 
 
 def plain_schemas():

@@ -88,9 +88,9 @@ def numbers_between(
 
     Written with so few digits that reading them as doubles cannot move one across a bound.
     """
-    limit = Decimal(10) ** (PRECISION - 3)
-    low = -max(limit, -(high or limit) + limit) if low is None else low
-    high = max(limit, low + limit) if high is None else high
+    limit = 10 ** (PRECISION - 3)
+    low = Decimal(min(-limit, int(high or limit) - limit)) if low is None else low
+    high = Decimal(max(limit, int(low) + limit)) if high is None else high
     size = max(1, len(str(int(max(abs(low), abs(high))))))
     places = max(0, min(PRECISION - size, 12))
     least = _scaled(low, places, up=True, strict=above)

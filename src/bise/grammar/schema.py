@@ -23,6 +23,9 @@ Places = tuple[str, ...]
 """A conjunction, or a case of one: JSON pointers, each once."""
 
 MAX_DEPTH = 60
+"""Levels of a schema's text."""
+MAX_WAY = 100
+"""Places that may lead to one another; more than levels, as $ref goes up again."""
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _DRAFT = re.compile(r"https?://json-schema\.org/(draft-0[467]/schema|draft/(2019-09|2020-12)/schema)#?")
 _SCHEMAS = ("additionalProperties", "items", "additionalItems", "propertyNames")
@@ -49,17 +52,30 @@ class Document:
         self._places: dict[str, object] = {"": root}
         self._anchors: dict[str, str] = {}
         self._checked: set[str] = set()
+        self._is_old = False
+        """The schema says that it is of a draft before 2020-12."""
         self._cases: dict[Places, list[Places]] = {}
         self._find_anchors(root, "")
         if isinstance(root, dict):
             draft = cast(dict[str, object], root).get("$schema")
-            if draft is not None and not (isinstance(draft, str) and _DRAFT.fullmatch(draft)):
+            known = _DRAFT.fullmatch(draft) if isinstance(draft, str) else None
+            self._is_old = known is not None and known[1] != "draft/2020-12/schema"
+            if draft is not None and known is None:
                 self.refuse("/$schema", f"is {quoted(draft)}; known: drafts 4, 6, 7, 2019-09 and 2020-12")
 
     def refuse(self, pointer: str, reason: str) -> NoReturn:
         """Raise the RequestError of one place of the schema."""
         where = pointer or "the whole schema"
         raise RequestError(f"{self.field}: {quoted(where, 200)} {reason}", field=f"{self.field}#{pointer}")
+
+    def refuse_circle(self, pointer: str) -> NoReturn:
+        """Raise the RequestError of a place whose meaning is its own meaning."""
+        self.refuse(pointer, "refers to itself with nothing in between")
+
+    def check_depth(self, pointer: str, depth: int) -> None:
+        """Refuse a place that `depth` others led to, if they are too many."""
+        if depth > MAX_WAY:
+            self.refuse(pointer, f"is reached through more than {MAX_WAY} other places; nest less")
 
     def schema(self, pointer: str) -> Mapping[str, object] | bool:
         """Return the schema at a place, its keywords checked the first time."""
@@ -133,7 +149,7 @@ class Document:
             pointer, way = left.pop(0)
             self.budget.spend(2)
             if pointer in way:
-                self.refuse(pointer, "refers to itself with nothing in between")
+                self.refuse_circle(pointer)
             if pointer in seen:
                 continue
             schema = self.schema(pointer)
@@ -199,7 +215,9 @@ class Document:
             elif isinstance(value, dict):
                 fields = cast(dict[str, object], value)
                 name = None if is_map else fields.get("$anchor")
-                if isinstance(name, str) and name not in self._anchors:
+                if isinstance(name, str):
+                    if name in self._anchors:
+                        self.refuse(f"{pointer}/$anchor", f"is {quoted(name)}, as another place's is")
                     self._anchors[name] = pointer
                     self._places[pointer] = fields
                 for key, item in fields.items():
@@ -221,6 +239,8 @@ class Document:
                 self.refuse(place, f"cannot be enforced{'; ' if remark else ''}{remark}")
             if key in ("$id", "id") and pointer and isinstance(value, str):
                 self.refuse(place, "changes what $ref means; only the root may have one")
+            if key == "prefixItems" and self._is_old:
+                self.refuse(place, "is draft 2020-12's, and $schema names another; write a list of items")
             self._check_form(key, value, place)
         if self.strict:
             self._check_strict(schema, pointer)

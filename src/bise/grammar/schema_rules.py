@@ -14,18 +14,29 @@ from math import lcm
 from typing import cast
 
 from bise.grammar.automaton import Machine, intersection, machine
-from bise.grammar.formats import INTEGER_FORMATS, STRING_FORMATS
-from bise.grammar.numbers import any_integer, any_number, integers_between, multiples, numbers_between
+from bise.grammar.formats import INTEGER_FORMATS
+from bise.grammar.numbers import (
+    PRECISION,
+    any_integer,
+    any_number,
+    integers_between,
+    multiples,
+    numbers_between,
+)
 from bise.grammar.object_rules import ObjectRules
 from bise.grammar.regex import ANY, Alt, Chars, Regex, Repeat, in_json, spelled, text
 from bise.grammar.schema import Document, Places
-from bise.grammar.symbols import Builder, Pattern, Symbol, Terminal
+from bise.grammar.symbols import Builder, Pattern, Symbol, Terminal, lark_text
 from bise.grammar.values import Judge, limited
 
 MAX_FREE_DEPTH = 24
 """How deep a value may nest about which nothing is said."""
 MAX_REMAINDERS = 1000
 """Greatest multipleOf without both bounds."""
+MAX_COUNTED_REMAINDERS = 600
+"""Rules that the digits of its multiples may take."""
+MIN_MULTIPLE_DIGITS = 9
+"""Digits that its multiples can have at least."""
 
 
 class SchemaRules:
@@ -38,6 +49,8 @@ class SchemaRules:
         self.comma = builder.text(",", ", ")
         self.colon = builder.text(":", ": ")
         self._values: dict[Places, int] = {}
+        self._depth = 0
+        """Rules that are being made, each for another."""
         self._anything: dict[int, int] = {}
         self._told_apart: set[str] = set()
         """Places of `oneOf` whose options exclude one another."""
@@ -49,9 +62,12 @@ class SchemaRules:
             return self.anything(0)
         found = self._values.get(places)
         if found is None:
+            self.document.check_depth(places[-1], self._depth)
             found = self._values[places] = self.builder.rule()
+            self._depth += 1
             for case in self.document.cases(places):
                 self.builder.define(found, *self._case(case, places))
+            self._depth -= 1
         return found
 
     def _case(self, case: Places, places: Places) -> list[tuple[Symbol, ...]]:
@@ -169,22 +185,13 @@ class SchemaRules:
         low, high, above, below = self.judge.number_bounds(case)
         step: int | None = None
         for pointer, schema in self.document.members(case):
-            name = schema.get("format")
-            if isinstance(name, str) and name in INTEGER_FORMATS:
-                limits = INTEGER_FORMATS[name]
-                if limits is not None:
-                    low = Decimal(limits[0]) if low is None else max(low, Decimal(limits[0]))
-                    high = Decimal(limits[1]) if high is None else min(high, Decimal(limits[1]))
-            elif "format" in schema and self.judge.types(case) <= {"number", "integer"}:
-                self.document.refuse(f"{pointer}/format", f"{json_text(name)} is no format of numbers here")
+            limits = self.judge.number_format(schema, pointer)
+            if limits is not None:
+                low = Decimal(limits[0]) if low is None else max(low, Decimal(limits[0]))
+                high = Decimal(limits[1]) if high is None else min(high, Decimal(limits[1]))
             if "multipleOf" in schema:
-                factor = Decimal(str(schema["multipleOf"]))
-                if factor != factor.to_integral_value():
-                    self.document.refuse(
-                        f"{pointer}/multipleOf",
-                        "must be a whole number: floating point cannot tell the multiples of a fraction",
-                    )
-                step = int(factor) if step is None else lcm(step, int(factor))
+                factor = self.judge.factor(schema, pointer)
+                step = factor if step is None else lcm(step, factor)
         if whole or step is not None:
             return self._integer(case, _ceiling(low, above), _floor(high, below), step or 1)
         if low is None and high is None:
@@ -204,29 +211,61 @@ class SchemaRules:
         values = multiples(step, low, high)
         if values is not None:
             return [(self.builder.text(*map(str, values)),)] if values else []
-        if high is not None or step > MAX_REMAINDERS or (low is not None and not -step < low <= step):
+        states = self._remainders(step) if step <= MAX_REMAINDERS else []
+        length = min(PRECISION, MAX_COUNTED_REMAINDERS // len(states)) if states else 0
+        if high is not None or length < MIN_MULTIPLE_DIGITS or (low is not None and not -step < low <= step):
             self.document.refuse(
-                f"{case[-1]}/multipleOf",
-                f"is kept up to {MAX_REMAINDERS} without a maximum, with no minimum or one near 0, or where "
-                "minimum and maximum leave at most 4,096 values",
+                f"{self._place_of(case, 'multipleOf')}",
+                "is kept for small and round numbers without a maximum and with no minimum or one near 0, "
+                "and where minimum and maximum leave at most 4,096 values",
             )
-        return self._remainders(step, zero=low is None or low <= 0, negative=low is None)
-
-    def _remainders(self, step: int, *, zero: bool, negative: bool) -> list[tuple[Symbol, ...]]:
-        """Return the multiples of `step`, digit by digit: a rule per remainder."""
-        word = self.builder.text
-        rules = [self.builder.rule() for _ in range(step)]
-        self.builder.define(rules[0], ())
-        for remainder, rule in enumerate(rules):
-            for digit in range(10):
-                self.builder.define(rule, (word(str(digit)), rules[(remainder * 10 + digit) % step]))
-        positive = self.builder.rule(*((word(str(digit)), rules[digit % step]) for digit in range(1, 10)))
+        positive = self._multiples(states, length)
         made: list[tuple[Symbol, ...]] = [(positive,)]
-        if zero:
-            made.append((word("0"),))
-        if negative:
-            made.append((word("-"), positive))
+        if low is None or low <= 0:
+            made.append((self.builder.text("0"),))
+        if low is None:
+            made.append((self.builder.text("-"), positive))
         return made
+
+    def _remainders(self, step: int) -> list[tuple[int, ...]]:
+        """Return for each remainder that matters, 0 first, where each digit leads from it.
+
+        Remainders that the same digits bring to 0 are one: 1,000 has 4 that matter, 997 has 997.
+        """
+        self.document.budget.spend(10 * step)
+        kinds = [int(remainder > 0) for remainder in range(step)]
+        while True:
+            ways = [
+                (kinds[one], *(kinds[(one * 10 + digit) % step] for digit in range(10)))
+                for one in range(step)
+            ]
+            numbers = {way: number for number, way in enumerate(dict.fromkeys(ways))}
+            if len(numbers) == max(kinds) + 1:
+                return [way[1:] for way in numbers]
+            kinds = [numbers[way] for way in ways]
+
+    def _multiples(self, states: Sequence[tuple[int, ...]], length: int) -> int:
+        """Return the rule of the positive multiples of up to `length` digits: a rule per remainder and
+        number of digits that may follow.
+        """
+        word = self.builder.text
+        rules: dict[int, int] = {0: self.builder.rule(())}
+        for left in range(1, length + 1):
+            following, rules = rules, {}
+            for state, targets in enumerate(states):
+                digits = range(1 if left == length else 0, 10)
+                made = [(word(str(d)), following[targets[d]]) for d in digits if targets[d] in following]
+                if left == length:
+                    if state == 0:
+                        return self.builder.rule(*made)
+                    continue
+                ends: list[tuple[Symbol, ...]] = [] if state else [()]
+                if made or ends:
+                    rules[state] = self.builder.rule(*ends, *made)
+        raise AssertionError("a number has at least one digit")
+
+    def _place_of(self, case: Places, keyword: str) -> str:
+        return next(f"{pointer}/{keyword}" for pointer, one in self.document.members(case) if keyword in one)
 
     # Strings.
 
@@ -235,6 +274,8 @@ class SchemaRules:
         if high is not None and high < low:
             return []
         kept = self.string_language(case)
+        if high is not None and high >= 1 << 32:
+            self.document.refuse(self._place_of(case, "maxLength"), "is more than any output; leave it out")
         if kept is None:
             return [(self.builder.json_string(low, high),)]
         source, spellings, pointer = kept
@@ -257,11 +298,7 @@ class SchemaRules:
                 found.append(self.judge.pattern(cast(str, schema["pattern"]), place))
             if "format" in schema and schema["format"] not in INTEGER_FORMATS:
                 place = f"{pointer}/format"
-                if schema["format"] not in STRING_FORMATS:
-                    self.document.refuse(
-                        place, f"{json_text(schema['format'])} is not enforced; known: {_known_formats()}"
-                    )
-                found.append(self.judge.format(cast(str, schema["format"])))
+                found.append(self.judge.string_format(schema, pointer))
             for node, automaton in found:
                 machines.append(automaton)
                 spellings.append(spelled(in_json(node)))
@@ -280,7 +317,7 @@ class SchemaRules:
         """
         spelling = " & ".join(f'/"{inner}"/' for inner in spellings)
         if excluded:
-            spelling += f" & ~({'|'.join(json_text(json_text(name)) for name in excluded)})"
+            spelling += f" & ~({'|'.join(lark_text(json_text(name)) for name in excluded)})"
         self.builder.budget.spend(len(spelling) // 8)
         return Pattern(source, spelling, self.builder.budget, in_json=True)
 
@@ -409,10 +446,6 @@ def json_text(value: object) -> str:
 
 def _is_nested(value: object) -> bool:
     return isinstance(value, dict | list)
-
-
-def _known_formats() -> str:
-    return ", ".join(sorted(STRING_FORMATS))
 
 
 def _prefix_length(schema: Mapping[str, object]) -> int:

@@ -65,6 +65,11 @@ class Pattern:
         return self._machine.shortest(state)
 
 
+def lark_text(value: str) -> str:
+    """Return a text as the mask engine's Lark writes it, which is JSON but for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 class Choice:
     """A terminal that is one of some texts, however many; a state is (first, last, length) of a sorted
     list.
@@ -77,10 +82,7 @@ class Choice:
         ordered = sorted(set(options))
         self._options = sorted(option.encode() for option in ordered)
         self._nearest: dict[tuple[int, int], int] = {}
-        # The mask engine's Lark takes no DEL as it is, which JSON leaves so.
-        self.spelling = "|".join(
-            json.dumps(option, ensure_ascii=False).replace("\x7f", "\\u007f") for option in ordered
-        )
+        self.spelling = "|".join(map(lark_text, ordered))
         self.start: State = (0, len(self._options), 0)
 
     def step(self, state: State, byte: int) -> State | None:

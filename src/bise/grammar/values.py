@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from math import inf, nextafter
 from typing import TypeAlias, cast
 
+from bise.errors import quoted
 from bise.grammar.automaton import Machine, intersection, machine, of_length
 from bise.grammar.formats import INTEGER_FORMATS, STRING_FORMATS, format_expression
 from bise.grammar.pattern import parse_pattern
@@ -28,6 +30,8 @@ class Judge:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._patterns: dict[str, tuple[Regex, Machine]] = {}
+        self._asked: list[tuple[str, int]] = []
+        """Which value is being judged by which place, from the outermost question in."""
         self._keys: dict[str, frozenset[object]] = {}
 
     def pattern(self, source: str, place: str) -> tuple[Regex, Machine]:
@@ -40,8 +44,12 @@ class Judge:
             found = self._patterns[source] = (whole, machine(whole, self._document.budget))
         return found
 
-    def format(self, name: str) -> tuple[Regex, Machine]:
-        """Return the expression of a string format and its automaton."""
+    def string_format(self, schema: Mapping[str, object], pointer: str) -> tuple[Regex, Machine]:
+        """Return the expression of the format that a place says of strings, and its automaton."""
+        name = cast(str, schema["format"])
+        if name not in STRING_FORMATS:
+            known = ", ".join(sorted(STRING_FORMATS))
+            self._document.refuse(f"{pointer}/format", f"{quoted(name)} is not enforced; known: {known}")
         key = f"\0{name}"
         found = self._patterns.get(key)
         if found is None:
@@ -81,7 +89,15 @@ class Judge:
         schema = self._document.schema(pointer)
         if isinstance(schema, bool):
             return schema
-        return self._admits_alone(pointer, value) and self._admits_parts(schema, pointer, value)
+        question = (pointer, id(value))
+        if question in self._asked:
+            self._document.refuse_circle(pointer)
+        self._document.check_depth(pointer, len(self._asked))
+        self._asked.append(question)
+        try:
+            return self._admits_alone(pointer, value) and self._admits_parts(schema, pointer, value)
+        finally:
+            self._asked.pop()
 
     def _admits_alone(self, pointer: str, value: object) -> bool:
         """Judge by the keywords of one place that hold no other places for the same value."""
@@ -100,7 +116,9 @@ class Judge:
             return self._admits_array(schema, pointer, cast(list[object], value))
         if isinstance(value, dict):
             return self._admits_object((pointer,), cast(dict[str, object], value))
-        return isinstance(value, bool) or value is None or self._admits_number(schema, value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return self._admits_number(schema, pointer, value)
+        return True
 
     def _constants(self, schema: Mapping[str, object], pointer: str) -> frozenset[object]:
         """Return the keys of the values that `const` and `enum` of one place both allow."""
@@ -140,23 +158,42 @@ class Judge:
             automaton = self.pattern(cast(str, schema["pattern"]), f"{pointer}/pattern")[1]
             if not automaton.matches(value, self._document.budget):
                 return False
-        name = schema.get("format")
-        if name not in STRING_FORMATS:
+        if "format" not in schema or schema["format"] in INTEGER_FORMATS:
             return True
-        return self.format(cast(str, name))[1].matches(value, self._document.budget)
+        return self.string_format(schema, pointer)[1].matches(value, self._document.budget)
 
-    def _admits_number(self, schema: Mapping[str, object], value: object) -> bool:
+    def _admits_number(self, schema: Mapping[str, object], pointer: str, value: int | float) -> bool:
         number = decimal(value)
         low, high, above, below = bounds(schema)
         if low is not None and (number <= low if above else number < low):
             return False
         if high is not None and (number >= high if below else number > high):
             return False
-        name = schema.get("format")
-        limits = INTEGER_FORMATS.get(name) if isinstance(name, str) else None
+        limits = self.number_format(schema, pointer)
         if limits is not None and not limits[0] <= number <= limits[1]:
             return False
-        return "multipleOf" not in schema or number % decimal(schema["multipleOf"]) == 0
+        if "multipleOf" not in schema:
+            return True
+        factor = self.factor(schema, pointer)
+        # As written and as a double keeps it: readers differ, and do so from 2^53 on only.
+        return number == int(number) and int(number) % factor == int(value) % factor == 0
+
+    def number_format(self, schema: Mapping[str, object], pointer: str) -> tuple[int, int] | None:
+        """Return the bounds that the format of a place sets to numbers; those of strings say nothing."""
+        name = schema.get("format")
+        if isinstance(name, str) and name not in STRING_FORMATS and name not in INTEGER_FORMATS:
+            self._document.refuse(f"{pointer}/format", f"{quoted(name)} is no format of numbers here")
+        return INTEGER_FORMATS.get(cast(str, name))
+
+    def factor(self, schema: Mapping[str, object], pointer: str) -> int:
+        """Return the `multipleOf` of a place."""
+        factor = decimal(schema["multipleOf"])
+        if factor != factor.to_integral_value():
+            self._document.refuse(
+                f"{pointer}/multipleOf",
+                "must be a whole number: floating point cannot tell the multiples of a fraction",
+            )
+        return int(factor)
 
     def _admits_array(self, schema: Mapping[str, object], pointer: str, value: list[object]) -> bool:
         if (
@@ -251,7 +288,9 @@ class Judge:
             first, last, is_above, is_below = bounds(schema)
             if first is not None and (low is None or (first, is_above) > (low, above)):
                 low, above = first, is_above
-            if last is not None and (high is None or (-last, is_below) > (-high, below)):
+            if last is not None and (
+                high is None or (last.copy_negate(), is_below) > (high.copy_negate(), below)
+            ):
                 high, below = last, is_below
         return low, high, above, below
 
@@ -279,16 +318,41 @@ def bounds(schema: Mapping[str, object]) -> Bounds:
     """Return the bounds that one place sets; draft 4's boolean exclusive bounds are read too."""
     low, high, above, below = None, None, False, False
     if "minimum" in schema:
-        low, above = decimal(schema["minimum"]), schema.get("exclusiveMinimum") is True
+        low, above = _least(schema["minimum"], strict=schema.get("exclusiveMinimum") is True)
     if "maximum" in schema:
-        high, below = decimal(schema["maximum"]), schema.get("exclusiveMaximum") is True
+        high, below = _most(schema["maximum"], strict=schema.get("exclusiveMaximum") is True)
     strict = schema.get("exclusiveMinimum")
-    if strict is not None and not isinstance(strict, bool) and (low is None or decimal(strict) >= low):
-        low, above = decimal(strict), True
+    if strict is not None and not isinstance(strict, bool):
+        least = _least(strict, strict=True)
+        if low is None or least >= (low, above):
+            low, above = least
     strict = schema.get("exclusiveMaximum")
-    if strict is not None and not isinstance(strict, bool) and (high is None or decimal(strict) <= high):
-        high, below = decimal(strict), True
+    if strict is not None and not isinstance(strict, bool):
+        most, is_out = _most(strict, strict=True)
+        if high is None or (most.copy_negate(), is_out) >= (high.copy_negate(), below):
+            high, below = most, is_out
     return low, high, above, below
+
+
+def _least(bound: object, *, strict: bool) -> tuple[Decimal, bool]:
+    """Return a lower bound such that no reader finds a number across it, and whether it is left out itself.
+
+    Where doubles lie more than 1 apart, 1e23 is not 10^23 to a reader with integers of any length, and the
+    integers next to it are 1e23 to one that has doubles.
+    """
+    written = decimal(bound)
+    if not isinstance(bound, float) or abs(bound) < 1 << 53:
+        return written, strict
+    following = nextafter(bound, inf)
+    if strict and following < inf:
+        return max(written, Decimal(following)), False
+    return max(written, Decimal(bound)), strict
+
+
+def _most(bound: object, *, strict: bool) -> tuple[Decimal, bool]:
+    """Return the same of an upper bound."""
+    least, is_out = _least(-cast(float, bound), strict=strict)
+    return least.copy_negate(), is_out  # what - does is round
 
 
 def key_of(value: object) -> object:
