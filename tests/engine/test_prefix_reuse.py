@@ -6,8 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bise.cache.pool import BlockPool
+from bise.cache.prefix import NO_MATCH, PrefixCache
 from bise.cache.prefix_file import PrefixFile
+from bise.engine.blocks import BlockBook
 from bise.engine.request import Request, SamplingParams
+from bise.engine.sequence import Sequence
 from bise.errors import EngineError
 
 WINDOWS = [(None,), (40,), (None, 40), (200, 16)]
@@ -33,6 +37,31 @@ def test_hit_miss_and_off_give_the_same_output(hash_engine, windows):
     without = engine.submit(ask(use_prefix_cache=False)).result()
     assert output(miss) == output(hit) == output(without) == output(off.submit(ask()).result())
     assert [done.usage.cached_tokens for done in (miss, hit, without)] == [0, 128, 0]
+
+
+def test_blocks_that_who_gives_way_shares_with_a_newcomer_are_counted_once():
+    """Of 8 blocks one sequence holds 4 that begin the newcomer's text, too, and another holds 2."""
+    pool = BlockPool(8)
+    prefix = PrefixCache([pool], [None])
+    book = BlockBook([pool], [None], 64, prefix)
+    text = tuple(range(200))
+    leaving, staying, newcomer = (
+        Sequence(Request(token_ids=ids), number, 9) for number, ids in enumerate((text[:129], (7,), text))
+    )
+    for sequence, num_tokens in ((leaving, 128), (staying, 64)):
+        sequence.salt = b"salt" if sequence is leaving else None
+        book.seat(sequence, NO_MATCH)
+        book.grow(sequence, num_tokens)
+    book.advance(leaving, 128)
+    newcomer.salt = b"salt"
+    match = book.match(newcomer)
+    assert match.num_tokens == 128
+    # It needs 7 blocks; with 2 free and 4 given back there are 6, of which one stays spare for who runs on.
+    assert not book.has_room(newcomer, match, [leaving, staying], [leaving])
+    book.release(leaving)
+    assert not book.has_room(newcomer, match, [staying], [])
+    book.release(staying)
+    assert book.has_room(newcomer, match, [], [])
 
 
 @pytest.mark.parametrize("windows", WINDOWS)

@@ -356,6 +356,17 @@ def test_broken_numbers_of_a_draft_model_hurt_nobody(hash_engine, draft_of):
     assert engine.submit(ask("a", temperature=0, max_tokens=12)).result().text == "bcdefabcdefa"
 
 
+def test_a_draft_model_that_fails_hurts_nobody_and_rests_a_while(hash_engine, draft_of, monkeypatch):
+    monkeypatch.setattr("bise.engine.speculation.REST_STEPS", 5)
+    draft, small = draft_of(LOOP)
+    engine, model = hash_engine(script=LOOP, speculation=with_draft(draft))
+    small.fail = MemoryError("no room for a guess")
+    assert engine.submit(ask("a", temperature=0, max_tokens=30)).result().text == ("bcdefa" * 5)
+    assert engine.speculation.stats.num_drafted > 0
+    assert len(model.batches) < 30
+    assert_nothing_is_held(engine)
+
+
 def test_a_draft_model_gives_the_blocks_of_ended_sequences_back(hash_engine, draft_of):
     draft, _ = draft_of(LOOP, num_blocks=2)
     engine, _ = hash_engine(script=LOOP, speculation=with_draft(draft))

@@ -66,6 +66,22 @@ def test_a_sequence_that_is_aborted_while_swapped_out_leaves_nothing(hash_engine
     tight._scheduler.check_integrity()
 
 
+def test_where_the_granted_memory_is_not_there_it_is_computed_again(hash_engine, monkeypatch):
+    monkeypatch.setattr(SwapSpace, "observe", lambda *_: None)
+    tight, _ = hash_engine(num_blocks=14, swap_bytes=1 << 20)
+    read_block = tight._memory.pages.read_block
+
+    def fail(group: int, block: int) -> bytes:
+        if tight.stats().num_running:
+            raise MemoryError
+        return read_block(group, block)
+
+    monkeypatch.setattr(tight._memory.pages, "read_block", fail)
+    tight._memory.pages._block_bytes[0] = len(read_block(0, 0))
+    assert run(tight) == run(hash_engine(num_blocks=40)[0])
+    assert tight.stats().num_preemptions > tight._memory.swap.num_saved == 0
+
+
 def test_a_negative_budget_is_refused(hash_engine):
     with pytest.raises(ConfigError, match="swap_bytes must not be negative, got -1"):
         hash_engine(swap_bytes=-1)

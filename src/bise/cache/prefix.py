@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -111,12 +111,15 @@ class PrefixCache:
                 found, firsts = length, needed
         return Match(found * BLOCK_SIZE, tuple(nodes[:found]), firsts) if found else NO_MATCH
 
-    def num_shared(self, match: Match, group: int) -> int:
-        """Return how many of a match's blocks somebody holds already, so that taking them costs nothing."""
+    def num_shared(self, match: Match, group: int, given: Mapping[int, int]) -> int:
+        """Return how many of a match's blocks somebody holds already, so that taking them costs nothing,
+        once `given` ownerships per block have been given up.
+        """
         if not match.nodes:
             return 0
         pool = self._pools[group]
-        return sum(pool.num_owners(node.blocks[group]) > 0 for node in match.nodes[match.firsts[group] :])
+        blocks = [node.blocks[group] for node in match.nodes[match.firsts[group] :]]
+        return sum(pool.num_owners(block) > given.get(block, 0) for block in blocks)
 
     def adopt(self, match: Match, salt: bytes, tables: Sequence[BlockTable]) -> Node:
         """Make new, empty tables, one per group, further owners of the blocks of a match, and return the node

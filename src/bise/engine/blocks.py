@@ -5,6 +5,7 @@ It knows pools, tables and the prefix cache; who is served when is the scheduler
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
@@ -104,7 +105,8 @@ class BlockBook:
         One block per running sequence stays spare, so that a newcomer is not preempted at their next block.
         """
         for group, (pool, window) in enumerate(zip(self.pools, self._windows, strict=True)):
-            spare = pool.num_free + self._num_freed(group, leaving)
+            given = Counter(block for other in leaving for block in other.tables[group].held)
+            spare = pool.num_free + sum(pool.num_owners(block) == count for block, count in given.items())
             for other in running:
                 if other in leaving:
                     continue
@@ -113,7 +115,7 @@ class BlockBook:
                 spare -= max(1, missing)
             needed = self._num_blocks(sequence, window)
             if self.prefix is not None and window is None:
-                needed -= self.prefix.num_shared(match, group)
+                needed -= self.prefix.num_shared(match, group, given)
             # A window's chunks may shrink to what an empty pool holds; nobody would ever be admitted
             # otherwise.
             if spare < min(needed, pool.num_blocks):
@@ -203,12 +205,6 @@ class BlockBook:
             blocks = [table.blocks[index] for table in sequence.tables]
             sequence.tail = self.prefix.extend(sequence.tail, tokens, blocks)
             sequence.num_kept += 1
-
-    def _num_freed(self, group: int, leaving: Collection[Sequence]) -> int:
-        pool = self.pools[group]
-        return sum(
-            pool.num_owners(block) == 1 for sequence in leaving for block in sequence.tables[group].held
-        )
 
     def _num_blocks(self, sequence: Sequence, window: int | None) -> int:
         return blocks_needed(len(sequence.token_ids) + 1, window, self._max_step_tokens)

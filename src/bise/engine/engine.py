@@ -259,7 +259,7 @@ class Engine:
         with self._wake:
             self._is_closing = True
             self._failure = error
-            left = [*self._scheduler.running, *self._scheduler.waiting, *self._arrived]
+            left = [*self._scheduler.running, *self._scheduler.waiting.everyone(), *self._arrived]
         for sequence in left:
             sequence.handle.push(_last_delta(sequence, Delta(finish_reason=FinishReason.ERROR, error=error)))
 

@@ -59,7 +59,11 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """Sequences that wait, in the order of service as it is now."""
-        return iter(sorted((s for line in self._lines.values() for s in line), key=self.turn))
+        return iter(sorted(self.everyone(), key=self.turn))
+
+    def everyone(self) -> list[Sequence]:
+        """Return the sequences that wait, in no order: nothing that could fail is asked of them."""
+        return [sequence for line in self._lines.values() for sequence in line]
 
     def enter(self, sequence: Sequence) -> None:
         """Count a new sequence of a tenant; it does not wait yet."""

@@ -359,8 +359,8 @@ class Scheduler:
         elif victim.num_pending == 1:
             plan.num_decoding -= 1
         plan.is_open = False
-        self.running.remove(victim)
         self._book.preempt(victim)
+        self.running.remove(victim)
         self.num_preemptions += 1
         self._queue(victim)
 

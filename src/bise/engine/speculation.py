@@ -11,6 +11,7 @@ compared with what came, teach it without a price.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from bise.engine.lookup import Repeats
 from bise.engine.payoff import MAX_DRAFT, MAX_SEQUENCES, Chances, Lane, Payoff, SpeculationStats
 from bise.engine.scheduler import Scheduler, Step
 from bise.engine.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+REST_STEPS = 1024
+"""Steps without guesses after guessing failed: a failure that comes each time must not fill the log."""
 
 _LENGTHS = (2, 3, 5, 8, 16)
 _NUM_LENGTHS = len(_LENGTHS) + 1
@@ -79,6 +85,8 @@ class Speculation:
         self._chances = Chances(_PRIORS, 8)
         self._guesses: list[Guess] = []
         self._began = 0.0
+        self._num_resting = 0
+        """Steps that go without guesses yet."""
 
     @property
     def stats(self) -> SpeculationStats:
@@ -93,10 +101,22 @@ class Speculation:
 
     def extend(self, step: Step, scheduler: Scheduler) -> Step:
         """Return the step with as many guesses behind its rows as are worth it; none when it has prefills or
-        too many rows.
+        too many rows. Where guessing fails, whatever the reason, this step and the next ones go without.
         """
         self._began = self._clock()
         self._guesses = []
+        if self._num_resting:
+            self._num_resting -= 1
+            return step
+        try:
+            return self._extended(step, scheduler)
+        except Exception:  # a guess decides about time alone: no request ends for it, nor the engine
+            logger.exception("event=guessing_failed sequences=%d", len(step.rows))
+            self._guesses = []
+            self._num_resting = REST_STEPS
+            return step
+
+    def _extended(self, step: Step, scheduler: Scheduler) -> Step:
         if len(step.rows) > MAX_SEQUENCES or any(
             row.num_tokens != 1 or not row.num_samples for row in step.rows
         ):

@@ -63,10 +63,13 @@ class SwapSpace:
         if not sequence.num_computed or size_bytes > self._free_bytes or not is_cheaper:
             return False
         began = self._clock()
-        contents = tuple(
-            tuple(self._pages.read_block(group, block) for block in table.held)
-            for group, table in enumerate(sequence.tables)
-        )
+        try:
+            contents = tuple(
+                tuple(self._pages.read_block(group, block) for block in table.held)
+                for group, table in enumerate(sequence.tables)
+            )
+        except MemoryError:  # what was granted is not there: no reason to end anybody's request
+            return False
         if size_bytes:
             self._byte_s += ((self._clock() - began) / size_bytes - self._byte_s) / 8
         firsts = tuple(table.first for table in sequence.tables)
