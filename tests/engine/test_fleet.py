@@ -243,6 +243,19 @@ def test_the_reaper_unloads_by_itself():
         assert closed.wait(20)
 
 
+def test_a_model_that_becomes_idle_while_another_one_is_unloaded_is_unloaded_too():
+    world = World(a=4, b=4)
+    specs = [ModelSpec(name=name, path=Path(name)) for name in "ab"]
+    closed = threading.Event()
+    options = {"planner": world.plan, "loader": world.load, "collect": fleet_world.nothing}
+    with Fleet(specs, 10, 0.0, **options) as fleet:
+        lease = fleet.acquire("b")
+        lease.loaded.close, close_b = lambda: (close_b(), closed.set()), lease.loaded.close
+        with fleet.use("a") as model:
+            model.close, close_a = lambda: (lease.release(), close_a()), model.close
+        assert closed.wait(20)
+
+
 def test_sleep_gives_the_memory_back_and_wake_takes_it_again():
     world = World(a=4)
     with world.fleet() as fleet:
@@ -344,6 +357,15 @@ def test_an_adapter_in_use_is_not_removed_and_a_removed_one_is_not_found():
         fleet.add_adapter("a", "x", Path("other"))
         with pytest.raises(ConflictError, match="a:x is there already"):
             fleet.add_adapter("a", "x", Path("other"))
+
+
+def test_an_adapter_that_two_remove_at_once_is_not_found_by_the_second():
+    world = World(a=4)
+    with world.fleet(adapters=("x",)) as fleet:
+        with fleet._entries["a"].attaching:  # both have looked for it before either takes it away
+            runs = [in_thread(fleet.remove_adapter, "a", "x") for _ in range(2)]
+        outcomes = [(thread.join(), outcome[0])[1] for thread, outcome in runs]
+        assert sorted(type(outcome).__name__ for outcome in outcomes) == ["ModelNotFoundError", "NoneType"]
 
 
 def test_an_adapter_that_is_wanted_at_once_is_loaded_with_its_model_or_was_never_there():

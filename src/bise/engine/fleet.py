@@ -26,6 +26,7 @@ from bise.engine.fleet_entry import (
     as_bise_error,
     choose_victims,
     give_memory_back,
+    seconds_left,
 )
 from bise.engine.load import LoadedModel, Progress
 from bise.engine.memory import available_memory
@@ -105,7 +106,7 @@ class Fleet:
         self._plan_all()
         self._reaper: threading.Thread | None = None
         if idle_s is not None:
-            self._reaper = threading.Thread(target=self._reap, name="bise-fleet", daemon=True)
+            self._reaper = threading.Thread(target=self._reap, args=(idle_s,), name="bise-fleet", daemon=True)
             self._reaper.start()
 
     def __enter__(self) -> Self:
@@ -225,9 +226,9 @@ class Fleet:
 
         Raises ModelNotFoundError; ModelBusyError while someone uses it.
         """
-        entry, _ = self._find(f"{model}{ADAPTER_SEPARATOR}{name}")
+        entry, _ = self._find(model)
         with entry.attaching, self._changed:
-            attached = entry.adapters[name]
+            attached = self._find(f"{model}{ADAPTER_SEPARATOR}{name}")[0].adapters[name]
             if attached.pins:
                 raise ModelBusyError(f"{model}:{name} is in use; try again later", field="name")
             del entry.adapters[name]
@@ -240,13 +241,12 @@ class Fleet:
         if self._idle_s is None:
             return None
         with self._changed:
-            now = self._clock()
-            idle = [entry for entry in self._unused() if entry.last_used + self._idle_s <= now]
+            idle = [entry for entry in self._unused() if entry.last_used + self._idle_s <= self._clock()]
             for entry in idle:
                 entry.state = State.CLOSING
-            left = [entry.last_used + self._idle_s - now for entry in self._unused()]
         self._unload(idle)
-        return min(left, default=None)
+        with self._changed:
+            return seconds_left(self._unused(), self._idle_s, self._clock())
 
     def close(self, *, drain: bool = False) -> None:
         """Unload everything; with `drain` wait for the users first, else their requests end. `acquire` raises
@@ -491,10 +491,9 @@ class Fleet:
                         attached.is_loaded = False
                     self._changed.notify_all()
 
-    def _reap(self) -> None:
-        while True:
-            left = self.sweep()
+    def _reap(self, idle_s: float) -> None:
+        while not self._is_closing:
+            self.sweep()
             with self._changed:
-                if self._is_closing:
-                    return
-                self._changed.wait(left)
+                if not self._is_closing:  # looked at again: what changed since the sweep woke nobody
+                    self._changed.wait(seconds_left(self._unused(), idle_s, self._clock()))

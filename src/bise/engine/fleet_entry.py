@@ -145,6 +145,11 @@ def choose_victims(unused: Iterable[Entry], missing: int) -> list[Entry] | None:
     return chosen
 
 
+def seconds_left(unused: Iterable[Entry], idle_s: float, now: float) -> float | None:
+    """Return the seconds until the first of `unused` has been idle for `idle_s`; None where there is none."""
+    return min((entry.last_used + idle_s - now for entry in unused), default=None)
+
+
 class Lease:
     """A loaded model that stays loaded until `release`."""
 
