@@ -60,7 +60,11 @@ def build_web() -> None:
     if not web_is_stale():
         return
     for command in (["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], ["npm", "run", "build"]):
-        subprocess.run(command, cwd=WEB, check=True)
+        if subprocess.run(command, cwd=WEB, check=False).returncode:
+            raise SystemExit(
+                f"the page in the browser could not be built: '{' '.join(command[:3])}' failed, see above; "
+                "set BISE_SKIP_WEB=1 to install bise without it"
+            )
     if not (BUNDLE / "index.html").is_file():
         raise SystemExit(
             f"the web build left no {BUNDLE / 'index.html'}; set BISE_SKIP_WEB=1 to go without it"
