@@ -7,7 +7,8 @@ from bise.engine.grammar import GrammarSpec
 from bise.engine.request import Request, SamplingParams
 from bise.engine.sampling import largest, pick, truncate
 from bise.engine.speculation import Speculation
-from bise.errors import NonFiniteError
+from bise.errors import EngineError, NonFiniteError
+from bise.grammar.follower import Follower
 
 PLAIN = [
     {"temperature": 0},
@@ -54,7 +55,7 @@ class Device:
             else:
                 params = SamplingParams(temperature=temperature, top_k=int(top_k), top_p=top_p, min_p=min_p)
                 ids, weights = truncate(scores, params)
-                place = pick(weights, share)
+                place = pick(np.cumsum(weights), share)
                 tokens[index] = allowed[place if ids is None else ids[place]]
         return tokens, status
 
@@ -92,6 +93,19 @@ def test_a_grammar_reaches_the_device_as_a_mask(run):
     got, want = run(requests, device), run(requests)
     assert [(done.token_ids, done.text) for done in got] == [(done.token_ids, done.text) for done in want]
     assert device.masked >= 10
+
+
+def test_a_grammar_that_fails_ends_its_own_request_alone_on_a_device_too(hash_engine, monkeypatch):
+    engine, _ = hash_engine(sample=Device())
+    good, bad = engine.submit(ask(0)), engine.submit(ask(1, GrammarSpec.regex("[0-9]{5,9}")))
+
+    def fail(follower, left):
+        raise EngineError("no way out")
+
+    monkeypatch.setattr(Follower, "allowed", fail)
+    assert len(good.result().token_ids) == 12
+    with pytest.raises(EngineError, match="no way out"):
+        bad.result()
 
 
 def test_guesses_are_checked_with_the_tokens_of_the_device(run):

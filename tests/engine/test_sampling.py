@@ -274,11 +274,11 @@ def test_a_token_of_no_weight_is_never_picked(share, seed):
     rng = np.random.default_rng(seed)
     weights = rng.random(20) * (rng.random(20) < 0.4)
     weights[rng.integers(20)] = 1e-3
-    assert weights[pick(weights, share)] > 0
+    assert weights[pick(np.cumsum(weights), share)] > 0
 
 
 def test_the_largest_share_picks_the_last_possible_token():
-    assert pick(np.array([0.1, 0.2, 0.0]), 1 - 2.0**-53) == 1
+    assert pick(np.cumsum([0.1, 0.2, 0.0]), 1 - 2.0**-53) == 1
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=40), st.floats(0.001, 0.999))
@@ -316,11 +316,22 @@ def test_top_p_on_a_large_vocabulary_sorts_next_to_nothing(monkeypatch, scale):
 
 @pytest.mark.parametrize(
     ("params", "field"),
-    [({"logit_bias": {VOCAB: 1}}, "logit_bias"), ({"stop_token_ids": (VOCAB,)}, "stop_token_ids")],
+    [
+        ({"logit_bias": {VOCAB: 1}}, "logit_bias"),
+        ({"stop_token_ids": (VOCAB,)}, "stop_token_ids"),
+        ({"logit_bias": {1: 1, 10**30: 1}}, "logit_bias"),
+        ({"stop_token_ids": (10**30,)}, "stop_token_ids"),
+    ],
 )
 def test_token_ids_outside_the_vocabulary_are_refused(params, field):
-    with pytest.raises(RequestError, match=f"{field}: token {VOCAB} is outside the vocabulary of {VOCAB}"):
+    with pytest.raises(RequestError, match=rf"{field}: token \d+ is outside the vocabulary of {VOCAB}"):
         sampler(**params)
+
+
+@pytest.mark.parametrize("other", [{"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.1}, {"top_k": 5}, {}])
+def test_the_least_temperature_above_zero_takes_the_best_token(other):
+    logits = row_of(3)
+    assert sampler(temperature=5e-324, **other).choose(logits, 0, 0) == int(logits.argmax())
 
 
 def test_min_tokens_cannot_mask_the_whole_vocabulary():

@@ -87,7 +87,10 @@ def _draw(row: StepRow, index: int, takes_masks: bool) -> _Draw | None:
     if grammar is not None:
         if row.draft or not takes_masks:  # each guess changes what may follow
             return None
-        allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
+        try:
+            allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
+        except Exception:  # met again where this sequence alone ends for it: `choice.choose`
+            return None
         if allowed is not None and not allowed.size:
             return None
     number = uniform(sequence.sampler.seed, len(sequence.token_ids) + index) if params.temperature else 0.0

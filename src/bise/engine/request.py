@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import isfinite
 from typing import Literal
 
 from bise.errors import BiseError, RequestError, quoted
@@ -90,7 +89,7 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _check_integer("logit_bias", token_id, 0)
             _check_number("logit_bias", bias, -100, 100)
-        _check_integer("top_k", self.top_k, 0)
+        _check_integer("top_k", self.top_k, 0, (1 << 31) - 1)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, (1 << 64) - 1)
         if self.max_tokens is not None:
@@ -111,7 +110,7 @@ def _is_text(value: object) -> bool:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
         raise RequestError(f"{name} must be a number from {low} to {high}, got {value!r}", field=name)
 

@@ -24,6 +24,8 @@ _NUM_ROWS = 32
 """Parts of a row of logits that `largest` compares with one another."""
 
 _NUM_BINS = 2048
+_NARROWEST = 1e-300
+"""A span of keys that cannot be divided into bins: what is divided by less may overflow."""
 _WIDEST = 32.0
 """Tempered scores further than this from the best one share the last bin of `smallest_set`: e^-32 is a weight
 of nothing.
@@ -87,7 +89,9 @@ def smallest_set(keys: Wide, weights: Wide, mass: float, widest: float = _WIDEST
     """
     goal = mass * float(weights.sum())
     lowest = float(keys.min())
-    span = min(float(keys.max()) - lowest, widest) or 1.0
+    span = min(float(keys.max()) - lowest, widest)
+    if span < _NARROWEST:
+        span = 1.0
     bins = np.minimum((keys - lowest) * ((_NUM_BINS - 1) / span), _NUM_BINS - 1).astype(np.intp)
     running = np.cumsum(np.bincount(bins, weights, _NUM_BINS))
     last = min(int(np.searchsorted(running, goal)), _NUM_BINS - 1)
@@ -145,15 +149,10 @@ def _typical_set(scores: Wide, weights: Wide, mass: float) -> Ids:
     return possible[smallest_set(np.abs(surprise - entropy), weights, mass)]
 
 
-def pick(weights: Wide, share: float) -> int:
-    """Return the index at which the running sum of `weights` first exceeds `share` (in [0, 1)) of their
-    total.
+def pick(running: Wide, share: float) -> int:
+    """Return the index at which `running`, the running sum of weights, first exceeds `share` (in [0, 1)) of
+    its last value.
     """
-    return _place(np.cumsum(weights), share)
-
-
-def _place(running: Wide, share: float) -> int:
-    """Return the index at which `running` first exceeds `share` (in [0, 1)) of its last value."""
     total = float(running[-1])
     # share * total may round up to the total, which no running sum exceeds.
     goal = min(share * total, math.nextafter(total, 0.0))
@@ -189,17 +188,14 @@ class Sampler:
         """
         self._params = params
         self.seed = seed
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if (highest := max(ids, default=0)) >= vocab_size:
+                raise RequestError(
+                    f"{name}: token {highest} is outside the vocabulary of {vocab_size}", field=name
+                )
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.intp)
         self._bias_values = np.fromiter(params.logit_bias.values(), np.float64)
         self._masked_ids = np.array(sorted(set(stop_ids)) if params.min_tokens else [], np.intp)
-        for name, ids in (
-            ("logit_bias", self._bias_ids),
-            ("stop_token_ids", np.array(params.stop_token_ids, np.intp)),
-        ):
-            if ids.size and ids.max() >= vocab_size:
-                raise RequestError(
-                    f"{name}: token {ids.max()} is outside the vocabulary of {vocab_size}", field=name
-                )
         if self._masked_ids.size >= vocab_size:
             raise RequestError("min_tokens cannot be kept: every token is a stop token", field="min_tokens")
         self._seen = np.zeros(vocab_size if params.repetition_penalty != 1 else 0, np.bool_)
@@ -253,8 +249,9 @@ class Sampler:
                     scores = logits[allowed].astype(np.float64)
         if params.temperature == 0:
             return int(scores.argmax())
-        ids, weights = truncate(scores, params)
-        index = _place(np.cumsum(weights, out=weights), uniform(self.seed, position))
+        with np.errstate(over="ignore"):  # at a tiny temperature all but the best are infinitely far away
+            ids, weights = truncate(scores, params)
+        index = pick(np.cumsum(weights, out=weights), uniform(self.seed, position))
         return index if ids is None else int(ids[index])
 
     def _adjust(self, scores: Wide, num_output: int) -> None:
