@@ -1,12 +1,13 @@
 """Followers: taking back, copying and checking ahead leave the state that they should; Lark and patterns."""
 
 import re
+import threading
 
 import pytest
 
 from bise.errors import RequestError
 from bise.grammar import compiler
-from bise.grammar.automaton import ByteMachine
+from bise.grammar.automaton import Budget, ByteMachine, machine
 from bise.grammar.follower import Follower
 from bise.grammar.pattern import parse_pattern
 from bise.grammar.spec import GrammarSpec
@@ -143,6 +144,28 @@ def test_an_automaton_with_more_states_than_are_kept_goes_on(monkeypatch, letter
     made = letters(GrammarSpec.regex(pattern))
     for text in made.some(6, room=12):
         assert re.fullmatch(pattern, text)
+
+
+def test_two_threads_that_meet_new_states_of_one_automaton_give_them_different_numbers():
+    """The second steps while the first is about to keep a state, as a switch of threads can make it."""
+    budget = Budget("regex")
+    made = ByteMachine(machine(parse_pattern("[ab]*a[ab]{4}", "regex"), budget), budget)
+
+    class Interrupted(list):
+        thread = None
+
+        def append(self, members):
+            if self.thread is None:
+                self.thread = threading.Thread(target=made.step, args=(0, ord("b")))
+                self.thread.start()
+                self.thread.join(0.2)  # it waits for the first to be done
+            super().append(members)
+
+    made._sets = Interrupted(made._sets)
+    made.step(0, ord("a"))
+    made._sets.thread.join()
+    assert len(made._numbers) == 3
+    assert all(made._sets[number] == members for members, number in made._numbers.items())
 
 
 @pytest.mark.parametrize(

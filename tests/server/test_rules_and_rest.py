@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from bise.store.database import DatabaseDownError
 from bise.store.keys import KeyLimits
+from bise.store.ledger import LedgerRow
+from bise.store.limits import Reservation
 from bise.store.rules import Guard, Rule
 
 HELLO = Rule(name="greeting", pattern="Hello", stage="output")
@@ -97,3 +100,16 @@ def test_limits_of_a_key_change_from_its_next_request_on(site):
     site.request("PATCH", path, root, json={"limits": {"requests_per_minute": None}})
     assert site.chat(key).status_code == 200
     assert site.request("PATCH", path, key, json={"limits": {}}).status_code == 403
+
+
+def test_a_row_that_can_never_be_written_keeps_no_other_one_from_being_written(site, monkeypatch):
+    """Both end while the database is down; what comes back is a backup from before the first key."""
+    with monkeypatch.context() as patch:
+        broken = DatabaseDownError(OSError("no disk"))
+        patch.setattr(site.gate, "_write", lambda entry: (_ for _ in ()).throw(broken))
+        for key_id in ("key_lost", None):
+            place = key_id and Reservation(id="r", key_id=key_id, requests=None, tokens=None)
+            row = LedgerRow(request_id="r", key_id=key_id, owner="o", endpoint="/", model="m")
+            site.gate.record(row, place, site.gate.begin_share())
+    assert site.gate.write_late() == 0
+    assert [row.key_id for row in site.store.ledger.rows()] == [None]

@@ -6,6 +6,7 @@ paid, and is the same on every machine.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -236,7 +237,7 @@ class ByteMachine:
 
     MAX_VISITED = 20_000
 
-    __slots__ = ("_edges", "_final", "_moves", "_numbers", "_rests", "_sets")
+    __slots__ = ("_edges", "_final", "_growing", "_moves", "_numbers", "_rests", "_sets")
 
     def __init__(self, source: Machine, budget: Budget, *, in_json: bool = False) -> None:
         """Spell the characters of `source` in UTF-8; with `in_json` as a JSON string, quotes included."""
@@ -260,6 +261,8 @@ class ByteMachine:
         self._sets = [first]
         self._numbers = {first: 0}
         self._moves: list[dict[int, int]] = [{}]
+        self._growing = threading.Lock()
+        """Held while a state gets its number: requests of one grammar come from any thread."""
 
     def _add_ranges(
         self, state: int, members: Ranges, target: int, shared: dict[tuple[int, bytes], int], budget: Budget
@@ -335,13 +338,17 @@ class ByteMachine:
         if not members:
             return None
         number = self._numbers.get(members)
-        if number is None:
-            number = len(self._sets)
-            if number >= self.MAX_VISITED:
-                return members
-            self._numbers[members] = number
-            self._sets.append(members)
-            self._moves.append({})
+        if number is not None:
+            return number
+        with self._growing:
+            number = self._numbers.get(members)
+            if number is None:
+                number = len(self._sets)
+                if number >= self.MAX_VISITED:
+                    return members
+                self._sets.append(members)
+                self._moves.append({})
+                self._numbers[members] = number  # last: whoever finds it finds all of it
         return number
 
     def _members(self, state: Visited) -> frozenset[int]:

@@ -339,10 +339,13 @@ class StoreGate:
         """Write rows that wait for the database, oldest first; return how many still wait."""
         with self._writing_late:
             while self._unwritten:
+                entry = self._unwritten[0]
                 try:
-                    self._write(self._unwritten[0])
+                    self._write(entry)
                 except StoreError:
                     break
+                except Exception:  # its key is not in the backup that came back, say: the others go on
+                    logger.exception("event=ledger_row_lost request_id=%s", entry.row.request_id)
                 self._unwritten.popleft()
             return len(self._unwritten)
 
