@@ -140,9 +140,10 @@ def run(
         write_json({"event": "finished", **asdict(result), "path": str(result.path)})
         return
     evaluated = "-" if result.best_loss is None else f"{result.best_loss:.4f} (step {result.best_step})"
+    trained = "-" if result.train_loss is None else f"{result.train_loss:.4f}"
     write_pairs([
         ("made", str(result.path)),
-        ("loss", f"{result.train_loss:.4f} training, {evaluated} held back"),
+        ("loss", f"{trained} training, {evaluated} held back"),
         *([] if result.loss_before is None else [("before", f"{result.loss_before:.4f} held back")]),
         ("parity", f"engine and trainer differ by {result.parity:.1e} nats at most"),
     ])  # fmt: skip

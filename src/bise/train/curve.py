@@ -14,8 +14,8 @@ def draw_losses(
 ) -> str:
     """Return an SVG of (step, loss in nats a token) while training and on the held-back texts."""
     points = [*trained, *evaluated]
-    last = max(step for step, _ in points)
-    low, high = 0.0, max(loss for _, loss in points) * 1.05 or 1.0
+    last = max((step for step, _ in points), default=0)
+    low, high = 0.0, max((loss for _, loss in points), default=0.0) * 1.05 or 1.0
 
     def x(step: float) -> float:
         return _EDGE + (_WIDTH - 2 * _EDGE) * step / max(last, 1)

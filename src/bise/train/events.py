@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,18 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drop what a killed process did after its last checkpoint; it is done again."""
         self._events = [event for event in self._events if event.get("step", 0) <= step]
-        self._path.write_text("".join(json.dumps(event) + "\n" for event in self._events), encoding="utf-8")
+        draft = self._path.with_name(f".{self._path.name}.tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(event) + "\n" for event in self._events)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)  # a kill in between leaves the old diary or the new one, never none
 
     @property
-    def last_loss(self) -> float:
-        """Mean training loss of the last ten steps."""
+    def last_loss(self) -> float | None:
+        """Mean training loss of the last ten steps; None when the file was lost since."""
         losses = [loss for _, loss in self._losses("step")[-10:]]
-        return sum(losses) / len(losses)
+        return sum(losses) / len(losses) if losses else None
 
     @property
     def first_evaluation(self) -> float | None:

@@ -29,7 +29,8 @@ class JobResult:
 
     path: Path
     steps: int
-    train_loss: float
+    train_loss: float | None
+    """Mean of the last ten steps; None when the run's diary was lost."""
     loss_before: float | None
     """On the held-back texts before training; None when there are none."""
     best_loss: float | None
