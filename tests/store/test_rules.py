@@ -21,9 +21,10 @@ def test_matching_takes_time_linear_in_the_text_whatever_the_pattern():
     def seconds(length):
         best = 9.0
         for _ in range(3):
-            start = time.perf_counter()
-            assert guard.broken_rule(["a" * length + "!"], "input") is None
-            best = min(best, time.perf_counter() - start)
+            text = "a" * length + "!"
+            start = time.thread_time()  # what others do on this machine is not counted
+            assert guard.broken_rule([text], "input") is None
+            best = min(best, time.thread_time() - start)
         return best
 
     seconds(1000)
