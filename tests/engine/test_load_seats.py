@@ -1,7 +1,13 @@
-"""How many requests a loaded model runs at once."""
+"""How many requests a loaded model runs at once, and that one which is not loaded runs nothing."""
+
+import shutil
+import threading
+
+import pytest
 
 from bise.engine.load import SEATS, load_model
 from bise.engine.request import Request, SamplingParams
+from bise.errors import ModelFileError
 from bise.hub.embedded import embedded_path
 
 
@@ -13,3 +19,12 @@ def test_more_short_requests_run_at_once_than_full_contexts_were_planned_for():
     loaded.engine.step()
     assert loaded.engine.stats().num_running == 6 * SEATS > 6
     loaded.close()
+
+
+def test_a_model_that_is_refused_leaves_no_engine_behind(tmp_path):
+    model = shutil.copytree(embedded_path(), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"temperature": "warm"}')
+    before = set(threading.enumerate())
+    with pytest.raises(ModelFileError, match="temperature must be a number"):
+        load_model(model, context=64, threads=1)
+    assert "bise-engine" not in {thread.name for thread in set(threading.enumerate()) - before}

@@ -90,7 +90,7 @@ class KVCache:
     """K and V pages per layer; layers of one window group have the same number of blocks."""
 
     def __init__(self, config: ModelConfig, ops: Ops, num_blocks: Sequence[int], kv_format: str) -> None:
-        """Allocate `num_blocks[g]` blocks for every layer of window group g; f32, f16, bf16 or q8."""
+        """Allocate `num_blocks[g]` blocks for every layer of window group g, in one of `KV_FORMATS`."""
         groups = config.window_groups
         assert len(num_blocks) == len(groups), (num_blocks, groups)
         self.num_blocks = tuple(num_blocks)

@@ -102,7 +102,11 @@ class LoadedModel:
         fit the free memory, ConfigError when the name belongs to another adapter.
         """
         if self.ops is None:
-            raise ConfigError("this model was not loaded in a way that lets it take adapters")
+            raise ConfigError(
+                "this model was put together without its backend, so it takes no adapters; load it with "
+                "`load_model`",
+                field="adapter",
+            )
         file = open_adapter(path, self.source.config)
         check_base(file, lambda: content_hash(self.source))
         free = available_memory() if self.placement.is_native else free_bytes(self.placement)
@@ -147,16 +151,17 @@ def load_model(
 ) -> LoadedModel:
     """Load the model at `path` and start its engine on the device of `placement`.
 
-    `kv` is f32, f16, bf16, q8 or auto (f32 with quant none, else f16). `context` bounds prompt and output
-    together; without it the model's own context counts, up to 32,768 tokens and what half of the free memory
-    holds. `max_sequences` full contexts can run at once, and twice as many shorter ones. With
-    `prefix_cache_dir` cached prefixes are written there when the engine closes, up to 1 GiB, and found again
-    by the next one. Preempted requests may leave `swap_bytes` outside of the KV memory. The model at `draft`,
-    of the same vocabulary, guesses ahead; the output is the same. On a device `split` says what stays in RAM;
-    None: as `placement` allows and the memory asks for. Raises UserError for everything the caller can mend.
+    `kv` is f32, f16, bf16, q16, q8 or auto (f32 with quant none, else q16; on a device what it computes in).
+    `context` bounds prompt and output together; without it the model's own context counts, up to 32,768
+    tokens and what half of the free memory holds. `max_sequences` full contexts can run at once, and twice as
+    many shorter ones (8 at least). With `prefix_cache_dir` cached prefixes are written there when the engine
+    closes, up to 1 GiB, and found again by the next one. Preempted requests may leave `swap_bytes` outside of
+    the KV memory. The model at `draft`, of the same vocabulary, guesses ahead; the output is the same. On a
+    device `split` says what stays in RAM; None: as `placement` allows and the memory asks for. Raises
+    UserError for everything the caller can mend.
     """
     source = open_model(path)
-    kv_format = placement.kv_format(kv, quant)
+    kv_format, temperature = placement.kv_format(kv, quant), suggested_temperature(source.path)
     threads = default_threads() if threads is None else _checked_threads(threads)
     tokenizer, template = load_text(source)
     guessing = None if draft is None else DraftSource.open(draft, tokenizer, placement)
@@ -190,7 +195,7 @@ def load_model(
         pace=Pace(STEP_SECONDS),
         threaded=threaded,
     )
-    notes, temperature = notes + choice_notes, suggested_temperature(source.path)
+    notes += choice_notes
     return LoadedModel(
         source, tokenizer, template, engine, notes, quant, kv_format, temperature, ops, placement, split
     )
