@@ -20,6 +20,7 @@ from torch import Tensor
 from bise.config import ModelConfig
 from bise.engine.runner import Model
 from bise.kernels import BLOCK_SIZE, Array, AttentionMeta
+from bise.kernels.triton import compute_on
 from bise.kernels.triton.paging import Placed
 from bise.model.batch import Batch, IntArray
 from bise.model.transformer import LayerPages
@@ -48,6 +49,8 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Its own: torch's is one of the process, and lies on the device that recorded first.
+        self._stream = torch.cuda.Stream(device)
 
     def record(
         self, run: Callable[[], tuple[Array, Tensor]]
@@ -55,7 +58,9 @@ class CudaRecorder:
         """See `Recorder.record`."""
         graph = torch.cuda.CUDAGraph()
         # Other models' threads may allocate meanwhile: only this thread's calls are held to the rules.
-        recording = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
         with torch.cuda.device(self._device), recording:
             found = run()
         return found, graph.replay
@@ -93,6 +98,7 @@ class StepBuffers:
         total = sum(lengths)
         self._host = torch.empty(total, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.empty(total, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         host: npt.NDArray[np.int32] = self._host.numpy()
         ends = np.cumsum(lengths)[:-1]
         self._ids, self._positions, *pairs = np.split(host, ends)
@@ -119,6 +125,8 @@ class StepBuffers:
         """Bring a step of at most `rows` rows to the device, in one copy that later commands wait for; None:
         only rows that fill up.
         """
+        if self._copied is not None:
+            self._copied.synchronize()  # a step of which nothing was read may be on its way yet
         self._host.fill_(-1)
         self._ids[:] = 0
         count = 0 if batch is None else len(batch.token_ids)
@@ -129,6 +137,8 @@ class StepBuffers:
                 slots[:count] = meta.slots
                 table[:count, : meta.block_table.shape[1]] = meta.block_table
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device.device))
 
 
 class GraphedModel:
@@ -210,6 +220,7 @@ class GraphedModel:
         if size is None or cache is not self._cache or batch.adapted or not is_decode or not fits:
             return self._model.forward(batch, cache)
         buffers, recorded = self._steps[size]
+        compute_on(self._device)
         buffers.fill(batch)
         recorded.replay()
         self.num_replayed += 1

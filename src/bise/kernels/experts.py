@@ -94,16 +94,19 @@ class Lane:
         return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], after: Any) -> Any:
-        """Copy tensors from RAM, not before the moment `after`; return the moment at which they are there."""
+        """Copy tensors from RAM, not before the moment `after` (None: this one); return the moment at which
+        they are there.
+        """
         if self._stream is None:
             for source, target in zip(sources, targets, strict=True):
                 target.copy_(source)
             return None
+        before = self.mark() if after is None else after
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
+            self._stream.wait_event(before)
             for source, target in zip(sources, targets, strict=True):
                 target.copy_(source, non_blocking=True)
+                target.record_stream(self._stream)  # let go meanwhile, it is nobody's before the copy ends
             return self._stream.record_event()
 
     def wait(self, moment: Any) -> None:

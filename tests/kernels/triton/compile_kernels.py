@@ -1,7 +1,8 @@
 """Compile every kernel to machine code for a GPU that need not be there: `compile_kernels.py [all]`.
 
 Prints one line per kernel and architecture: name, bytes of code, shared memory, the widest load of weights in
-bytes, and how many instructions of the loop that multiplies move registers to memory and back.
+bytes, how many neighbouring columns a thread takes into a product at once, and how many instructions of the
+loop that multiplies move registers to memory and back.
 """
 
 import re
@@ -40,9 +41,6 @@ TYPES = {name: kind for kind, names in POINTERS.items() for name in names.split(
 DIVISIBLE = {
     "x_stride",
     "out_stride",
-    "to_codes2",
-    "to_scale2",
-    "to_minimum2",
     "q_stride",
     "kv_stride",
     "width",
@@ -102,6 +100,8 @@ def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given
         "SCALES": scales, "EVEN": True, "ROWS": rows, "STAGES": launch.stages, "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
     constants |= given
+    if slots == 1:
+        constants["num_slots"] = 1  # as a number that is 1 comes to a kernel: as a constant
     types = dict(TYPES)
     types["x"] = "*fp32" if constants["NORMED"] or to == tl.float32 else "*bf16"
     types["out"] = "*bf16" if constants["AFTER"] == 1 else "*fp32"
@@ -113,7 +113,7 @@ def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given
     }  # fmt: skip
 
 
-QUICK = ("matmul z4 add one", "decode", "norm")
+QUICK = ("matmul z4 add one", "decode q8", "attend q8")
 """What is compiled without `all`: one of each kind, for seconds."""
 
 
@@ -154,12 +154,14 @@ def cases(card):
     """Yield name, kernel, types, constants and options."""
     yield from products_of(card)
     shape = {"HEADS_PER_KV": 4, "HALF": 64, "WIDTH": 128, "SPLIT": 512, "PAGE": 32, "TO": tl.bfloat16}
-    decode = shape | {"ROWS": 16, "LANES": 8, "STORES": True}
+    decode = shape | {"ROWS": 16, "STORES": True}
     coded = TYPES | {"k_pages": "*i8", "v_pages": "*i8"}
     yield "decode", attention._decode, TYPES, decode | {"CODED": False}, {}
     yield "decode q8", attention._decode, coded, decode | {"CODED": True}, {}
     prompt = TYPES | {"q": "*bf16"}
     yield "attend", attention._attend, prompt, shape | {"ROWS": 64, "CODED": False}, {}
+    coded = coded | {"q": "*bf16"}
+    yield "attend q8", attention._attend, coded, shape | {"ROWS": 32, "CODED": True}, {}
     turn = {"HALF": 64, "CODED": False}
     yield "rotate and store", attention._rotate_store, TYPES, turn, {}
     wide = TYPES | {"out": "*fp32"}
@@ -173,6 +175,19 @@ def cases(card):
     yield "mix", fused._mix, wide, {"TOP_K": 2, "BLOCK": 1024}, {}
     yield "sort", sorting._sort, TYPES, {"ROWS": 64, "EXPERTS": 8, "BLOCK": 1024}, {}
     yield "sample", sampling._sample, TYPES, {"HAS_MASK": True, "BLOCK": 4096}, {"num_warps": 8}
+
+
+def columns_at_once(code):
+    """Return how many neighbouring columns a thread takes into the products of a kernel (TTGIR), in order.
+
+    Two, and what the tensor cores multiply at once are 16 neighbouring columns; more, and they are columns
+    apart from one another: other sums, rounded elsewhere. Hopper's own instruction always takes neighbours.
+    """
+    if "#ttg.nvidia_mma" not in code:
+        return "-"
+    found = re.findall(r"tt\.dot .*opIdx = 1, [^}]*kWidth = (\d+)", code)
+    found += ["2"] * code.count("ttng.warp_group_dot ")
+    return "+".join(sorted(set(found)))
 
 
 def widest_load(assembly):
@@ -222,7 +237,8 @@ def main() -> None:
             loop = hot_loop(machine_code(made.asm["cubin"]))
             print(
                 f"sm_{architecture} {name}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared, "
-                f"{widest_load(made.asm['ptx'])} bytes a load, {loop['LDL'] + loop['STL']} spilled"
+                f"{widest_load(made.asm['ptx'])} bytes a load, {columns_at_once(made.asm['ttgir'])} columns, "
+                f"{loop['LDL'] + loop['STL']} spilled"
             )
 
 

@@ -1,5 +1,6 @@
 """Machine code of every kernel, made on a machine without a GPU."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,14 +13,18 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 
-def compile_kernels(tmp_path, *arguments):
+def run_compiler(tmp_path, script, *arguments):
+    """Return what a script beside this one prints, which uses the compiler instead of the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)  # nothing that an earlier run compiled
-    script = Path(__file__).with_name("compile_kernels.py")
-    command = [sys.executable, "-W", "ignore", str(script), *arguments]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script)), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+    return done.stdout
+
+
+def compile_kernels(tmp_path, *arguments):
+    return run_compiler(tmp_path, "compile_kernels.py", *arguments).splitlines()
 
 
 def narrow_loads(lines):
@@ -35,6 +40,16 @@ def test_one_kernel_of_each_kind_compiles_for_hopper_and_reads_16_bytes_at_once(
     assert not narrow_loads(lines)
     assert not too_large(lines)
     assert not spilled(lines)
+    columns = columns_at_once(lines)
+    assert columns["sm_90 decode q8"] == columns["sm_90 attend q8"]
+
+
+def columns_at_once(lines):
+    """Return by kernel how many neighbouring columns a thread takes into a product: where two kernels differ
+    in that, they differ in the last bits.
+    """
+    found = [re.fullmatch(r"(sm_\d+ .*): .* bytes a load, (\S+) columns, .*", line) for line in lines]
+    return {each[1]: each[2] for each in found}
 
 
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
@@ -58,7 +73,29 @@ def spilled(lines):
 @pytest.mark.slow
 def test_every_kernel_and_format_compiles_for_ampere_ada_hopper_and_blackwell(tmp_path):
     lines = compile_kernels(tmp_path, "all")
-    assert len(lines) == 4 * 54 + 2
+    assert len(lines) == 4 * 55 + 2
     assert not narrow_loads(lines)
     assert not too_large(lines)
     assert not spilled(lines)
+    columns = columns_at_once(lines)
+    for architecture in SHARED:
+        for kv in ("", " q8"):
+            assert columns[f"{architecture} decode{kv}"] == columns[f"{architecture} attend{kv}"]
+        for form in ("z4", "q4_1", "q4k", "n4", "n4k", "q8", "q6k", "q2k", "bf16"):
+            of_form = {
+                each for name, each in columns.items() if name.startswith(f"{architecture} matmul {form} ")
+            }
+            assert len(of_form - {"-"}) == 1, (architecture, form)
+
+
+def test_a_step_of_another_number_of_rows_needs_no_kernel_of_its_own(tmp_path):
+    """A compiler that runs while requests wait is a pause of seconds."""
+    new = json.loads(run_compiler(tmp_path, "dry_device.py"))["new"]
+    assert new["dense, decoded"]["_decode"] == new["dense, prompts"]["_attend"] == 1
+    assert new["other numbers of rows, and sampling"] == {"_sample": 1}
+
+
+@pytest.mark.slow
+def test_every_launch_of_models_compiles_with_what_the_runtime_makes_constants(tmp_path):
+    """A number that is 1 comes to a kernel as a constant: the interpreter passes it as any other."""
+    assert json.loads(run_compiler(tmp_path, "dry_device.py", "compile"))["faults"] == []

@@ -30,10 +30,18 @@ from bise.kernels.triton.paging import Placed, TritonPages
 _LOG2_E = 1.4426950408889634
 _TILE_ROWS = 64
 """Query rows x heads of one program of a prompt."""
+_CODED_TILE_ROWS = 32
+"""The same over 8-bit keys and values. From 64 on Hopper multiplies by another instruction, which takes 16
+neighbouring columns at once; that of a decoded row takes them as four bytes at a time lie in memory.
+"""
 _MIN_ROWS = 16
 _PROGRAMS = 512
 """Programs of a decode step, about: what keeps a large GPU busy."""
 _ARRIVALS = 1 << 16
+_PLACES = ("positions", "owners", "slots", "block_table", "q_start", "q_pos", "tile_sequence", "tile_row")
+"""What a step brings in one piece of memory: how its parts are aligned depends on the number of rows, and
+must not make kernels of their own.
+"""
 
 
 @triton.jit
@@ -170,7 +178,7 @@ def _decode_splits(
     line, valid, wide, kv_head, num_kv_heads, head_dim, at, lowest, window, score_scale, most_splits, lane,
     first_split, last_split,
     ROWS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
-    LANES: tl.constexpr, CODED: tl.constexpr, TO: tl.constexpr,
+    CODED: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Add the splits of one lane. Return all splits of the row joined in order, and whether that is so: a
     lane that has the row to itself joins its own, the one of several that arrives last joins what all have
@@ -179,11 +187,11 @@ def _decode_splits(
     column = tl.arange(0, WIDTH)
     position = tl.zeros((ROWS,), tl.int32) + at
     count = last_split - first_split + 1
-    lanes = tl.minimum(count, LANES)
+    lanes = tl.minimum(count, tl.num_programs(2))
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
-    for split in range(first_split + lane, last_split + 1, LANES):
+    for split in range(first_split + lane, last_split + 1, tl.num_programs(2)):
         top2, weight2, mixed2 = _add_split(
             left_q, right_q, k_pages, v_pages, k_scales, v_scales, table, split, lowest, kv_head,
             num_kv_heads, head_dim, position, at, window, score_scale, ROWS, HALF, WIDTH, SPLIT, PAGE, CODED,
@@ -212,16 +220,16 @@ def _decode_splits(
     return top, weight, mixed, is_last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PLACES, "table_width", "most_splits"])
 def _decode(
     q, k, v, cos, sin, positions, owners, slots, block_table, k_pages, v_pages, k_scales, v_scales, parts,
     part_tops, part_weights, arrived, out, q_stride, kv_stride, table_width, num_heads, num_kv_heads,
     head_dim, window, score_scale, most_splits,
     HEADS_PER_KV: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr, STORES: tl.constexpr, CODED: tl.constexpr,
-    TO: tl.constexpr,
+    SPLIT: tl.constexpr, PAGE: tl.constexpr, STORES: tl.constexpr, CODED: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, kv head, lane): every LANES-th split of a row's keys, all query heads of one kv head.
+    """Program (row, kv head, lane): of a row's splits one in as many as there are lanes, all query heads of
+    one kv head.
 
     Rotates the queries; the lane of the last split rotates and stores the row's key and value before it reads
     them (STORES; else they are there). A row at position -1 gives zeros and stores no key.
@@ -234,7 +242,7 @@ def _decode(
     first_split = lowest // SPLIT
     last_split = tl.maximum(at, 0) // SPLIT
     count = last_split - first_split + 1
-    lanes = tl.minimum(count, LANES)
+    lanes = tl.minimum(count, tl.num_programs(2))
     half = head_dim // 2
     r = tl.arange(0, ROWS)
     valid = r < HEADS_PER_KV
@@ -253,7 +261,7 @@ def _decode(
         left, right = _turned(q, q_at, cos, sin, at, half, inside, i[None, :])
         left_q, right_q = left.to(TO), right.to(TO)
         if STORES:
-            if (last_split - first_split) % LANES == lane:
+            if (last_split - first_split) % tl.num_programs(2) == lane:
                 kv_at = row * kv_stride + kv_head * head_dim
                 _store_kv(
                     k, v, kv_at, kv_at, cos, sin, at, tl.load(slots + row), kv_head, num_kv_heads, head_dim,
@@ -265,13 +273,13 @@ def _decode(
             left_q, right_q, k_pages, v_pages, k_scales, v_scales, table, parts, part_tops, part_weights,
             arrived + row * num_kv_heads + kv_head, line, valid, wide, kv_head, num_kv_heads, head_dim, at,
             lowest, window, score_scale, most_splits, lane, first_split, last_split, ROWS, HALF, WIDTH, SPLIT,
-            PAGE, LANES, CODED, TO,
+            PAGE, CODED, TO,
         )  # fmt: skip
         if is_last:
             tl.store(to, _mean(mixed, weight).to(out.dtype.element_ty), mask=wide)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_PLACES, "table_width"])
 def _attend(
     q, k_pages, v_pages, k_scales, v_scales, out, q_start, q_pos, block_table, tile_sequence, tile_row,
     table_width, num_heads, num_kv_heads, head_dim, window, score_scale,
@@ -314,7 +322,7 @@ def _attend(
     tl.store(to, _mean(mixed, weight).to(out.dtype.element_ty), mask=valid[:, None] & (column < head_dim))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLACES)
 def _rotate_store(
     q, k, v, cos, sin, positions, slots, q_out, k_pages, v_pages, k_scales, v_scales, q_stride, kv_stride,
     num_heads, num_kv_heads, head_dim,
@@ -403,7 +411,7 @@ class Attention:
         wanted = max(_PROGRAMS // (rows * num_kv_heads), 1)
         lanes = min(1 << wanted.bit_length() - 1, triton.next_power_of_2(most))
         assert rows * num_kv_heads <= _ARRIVALS
-        scratch = rows * num_heads * most if lanes > 1 else 1
+        scratch = rows * num_heads * most if lanes > 1 else 4  # of one alignment
         parts = torch.empty(scratch * head_dim, dtype=torch.float32, device=q.device)
         tops, weights = torch.empty((2, scratch), dtype=torch.float32, device=q.device)
         out = torch.empty((rows, num_heads * head_dim), dtype=self._dtype, device=q.device)
@@ -413,8 +421,8 @@ class Attention:
             parts, tops, weights, self._arrived, out, q.stride(0), k.stride(0), placed.table.shape[1],
             num_heads, num_kv_heads, head_dim, window or 1 << 30, head_dim**-0.5 * _LOG2_E, most,
             HEADS_PER_KV=share, ROWS=triton.next_power_of_2(max(share, _MIN_ROWS)), HALF=_half(head_dim),
-            WIDTH=max(triton.next_power_of_2(head_dim), 16), SPLIT=SPLIT_SIZE, PAGE=BLOCK_SIZE, LANES=lanes,
-            STORES=stores, CODED=pages.is_coded, TO=TYPES[self._dtype], **EXACT,
+            WIDTH=max(triton.next_power_of_2(head_dim), 16), SPLIT=SPLIT_SIZE, PAGE=BLOCK_SIZE, STORES=stores,
+            CODED=pages.is_coded, TO=TYPES[self._dtype], **EXACT,
         )  # fmt: skip
         return out
 
@@ -422,7 +430,8 @@ class Attention:
         num_kv_heads, head_dim = pages.k.shape[1:]
         num_heads = q.shape[1] // head_dim
         share = num_heads // num_kv_heads
-        rows = triton.next_power_of_2(max(share * max(_TILE_ROWS // share, 1), _MIN_ROWS))
+        most = _CODED_TILE_ROWS if pages.is_coded else _TILE_ROWS
+        rows = triton.next_power_of_2(max(share * max(most // share, 1), _MIN_ROWS))
         sequences, firsts = placed.tiles(rows // share)
         out = torch.empty(q.shape, dtype=self._dtype, device=q.device)
         _attend[(len(sequences), num_kv_heads)](

@@ -22,7 +22,7 @@ from bise.errors import ConfigError
 from bise.kernels import BLOCK_SIZE, AttentionMeta
 from bise.kernels.grouped import FLOATS, unpack_floats, unpack_panels
 from bise.kernels.torch import TorchOps
-from bise.kernels.triton import fused
+from bise.kernels.triton import compute_on, fused
 from bise.kernels.triton.attention import Attention
 from bise.kernels.triton.lazy import Product, Rows, dense
 from bise.kernels.triton.matmul import MOST_EXPERTS, Chosen, Matmul, Normed
@@ -60,6 +60,8 @@ class TritonOps(TorchOps):
         self._attention = Attention(dtype, self.device)
         self._step: dict[int, tuple[AttentionMeta, Placed]] = {}
         self._angles: dict[tuple[bytes, float], tuple[Tensor, Tensor]] = {}
+        self._outgrown: list[tuple[Tensor, Tensor]] = []
+        """Angles that longer ones took the place of: recorded steps look theirs up here."""
         self._stream: tuple[Tensor, Tensor] | None = None
         """The residual stream as it left the last kernel, and the sums of its squares."""
 
@@ -128,6 +130,7 @@ class TritonOps(TorchOps):
         highest so far: kernels look theirs up. A captured step brings its positions as a tensor; they must
         have been reached before.
         """
+        compute_on(self.device)
         self._step.clear()
         self._stream = None
         key = (inv_freq.tobytes(), factor)
@@ -137,6 +140,7 @@ class TritonOps(TorchOps):
             return known
         needed = int(positions.max()) + 1
         if known is None or len(known[0]) < needed:
+            self._outgrown += [] if known is None else [known]
             count = max(1 << (needed - 1).bit_length(), 256)
             cos, sin = super().rope(inv_freq, np.arange(count, dtype=np.int32), factor)
             known = self._angles[key] = (cos.float().view(count, -1), sin.float().view(count, -1))
@@ -262,6 +266,7 @@ class TritonOps(TorchOps):
         self, logits: Tensor, parameters: npt.NDArray[np.float64], mask: npt.NDArray[np.uint32] | None
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """See `triton.sampling.sample`."""
+        compute_on(self.device)
         return sample(logits, parameters, mask)
 
     def _operand(self, x: Tensor | Rows) -> Tensor | Normed:

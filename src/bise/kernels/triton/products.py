@@ -118,7 +118,7 @@ def _arrive(
     width = num_blocks * 64
     n = block * 64 + tl.arange(0, 64)[:, None]
     line = tl.where(valid, slot, 0).to(tl.int64)[None, :]
-    plane = num_slots.to(tl.int64) * width
+    plane = (tl.zeros((), tl.int64) + num_slots) * width  # one slot is a constant, which has no `to`
     at = parts + line * width + n
     split = tl.program_id(2)
     tl.store(at + split * plane, total, mask=valid[None, :])
@@ -233,7 +233,7 @@ def _places(
     return at, at_scale, at_minimum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "to_codes2", "to_scale2", "to_minimum2"])
 def matmul(
     x, squares, norm_weight, codes, scale, minimum, to_codes2: tl.int64, to_scale2: tl.int64,
     to_minimum2: tl.int64, level_table, out, parts, arrived, residual, squares_out, slots, experts, shares,
@@ -249,7 +249,8 @@ def matmul(
     `After`.
 
     TWO: 1 for the same block of a second matrix, which lies `to_codes2` x 16 elements behind the first one,
-    2 for the next block of the same one: 128 outputs then. EVEN: the columns fill their tiles.
+    2 for the next block of the same one: 128 outputs then. EVEN: the columns fill their tiles. Numbers that
+    change from step to step, or with where memory lies, make no kernels of their own.
     """
     turn, part = _turn(tl.num_programs(0), tl.num_programs(1), ROWS >= 64 and not APART)
     block = turn * 2 if TWO == 2 else turn

@@ -247,7 +247,7 @@ def _choose(
     return token, tl.where((away < _MARGIN * total) | (token >= vocab), 1, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "status"])
 def _sample(
     logits, stride, mask, mask_stride, parameters, weights, tokens, status, vocab,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,

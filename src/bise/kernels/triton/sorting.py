@@ -15,9 +15,11 @@ from bise.kernels.triton.matmul import Chosen
 
 _FEW_SLOTS = 16
 """Slots for each expert, on average, up to which a program computes 16 slots at most."""
+_BLOCK = 1024
+"""Slots that a program looks at together."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _sort(
     chosen,
     slots,
@@ -60,9 +62,8 @@ def sorted_slots(chosen: Tensor, num_experts: int, most: int = 64) -> Chosen:
     programs = min(num_slots, -(-num_slots // rows) + num_experts)
     slots = torch.full((programs * rows,), -1, dtype=torch.int32, device=chosen.device)
     experts = torch.zeros(programs, dtype=torch.int32, device=chosen.device)
-    block = min(triton.next_power_of_2(num_slots), 1024)
     _sort[(num_experts,)](
         chosen, slots, experts, num_slots, num_experts, ROWS=rows,
-        EXPERTS=triton.next_power_of_2(num_experts), BLOCK=block, **EXACT,
+        EXPERTS=triton.next_power_of_2(num_experts), BLOCK=_BLOCK, **EXACT,
     )  # fmt: skip
     return Chosen(experts, slots, rows)
