@@ -239,6 +239,7 @@ def test_a_job_of_openais_client_trains_and_its_model_answers_to_its_owner_alone
     assert not list((tmp_path / "home" / "tuning").iterdir())
 
 
+@pytest.mark.timeout(300)  # trainers have the lowest priority: beside other work they take what is left
 def test_a_job_goes_on_after_a_restart_pauses_resumes_and_is_cancelled(server, tmp_path):
     here = server()
     ann = here.client()
