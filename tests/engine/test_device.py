@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bise.engine.device import free_bytes
+from bise.engine.device import HEADROOM, free_bytes
 from bise.engine.fleet import Fleet
 from bise.engine.load import load_model
 from bise.engine.model_spec import ModelSpec
@@ -90,6 +90,15 @@ def test_weights_that_do_not_fit_the_device_are_refused_before_they_are_read(mon
     with pytest.raises(MemoryPlanError, match=r"on cpu, where 0\.0 GiB are free"):
         load_model(resolve(None), placement=ON_TORCH)
     assert free_bytes(ON_TORCH) != 1 << 20
+
+
+def test_what_is_free_counts_what_pytorch_keeps_of_models_that_are_gone(monkeypatch):
+    kept = {"bytes": 6 << 30}
+    monkeypatch.setattr("bise.engine.device.require_device", lambda placement: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.update(bytes=0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((8 << 30) - kept["bytes"], 8 << 30))
+    assert free_bytes(Placement("cuda")) == (8 << 30) - HEADROOM
+    assert free_bytes(Placement("cuda", memory=1 << 30)) == 1 << 30
 
 
 def test_a_fleet_plans_and_serves_a_model_on_a_device():

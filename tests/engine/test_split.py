@@ -66,7 +66,8 @@ def test_mixtral_in_four_bits_leaves_experts_in_ram_on_a_24_gib_card():
     assert need.device <= 24 * GIB - (512 << 20) < need.device + expert
     assert max(found.choice.split.experts) - min(found.choice.split.experts) <= 1
     partial = sum(number < 8 for number in found.choice.split.experts)
-    assert need.host_weights == partial * 8 * expert
+    # 28 MiB of codes and 3.5 of scales in each matrix: PyTorch rounds up memory that a device copies from.
+    assert need.host_weights == partial * 8 * 3 * (32 << 20) + partial * 8 * 3 * (4 << 20)
     shared = 32 * layer + 32000 * 4096 * 8.5 / 8 + need.kv
     misses = 2 * (1 - on_device / 256) * 32 * expert
     seconds = (shared + 64 * expert) / 1000e9 + misses / 25e9
@@ -186,7 +187,7 @@ def test_the_planned_bytes_are_those_of_the_tensors():
     from bise.kernels.cpu import packed_size
     from bise.kernels.experts import tensors_of
     from bise.kernels.grouped import unpack_floats, unpack_panels
-    from bise.kernels.panels import PANEL_FORMATS, device_bytes
+    from bise.kernels.panels import PANEL_FORMATS, device_parts
     from bise.kernels.triton.tiles import tile
 
     for packed_format in (*PANEL_FORMATS, "f32", "bf16"):
@@ -195,6 +196,6 @@ def test_the_planned_bytes_are_those_of_the_tensors():
             unpack = unpack_panels if packed_format in PANEL_FORMATS else unpack_floats
             plain = unpack(packed_format, *shape, memory)
             for form, is_tiled in ((plain, False), (tile(plain), True)):
-                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of([form]))
+                sizes = tuple(tensor.numel() * tensor.element_size() for tensor in tensors_of([form]))
                 width = 4 if packed_format == "f32" else 2
-                assert size == device_bytes(packed_format, *shape, float_bytes=width, is_tiled=is_tiled)
+                assert sizes == device_parts(packed_format, *shape, float_bytes=width, is_tiled=is_tiled)

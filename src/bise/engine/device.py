@@ -133,6 +133,7 @@ def free_bytes(placement: Placement) -> int | None:
     if placement.is_cuda:
         import torch
 
+        torch.cuda.empty_cache()  # what models that are gone have left with PyTorch
         free: int | None = max(torch.cuda.mem_get_info(torch.device(placement.device))[0] - HEADROOM, 0)
     else:
         free = available_memory()

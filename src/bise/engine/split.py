@@ -17,7 +17,7 @@ from bise.engine.placement import Placement
 from bise.errors import ConfigError, MemoryPlanError
 from bise.kernels import SPLIT_SIZE
 from bise.kernels.cpu import packed_size
-from bise.kernels.panels import FLOAT_FORMATS, PANEL_FORMATS, device_bytes
+from bise.kernels.panels import FLOAT_FORMATS, PANEL_FORMATS, device_parts
 from bise.model.source import ModelSource
 
 OFFLOAD_CONTEXT = 4096
@@ -102,9 +102,11 @@ class _Bytes:
 
     device: int = 0
     host: int = 0
+    held: int = 0
+    """In RAM in the device's form."""
 
     def __add__(self, other: _Bytes) -> _Bytes:
-        return _Bytes(self.device + other.device, self.host + other.host)
+        return _Bytes(self.device + other.device, self.host + other.host, self.held + other.held)
 
 
 class Sizes:
@@ -140,9 +142,10 @@ class Sizes:
             width = 4 if self._placement.is_tiled else self._float_bytes
             return _Bytes(width * shape[0], 4 * shape[0])
         packed_format = self.formats[name]
-        own = device_bytes(
+        parts = device_parts(
             packed_format, *shape, float_bytes=self._float_bytes, is_tiled=self._placement.is_tiled
         )
+        own = sum(parts)
         layout = PANEL_FORMATS.get(packed_format)
         # Panels, codes in their new order, tiles; where codes are put together from planes, their parts too.
         copies = 8 if layout is not None and layout.stored_bits == 8 and layout.low_bits < 8 else 4
@@ -150,7 +153,9 @@ class Sizes:
         if packed_format not in FLOAT_FORMATS:
             self._most_unpacked = max(self._most_unpacked, shape[0] * shape[1])
         host = -(-packed_size(packed_format, *shape) // _ALIGNMENT) * _ALIGNMENT
-        return _Bytes(own, host)
+        # PyTorch rounds memory that a CUDA device fetches itself up to powers of two.
+        held = sum(1 << (part - 1).bit_length() for part in parts) if self._placement.is_cuda else own
+        return _Bytes(own, host, held)
 
     @property
     def _float_bytes(self) -> int:
@@ -181,7 +186,7 @@ class Sizes:
                 continue
             device += self.layers[layer].device + here * expert.device
             if split.mode == "copy" and here < total:
-                ram += total * expert.device
+                ram += total * expert.held
             else:
                 ram += (total - here) * expert.host
         kv = [self.layer_kv(layer, context, sequences) for layer in range(count)]

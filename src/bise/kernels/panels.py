@@ -91,7 +91,15 @@ FLOAT_FORMATS = ("f32", "f16", "bf16")
 def device_bytes(
     packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int, is_tiled: bool
 ) -> int:
-    """Return the bytes that a packed matrix takes on a device, as whole tiles if it `is_tiled`.
+    """Return the bytes that a packed matrix takes on a device; see `device_parts`."""
+    return sum(device_parts(packed_format, num_rows, num_columns, float_bytes=float_bytes, is_tiled=is_tiled))
+
+
+def device_parts(
+    packed_format: str, num_rows: int, num_columns: int, *, float_bytes: int, is_tiled: bool
+) -> tuple[int, ...]:
+    """Return the bytes of each array of a packed matrix on a device, as whole tiles if it `is_tiled`: codes,
+    then scales and minimums where it has them apart.
 
     Floats take `float_bytes` each; in tiles those of f32 stay as they are.
     """
@@ -101,11 +109,14 @@ def device_bytes(
         num_rows, columns = _rounded(num_rows, TILE_ROWS), _rounded(num_columns, tile_columns(layout))
     if layout is None:
         width = 4 if packed_format == "f32" and is_tiled else float_bytes
-        return num_rows * (columns if is_tiled else num_columns) * width
-    scales = columns // layout.group * (4 if layout.sub else 2) * (2 if layout.has_min else 1)
+        return (num_rows * (columns if is_tiled else num_columns) * width,)
+    codes = num_rows * columns * layout.stored_bits // 8
+    scale = num_rows * (columns // layout.group) * (4 if layout.sub else 2)
     if layout.nested:
-        scales = 4 * WORDS * -(-columns // SUPER_COLUMNS)
-    return num_rows * (columns * layout.stored_bits // 8 + scales)
+        return codes, num_rows * 4 * WORDS * -(-columns // SUPER_COLUMNS)
+    if not layout.has_min:
+        return codes, scale
+    return (codes, 2 * scale) if is_tiled and layout.stored_bits == 4 else (codes, scale, scale)
 
 
 def tile_columns(layout: PanelFormat | None) -> int:
