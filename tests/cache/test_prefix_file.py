@@ -6,6 +6,7 @@ import stat
 import numpy as np
 import pytest
 
+from bise.cache import prefix_file
 from bise.cache.pages import KVCache
 from bise.cache.pool import BlockPool
 from bise.cache.prefix import PrefixCache, salt_of
@@ -89,6 +90,18 @@ def saved(tmp_path):
     machine.remember(TWO)
     assert machine.save(tmp_path) == sum(pool.num_cached for pool in machine.pools) > 10
     return tmp_path
+
+
+def test_saving_takes_a_time_linear_in_the_text(tmp_path, monkeypatch):
+    visited = []
+    lineage = prefix_file._lineage
+    monkeypatch.setattr(
+        prefix_file, "_lineage", lambda *rest: (visited.extend(lineage(*rest)), lineage(*rest))[1]
+    )
+    machine = Machine(windows=(None,), num_blocks=200)
+    machine.remember(list(range(200 * BLOCK_SIZE)))
+    assert machine.save(tmp_path, max_bytes=1 << 24) == 200
+    assert len(visited) == 2 * 200  # once to choose it, once to write it
 
 
 def test_what_was_saved_is_found_again_byte_for_byte(saved):

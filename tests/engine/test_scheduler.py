@@ -155,6 +155,18 @@ def test_a_prefill_of_the_first_in_order_leaves_room_for_every_decode_behind_it(
     assert step.num_tokens == 4
 
 
+def test_who_waits_for_a_place_is_looked_for_once_a_step_and_looked_up_once(monkeypatch):
+    simulation = Simulation(num_blocks=(64,), max_sequences=4)
+    looks, walks = [], []
+    head, match = simulation.scheduler.waiting.head, simulation.scheduler._book.match
+    monkeypatch.setattr(simulation.scheduler.waiting, "head", lambda: (looks.append(1), head())[1])
+    monkeypatch.setattr(simulation.scheduler._book, "match", lambda one: (walks.append(one), match(one))[1])
+    everyone = [simulation.submit(8, 20) for _ in range(8)]
+    simulation.run()
+    assert walks == everyone  # once each, as a place is there
+    assert len(looks) <= simulation.num_steps + 1 + len(everyone)
+
+
 def test_waiting_sequences_start_by_priority_then_arrival():
     simulation = Simulation(max_sequences=1, max_step_tokens=64)
     for priority in (2, 1, 2, 0, 1):

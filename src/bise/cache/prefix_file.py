@@ -18,7 +18,7 @@ import os
 import struct
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -133,7 +133,7 @@ class PrefixFile:
         chosen: list[_Stored] = []
         written: set[int] = set()
         for stored in found:
-            lineage = [node for node in _lineage(stored.node) if id(node) not in written]
+            lineage = _lineage(stored.node, written)
             left -= pages.block_bytes(stored.group) + _BLOCK.size
             left -= len(lineage) * (_RECORD.size + _TOKEN_BYTES + 2 * SALT_BYTES)
             if left < 0:
@@ -156,9 +156,7 @@ class PrefixFile:
             blocks.setdefault(id(stored.node), []).append(stored)
         indices: dict[int, int] = {}
         for stored in chosen:
-            for node in reversed(_lineage(stored.node)):
-                if id(node) in indices:
-                    continue
+            for node in reversed(_lineage(stored.node, indices)):
                 indices[id(node)] = len(indices)
                 parent = node.parent
                 assert parent is not None
@@ -255,10 +253,10 @@ class _Reader:
             raise _Broken("a checksum does not match")
 
 
-def _lineage(node: Node) -> list[Node]:
-    """Return a node and those before it, without the root."""
+def _lineage(node: Node, known: Container[int]) -> list[Node]:
+    """Return a node and those before it up to the root or to one whose id is known, that one left out."""
     found: list[Node] = []
-    while node.parent is not None:
+    while node.parent is not None and id(node) not in known:
         found.append(node)
         node = node.parent
     return found

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from bise.cache.pool import BlockPool
@@ -89,6 +90,9 @@ class _Round:
     """Sequences of the tenant, the one with the fewest, for which this step brings a first token."""
     spare: float = 0.0
     """What tenants with more sequences may still cost beside it, in prompt tokens."""
+    head: Sequence | None = None
+    """The first in the queue while `num_waiting` wait: whoever comes in or gives way changes their number."""
+    num_waiting: int = -1
 
 
 class Scheduler:
@@ -179,7 +183,7 @@ class Scheduler:
         self._held_back = False
         while True:
             sequence = plan.order[plan.index] if plan.index < len(plan.order) else None
-            head = self.waiting.head() if plan.is_open and plan.budget > plan.num_decoding else None
+            head = self._first_waiting(plan) if plan.is_open and plan.budget > plan.num_decoding else None
             if head is not None and (sequence is None or turn(head) < turn(sequence)):
                 plan.is_open = self._admit(head, plan)
             elif sequence is not None:
@@ -251,6 +255,12 @@ class Scheduler:
         sequence.status = Status.WAITING
         self.waiting.push(sequence)
 
+    def _first_waiting(self, plan: _Round) -> Sequence | None:
+        """Return the first in the queue; looked for among all tenants when somebody left or joined it."""
+        if plan.num_waiting != len(self.waiting):
+            plan.num_waiting, plan.head = len(self.waiting), self.waiting.head()
+        return plan.head
+
     def _serve(self, sequence: Sequence, plan: _Round) -> None:
         """Give a running sequence its share of the step."""
         plan.index += 1
@@ -312,14 +322,18 @@ class Scheduler:
         """Let the first in the queue run, next in the order of this step, if there is a place; returns
         whether more may follow.
         """
-        match = self._book.match(head)
+        match: Match | None = None
         leaving: list[Sequence] = []
-        for victim in self._yielding(head, plan):
-            if self._has_place(head, match, leaving):
-                break
+        for victim in chain(self._yielding(head, plan), (None,)):
+            if len(self.running) - len(leaving) < self._max_sequences:
+                # A walk over all of its tokens: not while it finds no place anyhow.
+                match = self._book.match(head) if match is None else match
+                if self._book.has_room(head, match, self.running, leaving):
+                    break
+            if victim is None:
+                return False
             leaving.append(victim)
-        if not self._has_place(head, match, leaving):
-            return False
+        assert match is not None
         for victim in leaving:
             self._preempt(victim, plan)
         self.waiting.pop(head)
@@ -330,10 +344,6 @@ class Scheduler:
         plan.num_decoding += head.num_pending == 1
         # Whoever gave way now waits: nobody else comes in before the others had their turn.
         return not leaving
-
-    def _has_place(self, head: Sequence, match: Match, leaving: list[Sequence]) -> bool:
-        num_left = len(self.running) - len(leaving)
-        return num_left < self._max_sequences and self._book.has_room(head, match, self.running, leaving)
 
     def _yielding(self, head: Sequence, plan: _Round) -> Iterator[Sequence]:
         """Yield the running sequences that give way to a waiting one, from the end of the order: those of a
