@@ -1,5 +1,6 @@
 """What cannot be kept is refused with its place; what is hostile is refused or stays within its budget."""
 
+import contextlib
 import gc
 import json
 import re
@@ -236,11 +237,47 @@ def test_depth_beyond_the_limit_is_refused(vocabulary):
         ("start: start", "allows no output"),
         ('start: "a"~9999999', "at least"),
         ("start: /(?<=a)b/", "look-around"),
+        ('start: "a"..b\nb: "c"', "line 1: a range needs"),
+        ('start: "a".."\\q"', "line 1: .* escape"),
+        ("start: A0\n" + "".join(f"A{n}: A{n + 1}\n" for n in range(50)) + 'A50: "x"', "A0 leads to A4"),
+        (
+            f"start: {' '.join(f'A{n}' for n in range(39, -1, -1))}\n"
+            + "".join(f'A{n}: {"(" * 35}A{n + 1} "y"{")?" * 35}\n' for n in range(39))
+            + 'A39: "x"',
+            "nested too deeply",
+        ),
     ],
 )
 def test_bad_grammars_are_refused_with_their_line_or_reason(vocabulary, source, what):
     with pytest.raises(RequestError, match=what):
         compile_grammar(GrammarSpec.lark(source), vocabulary)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "start: [a-z" + "-" * 100_000,
+        "start: " + "[-" * 50_000,
+        "start: r0\n" + "".join(f"r{n}: r{n + 1}\n" for n in range(8000)) + 'r8000: | "x"',
+    ],
+)
+def test_hostile_grammars_are_read_within_a_second(vocabulary, source):
+    start = time.process_time()
+    with contextlib.suppress(RequestError):
+        compile_grammar(GrammarSpec.lark(source), vocabulary)
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GrammarSpec.lark("start: r0\n" + "".join(f"r{n}: r{n + 1}\n" for n in range(6000)) + 'r6000: "[]"'),
+        GrammarSpec.json_schema({"type": "array", "prefixItems": [{"type": "null"}] * 4000}),
+    ],
+)
+def test_rules_thousands_deep_do_not_end_the_process(outputs, spec):
+    made = outputs(spec)
+    assert made.one(made.shortest) == "[]"
 
 
 def test_the_cache_stays_within_its_size_and_drops_the_least_recently_used(vocabulary):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 from enum import Enum
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -37,8 +38,18 @@ MAX_GROWN = 32
 """Grammars, the ones used last, that keep what outputs added to them."""
 MAX_STATES = 20_000
 """States of the mask engine's automaton per grammar, about 10 MiB."""
+SHALLOW = 500
+"""Rules whose compilation any thread's stack holds: the mask engine compiles a rule inside of the one that
+first names it, 3 KiB deeper each time, and dies with the process where that is too deep.
+"""
+DEEP_STACK = 128 << 20
+"""What the compilation of more rules gets; `MAX_STEPS` allows no 40,000."""
 MAX_TEXT = 2 << 20
 """Characters of a grammar in the mask engine's language at most."""
+
+
+_STACK_SIZE = threading.Lock()
+"""Held by whoever starts a thread with another stack; the size is one for the whole process."""
 
 
 class Lead(Enum):
@@ -137,7 +148,10 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, lead: Lead = Lead
     """Return the compiled grammar of `spec`; see `GrammarCache.get`."""
     budget = Budget(spec.field)
     builder = Builder(budget)
-    symbols = (_root(spec, builder, vocabulary),)
+    try:
+        symbols = (_root(spec, builder, vocabulary),)
+    except RecursionError:  # patterns in terminals in terminals; each kind of source bounds its own depth
+        raise RequestError(f"{spec.field} is nested too deeply", field=spec.field) from None
     if lead is Lead.SPACE:
         symbols = (builder.text(" "), *symbols)
     builder.grammar.start = builder.rule(symbols)
@@ -213,6 +227,26 @@ def _check_shortest(table: Table, field: str) -> None:
 
 
 def _matcher(text: str, vocabulary: Vocabulary) -> LLMatcher:
+    if text.count("\n") <= SHALLOW:
+        return _compiled(text, vocabulary)
+    made: Future[LLMatcher] = Future()
+
+    def compile_deep() -> None:
+        try:
+            made.set_result(_compiled(text, vocabulary))
+        except BaseException as error:
+            made.set_exception(error)
+
+    with _STACK_SIZE:
+        before = threading.stack_size(DEEP_STACK)
+        try:
+            threading.Thread(target=compile_deep, name="bise-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return made.result()
+
+
+def _compiled(text: str, vocabulary: Vocabulary) -> LLMatcher:
     import llguidance
 
     limits = llguidance.LLParserLimits(

@@ -21,7 +21,7 @@ from bise.grammar.symbols import Builder, Symbol
 _TOKEN = re.compile(
     r"(?P<space>[ \t\r]+|(?:\#|//)[^\n]*)|(?P<line>\n)|(?P<string>\"(?:[^\"\\\n]|\\.)*\")(?P<fold>i?)"
     r"|(?P<regex>/(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/)(?P<flags>[a-z]*)"
-    r"|(?P<class>\[\^?(?:[^\]\\\n\"]|\\.)*-(?:[^\]\\\n\"]|\\.)*\])|(?P<dots>\.\.)"
+    r"|(?P<class>\[\^?(?:[^\]\\\n\"-]|\\.){0,200}-(?:[^\]\\\n\"]|\\.){0,200}\])|(?P<dots>\.\.)"
     r"|(?P<count>\{\d{1,7}(?:,(?:\d{1,7})?)?\})|(?P<number>\d{1,7})|(?P<directive>%[a-z]+)"
     r"|(?P<name>[a-zA-Z_][a-zA-Z0-9_-]*)|(?P<define>::=|:)|(?P<sign>[|()\[\]?*+~])"
 )
@@ -75,6 +75,8 @@ class _Reader:
         self._rules: dict[str, int] = {}
         self._terminals: dict[str, Regex] = {}
         self._symbols: dict[str, Symbol] = {}
+        self._unmade: list[tuple[int, str]] = []
+        """Rules that are used and hold nothing yet, so that no call is as deep as rules lead to rules."""
         while self._at < len(self._tokens):
             self._definition()
 
@@ -83,6 +85,8 @@ class _Reader:
         if name not in self._definitions:
             raise RequestError(f"{self._field} has no rule named start", field=self._field)
         first = self._symbol(_Name(name, 0))
+        while self._unmade:
+            self._make(*self._unmade.pop())
         gap = self._gap()
         return first if gap is None else self._builder.rule((gap, first))
 
@@ -182,7 +186,7 @@ class _Reader:
             self._refuse(token.line, f"{token.text} is not closed")
         return inner if token.text == "(" else _Node("repeat", (inner,), 0, 1)
 
-    def _string(self, token: _Token) -> _Part:
+    def _unquoted(self, token: _Token) -> str:
         try:
             value = json.loads(token.text)
         except ValueError:
@@ -190,10 +194,15 @@ class _Reader:
         assert isinstance(value, str)
         if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
             self._refuse(token.line, "a string holds half of a surrogate pair")
+        return value
+
+    def _string(self, token: _Token) -> _Part:
+        value = self._unquoted(token)
         if self._peek().kind == "dots":
             self._take()
-            last = json.loads(self._take().text or '""')
-            if not (isinstance(last, str) and len(value) == len(last) == 1 and value <= last):
+            following = self._take()
+            last = self._unquoted(following) if following.kind == "string" else ""
+            if not (len(value) == len(last) == 1 and value <= last):
                 self._refuse(token.line, "a range needs two single characters in order")
             return Chars(ranges([(ord(value), ord(last))]))
         if "i" not in token.flags:
@@ -256,11 +265,14 @@ class _Reader:
             self._symbols[use.name] = symbol
             return symbol
         rule = self._symbols[use.name] = self._builder.rule()
-        part = self._definitions[use.name]
+        self._unmade.append((rule, use.name))
+        return rule
+
+    def _make(self, rule: int, name: str) -> None:
+        part = self._definitions[name]
         options = part.parts if isinstance(part, _Node) and part.kind == "alt" else (part,)
         for option in options:
             self._builder.define(rule, self._sequence_of(option))
-        return rule
 
     def _sequence_of(self, part: _Part) -> tuple[Symbol, ...]:
         if isinstance(part, _Node) and part.kind == "seq":
@@ -297,8 +309,10 @@ class _Reader:
         return self._rules[""]
 
     def _terminal(self, use: _Name, way: tuple[str, ...]) -> Regex:
-        if use.name in way or len(way) > _MAX_DEPTH:
+        if use.name in way:
             self._refuse(use.line, f"the terminal {use.name} contains itself; only rules may")
+        if len(way) > _MAX_DEPTH:
+            self._refuse(use.line, f"{way[0]} leads to {use.name} through more than {_MAX_DEPTH} terminals")
         if use.name not in self._definitions:
             self._refuse(use.line, f"{use.name} is not defined")
         found = self._terminals.get(use.name)

@@ -49,7 +49,7 @@ class Table:
         """First place of the alternative that costs least."""
         self._spread_costs(budget)
         self._prune()
-        self.nullable = self._nullable()
+        self.nullable = self._nullable(budget)
         self.rests = self._rest_costs()
 
     def _symbol_cost(self, symbol: Symbol) -> int:
@@ -59,10 +59,7 @@ class Table:
 
     def _spread_costs(self, budget: Budget) -> None:
         """Lower the costs until nothing changes; each round that changes a rule looks at its users again."""
-        users: list[set[int]] = [set() for _ in self.costs]
-        for place, symbol in enumerate(self.symbols):
-            if isinstance(symbol, int):
-                users[symbol].add(self.owners[place])
+        users = self._users()
         left = list(range(len(self.costs) - 1, -1, -1))
         queued = set(left)
         while left:
@@ -101,16 +98,26 @@ class Table:
                 place += 1
         return found
 
-    def _nullable(self) -> list[bool]:
-        """Return which rules derive the empty text."""
+    def _nullable(self, budget: Budget) -> list[bool]:
+        """Return which rules derive the empty text; each one found looks at its users again."""
         nullable = [False] * len(self.costs)
-        changed = True
-        while changed:
-            changed = False
-            for number, begins in enumerate(self.begins):
-                if not nullable[number] and any(self._vanishes(begin, nullable) for begin in begins):
-                    nullable[number] = changed = True
+        users = self._users()
+        left = list(range(len(self.costs)))
+        while left:
+            number = left.pop()
+            budget.spend(1)
+            if not nullable[number] and any(self._vanishes(begin, nullable) for begin in self.begins[number]):
+                nullable[number] = True
+                left += users[number]
         return nullable
+
+    def _users(self) -> list[set[int]]:
+        """Return, per rule, the rules that name it."""
+        users: list[set[int]] = [set() for _ in self.costs]
+        for place, symbol in enumerate(self.symbols):
+            if isinstance(symbol, int):
+                users[symbol].add(self.owners[place])
+        return users
 
     def _vanishes(self, place: int, nullable: Sequence[bool]) -> bool:
         while (symbol := self.symbols[place]) is not None:
