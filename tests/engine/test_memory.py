@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -9,8 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from bise.engine.memory import checked_kv_format, loading_bytes, memory_need, planned_context, require_weights
+from bise.engine.memory import (
+    FEW_ROW_BYTES,
+    TILE_ROW_BYTES,
+    checked_kv_format,
+    loading_bytes,
+    memory_need,
+    planned_context,
+    require_weights,
+)
 from bise.errors import ConfigError, MemoryPlanError
+from bise.kernels import BLOCK_SIZE
 from bise.model.checkpoint import open_model
 from bise.model.pack import SLICE_BYTES, plan_packing
 from bise.plan import known_shape
@@ -129,3 +140,17 @@ def test_loading_exceeds_the_weights_by_the_slices_of_the_last_one_less_what_is_
 
 def test_shapes_in_their_own_order_are_packed_as_a_model_is():
     assert [slot.name for slot in plan_packing(known_shape("s06"), "q8").slots][-1] == "output"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("formats.h", "kTileRowBytes", TILE_ROW_BYTES),
+        ("context.cpp", "kFewBytes", FEW_ROW_BYTES),
+        ("ops.h", "kKvBlock", BLOCK_SIZE),
+    ],
+)
+def test_sizes_of_the_native_code_are_known_as_they_are(file, name, value):
+    text = (Path(__file__).parents[2] / "native" / file).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^constexpr \w+ {name} = ([0-9 *]+);", text, re.MULTILINE)
+    assert math.prod(int(factor) for factor in found.split("*")) == value

@@ -34,7 +34,7 @@ TOKENIZER_FACTOR = 16
 
 HUGE_PAGE = 2 << 20
 FLOAT_FORMATS = ("f32", "f16", "bf16")
-TILE_ROW_BYTES = 48
+TILE_ROW_BYTES = 52
 """Bytes of one quantised activation row per 32 columns (native/formats.h)."""
 FEW_ROW_BYTES = 384 * 1024
 """Quantised rows up to this size keep gate and up of the feed-forward part as floats (native/context.cpp)."""
