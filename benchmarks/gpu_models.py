@@ -197,7 +197,10 @@ class Runs:
 
     def decode(self, positions: int, rows: int) -> Any:
         """Compute one decode step and its logits; replayed where steps are recorded."""
-        batch = self.batch(positions, 1, rows)
+        return self.step(self.batch(positions, 1, rows))
+
+    def step(self, batch: Batch) -> Any:
+        """Compute a step and its logits; replayed where it is recorded."""
         model = self.graphed or self.model
         return model.logits(model.forward(batch, self.cache))
 

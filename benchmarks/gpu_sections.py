@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from gpu_models import MISTRAL, MIXTRAL, TOY, TOY_EXPERTS, Runs, random_matrix, with_window, write_model
 from gpu_peers import llama_cpp, peers, peers_of_kernels
-from gpu_timing import Record, gb_per_s, graph_seconds, kv_of, ops_of, seconds_of
+from gpu_timing import Record, gb_per_s, graph_seconds, kernel_seconds, kv_of, ops_of, seconds_of, spans
 
 from bise.engine.memory import STEP_TOKENS
+from bise.kernels.triton.lazy import Rows
 from bise.kernels.triton.matmul import Normed
 from bise.kernels.triton.ops import TritonOps
 
@@ -42,7 +43,8 @@ def bandwidth(scale: Any, found: Record, _: Any) -> Record:
 def kernels(scale: Any, found: Record, _: Any) -> Record:
     """Products of one row at the four shapes of a Mistral layer, as a layer launches them; peers beside them.
 
-    Copies of a matrix that are together larger than the cache are gone through in turn.
+    Copies of a matrix that are together larger than the cache are gone through in turn. `us` has the time to
+    the next kernel in it, `kernel_us` has not.
     """
     ops = ops_of(scale)
     e, f, q = scale.pick((4096, 14336, 6144), (64, 128, 128))
@@ -60,22 +62,26 @@ def kernels(scale: Any, found: Record, _: Any) -> Record:
                 x = torch.randn(count, k, device=ops.device)
                 stream = torch.randn(count, n, device=ops.device)
                 squares = (x.view(count, -1, 64) ** 2).sum(-1)
-                normed = Normed(x, squares, torch.ones(k, device=ops.device), 1e-5)
+                # Few rows are normed by the product itself, more of them before.
+                normed = ops._operand(
+                    Rows(Normed(x, squares, torch.ones(k, device=ops.device), 1e-5), ops.dtype)
+                )
                 plain = x.to(ops.dtype)
 
                 run = partial(layer_products, name, ops, matrices, ups, normed, plain, stream)
-                seconds = graph_seconds(run, scale, copies)
-                gb = size / seconds / 1e9
+                seconds, own = graph_seconds(run, scale, copies), kernel_seconds(run, scale)
+                gb, alone = size / seconds / 1e9, own and size / own / 1e9
                 lines.append(
                     {"form": form, "shape": name, "rows": count, "bytes": size,
                      "operations": 2 * n * k * count * (2 if name == "gate_up" else 1), "us": seconds * 1e6,
-                     "gb_per_s": gb, "share": gb / gb_per_s(found)}
+                     "gb_per_s": gb, "share": gb / gb_per_s(found),
+                     "kernel_us": own and own * 1e6, "kernel_share": alone and alone / gb_per_s(found)}
                 )  # fmt: skip
     return {"lines": lines, "target_share": 0.85, "peers": peers_of_kernels(scale, found, shapes)}
 
 
 def layer_products(
-    name: str, ops: TritonOps, matrices: list[Any], ups: list[Any], normed: Normed, plain: Any, stream: Any
+    name: str, ops: TritonOps, matrices: list[Any], ups: list[Any], normed: Any, plain: Any, stream: Any
 ) -> None:
     """Multiply as a layer does: with the norm before, with the gate or the residual sum behind."""
     for index, matrix in enumerate(matrices):
@@ -89,8 +95,9 @@ def layer_products(
 
 def decode_line(scale: Any, found: Record, runs: Runs, position: int, rows: int) -> Record:
     """Return one line: a step of `rows` sequences at a position."""
+    batch = runs.batch(position, 1, rows)
     with torch.no_grad():
-        seconds = seconds_of(lambda: runs.decode(position, rows), scale)
+        seconds = seconds_of(lambda: runs.step(batch), scale)
     read = runs.weight_bytes + rows * runs.kv_bytes(position)
     if runs.config.num_experts and rows > 1:
         read = 0  # which experts a batch wants is chance: no floor is given
@@ -196,15 +203,6 @@ def sampling(scale: Any, found: Record, _: Any) -> Record:
             seconds = seconds_of(lambda p=parameters, x=logits: sample(x, p, None), scale)
             lines[f"{name} {rows}"] = seconds * 1e6
     return {"us": lines}
-
-
-def spans(profiler: Any, on_device: bool) -> list[tuple[str, float, float]]:
-    """Return (name, start, end) in us of what ran on the device (of torch's own operations, without one)."""
-    found: list[tuple[str, float, float]] = []
-    for event in profiler.events():
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_device:
-            found.append((event.name, event.time_range.start, event.time_range.end))
-    return sorted(found, key=lambda span: span[1])
 
 
 def profile(scale: Any, found: Record, _: Any) -> Record:

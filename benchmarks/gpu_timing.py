@@ -34,15 +34,46 @@ def seconds_of(run: Callable[[], object], scale: Any, *, repeats: int = 30) -> f
 
 
 def graph_seconds(run: Callable[[], object], scale: Any, launches: int) -> float:
-    """Return the seconds of one of `launches` calls that `run` makes, recorded and replayed as one."""
+    """Return the seconds of one of `launches` calls that `run` makes, recorded and replayed as one; with the
+    time between two kernels.
+    """
     if scale.device != "cuda":
         return seconds_of(run, scale) / launches
     run()
     torch.cuda.synchronize()
+    # Some hundred launches, beside which the microseconds until a graph begins are nothing.
+    rounds = max(1, 400 // launches)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            run()
+    return seconds_of(graph.replay, scale) / launches / rounds
+
+
+def kernel_seconds(run: Callable[[], object], scale: Any) -> float | None:
+    """Return the median seconds of the kernels that `run` launches, each from its own begin to its own end;
+    None without a device.
+    """
+    if scale.device != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
-    return seconds_of(graph.replay, scale) / launches
+        torch.cuda.synchronize()
+    found = sorted(end - begin for _, begin, end in spans(profiler, on_device=True))
+    return found[len(found) // 2] / 1e6 if found else None
+
+
+def spans(profiler: Any, on_device: bool) -> list[tuple[str, float, float]]:
+    """Return (name, start, end) in us of what ran on the device (of torch's own operations, without one)."""
+    found: list[tuple[str, float, float]] = []
+    for event in profiler.events():
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == on_device:
+            found.append((event.name, event.time_range.start, event.time_range.end))
+    return sorted(found, key=lambda span: span[1])
 
 
 def ops_of(scale: Any) -> TritonOps:
