@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bise.errors import EngineError, RequestError
 from bise.grammar.compiler import Compiled
-from bise.grammar.tracker import Lexemes, Tracker
+from bise.grammar.tracker import Tracker
 from bise.grammar.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Ids = npt.NDArray[np.intp]
 
 
 class Follower:
-    """The state of one output; owned by whoever produces it. `copy` is cheap, `rollback` undoes tokens."""
+    """The state of one output; owned by whoever produces it."""
 
     __slots__ = (
         "_bits",
@@ -35,9 +35,9 @@ class Follower:
         "_dense",
         "_end_ids",
         "_forbids_trigger",
-        "_marks",
         "_matcher",
         "_path",
+        "_taken",
         "_tracker",
         "_trigger",
         "_vocabulary",
@@ -69,8 +69,8 @@ class Follower:
         self._forbids_trigger = forbids_trigger
         self._path: list[int] | None = None
         """Tokens of the way out from here, where they were needed."""
-        self._marks: list[tuple[int, tuple[int, Lexemes]]] = []
-        """Per token taken: (the token, the tracker's state before it)."""
+        self._taken: list[int] = []
+        """Tokens that came while the grammar held."""
         self._bits = np.zeros(vocabulary.size // 64 + 1, np.uint64)
         self._dense: tuple[bytes, Ids] | None = None
         """The last mask in which many bits were set, and its tokens."""
@@ -80,17 +80,6 @@ class Follower:
         """A token was replaced because the tokens ran out, or the mask engine gave up."""
         self.gave_up = False
         """The mask engine reached a limit of its own: only the way out is left."""
-
-    def copy(self) -> Follower:
-        """Return an independent follower in the same state."""
-        other = Follower.__new__(Follower)
-        for name in Follower.__slots__:
-            setattr(other, name, getattr(self, name))
-        other._matcher = self._matcher.deep_copy()
-        other._tracker = self._tracker.copy()
-        other._marks = self._marks.copy()
-        other._bits = np.zeros_like(self._bits)
-        return other
 
     def shortest(self, field: str = "grammar") -> int:
         """Return how many tokens complete the output, in the shortest way that is known.
@@ -162,7 +151,7 @@ class Follower:
         """Compute the mask with a matcher that no other output has filled, and leave it to the next ones."""
         fresh = self._compiled.fresh()
         matcher = fresh.deep_copy()
-        if not matcher.consume_tokens([token_id for token_id, _ in self._marks]):
+        if not matcher.consume_tokens(self._taken):
             return False
         if not self._compute_mask(matcher):
             return False
@@ -218,7 +207,7 @@ class Follower:
             token_id, self._path = path[0], path[1:]
             if not self._move(token_id):
                 raise EngineError(f"the grammar's way out is no way (token {token_id})")
-        self._marks.append((token_id, mark))
+        self._taken.append(token_id)
         if not self.gave_up and not self._matcher.consume_token(token_id):
             self._give_up()
         return token_id
@@ -240,26 +229,10 @@ class Follower:
         self._tracker.back_to(mark)
         return count
 
-    def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens that came while the grammar held."""
-        if count <= 0:
-            return
-        if count > len(self._marks):
-            raise EngineError(f"cannot take back {count} tokens of {len(self._marks)}")
-        _, mark = self._marks[-count]
-        del self._marks[-count:]
-        self._tracker.back_to(mark)
-        self._path = None
-        if not self._matcher.rollback(count):
-            self._give_up()
-        if self._trigger is not None and not self._marks:
-            self.is_started = False
-
     def _advance(self, token_id: int) -> None:
-        mark = self._tracker.mark()
         if not self._move(token_id) or not self._matcher.consume_token(token_id):
             raise EngineError(f"the grammar does not begin with its trigger {token_id}")
-        self._marks.append((token_id, mark))
+        self._taken.append(token_id)
 
     def _move(self, token_id: int) -> bool:
         piece = self._vocabulary.pieces[token_id]
@@ -309,5 +282,5 @@ class Follower:
         return self._path
 
     def _give_up(self) -> None:
-        logger.warning("event=grammar_engine_gave_up tokens=%d", len(self._marks))
+        logger.warning("event=grammar_engine_gave_up tokens=%d", len(self._taken))
         self.gave_up = self.was_cut = True

@@ -189,12 +189,6 @@ class Tracker:
         items = [(begin, 0) for begin in table.begins[table.start]]
         self._chart.append(self._closed(items))
 
-    def copy(self) -> Tracker:
-        """Return an independent tracker in the same state."""
-        other = Tracker.__new__(Tracker)
-        other._table, other._chart, other._lexemes = self._table, self._chart.copy(), self._lexemes
-        return other
-
     def mark(self) -> tuple[int, Lexemes]:
         """Return the state, for `back_to`."""
         return len(self._chart), self._lexemes
