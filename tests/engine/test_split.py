@@ -8,7 +8,7 @@ from bise.config import ModelConfig
 from bise.engine.device_plan import make_device_plan
 from bise.engine.memory import packed_formats
 from bise.engine.placement import Placement
-from bise.engine.split import Chooser, Rates, Sizes, Split
+from bise.engine.split import Chooser, Rates, Sizes, Split, recorded_rows
 from bise.errors import ConfigError, MemoryPlanError
 from bise.plan import known_shape, shape_source
 
@@ -180,6 +180,17 @@ def test_a_split_chosen_before_is_refused_once_less_is_free():
     assert chooser.check(Split(), 64).need == need
     with pytest.raises(MemoryPlanError, match="less is free"):
         dataclasses.replace(chooser, device_free=need.device - 1).check(Split(), 64)
+
+
+def test_the_logits_of_every_recorded_step_are_planned_for():
+    sizes = Sizes(shape_source("x", small()), "bf16", Placement("cuda"), "bf16")
+    wider = Sizes(shape_source("x", small(vocab_size=2048)), "bf16", Placement("cuda"), "bf16")
+    assert recorded_rows(8) == [1, 2, 4, 8]
+    assert recorded_rows(20) == [1, 2, 4, 8, 12, 16, 20]
+    assert recorded_rows(1000)[-2:] == [192, 256]
+    for sequences, kept in ((1, 15), (10, 63)):
+        more = wider.device_scratch(512, 4096, sequences) - sizes.device_scratch(512, 4096, sequences)
+        assert more == 1024 * (16 * 64 + 4 * kept)
 
 
 def test_the_planned_bytes_are_those_of_the_tensors():

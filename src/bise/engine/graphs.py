@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bise.config import ModelConfig
 from bise.engine.runner import Model
+from bise.engine.split import recorded_rows
 from bise.kernels import BLOCK_SIZE, Array, AttentionMeta
 from bise.kernels.triton import compute_on
 from bise.kernels.triton.paging import Placed
@@ -26,9 +27,6 @@ from bise.model.batch import Batch, IntArray
 from bise.model.transformer import LayerPages
 
 logger = logging.getLogger(__name__)
-
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows of recorded steps: a step is padded by a half at most."""
 
 
 class Recorder(Protocol):
@@ -151,17 +149,17 @@ class GraphedModel:
         *,
         max_rows: int,
         max_context: int,
-        sizes: Sequence[int] = SIZES,
+        sizes: Sequence[int] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
-        """Record steps of up to `max_rows` rows of texts of up to `max_context` tokens, on CUDA unless
-        another `recorder` is given.
+        """Record steps of up to `max_rows` rows, or of `sizes` alone, of texts of up to `max_context` tokens;
+        on CUDA unless another `recorder` is given.
         """
         self.config: ModelConfig = model.config
         self._model = model
         self._device = device
         self._recorder = recorder or CudaRecorder(device)
-        self._sizes = [size for size in sizes if size < max_rows] + [min(max_rows, sizes[-1])]
+        self._sizes = recorded_rows(max_rows) if sizes is None else sorted(sizes)
         self._context = max_context
         self._width = -(-max_context // BLOCK_SIZE)
         self._cache: LayerPages | None = None

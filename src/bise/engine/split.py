@@ -20,6 +20,9 @@ from bise.kernels.cpu import packed_size
 from bise.kernels.panels import FLOAT_FORMATS, PANEL_FORMATS, device_parts
 from bise.model.source import ModelSource
 
+RECORDED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of the decode steps that `graphs.py` records: a step is padded by a half at most."""
+
 OFFLOAD_CONTEXT = 4096
 """Tokens that are planned for where a model does not fit its device whole and nobody asks for a context."""
 
@@ -213,8 +216,12 @@ class Sizes:
         step = rows * (8 + few) * config.dim + max(attention + splits, feed_forward)
         # Twice as many sequences have a seat; prompts are scored 64 rows at a time.
         logits = 2 * 4 * config.vocab_size * max(2 * sequences, 64)
-        unpacked = 0 if self._placement.is_tiled else _PLAIN_VALUE_BYTES * self._most_unpacked
-        return 2 * (step + logits) + unpacked
+        if self._placement.is_tiled:
+            # Each recorded step keeps its logits.
+            others = 4 * config.vocab_size * sum(recorded_rows(max(2 * sequences, 8)))
+        else:
+            others = _PLAIN_VALUE_BYTES * self._most_unpacked
+        return 2 * (step + logits) + others
 
     # Ways
 
@@ -442,6 +449,12 @@ class Chooser:
             f"{some} of {split.num_experts} experts of each layer on {where}, {how} "
             f"({gibibytes(need.host)} of RAM)"
         )
+
+
+def recorded_rows(most: int) -> list[int]:
+    """Return the numbers of rows for which decode steps of at most `most` rows are recorded."""
+    most = min(most, RECORDED_ROWS[-1])
+    return [rows for rows in RECORDED_ROWS if rows < most] + [most]
 
 
 def gibibytes(size: int) -> str:

@@ -118,7 +118,7 @@ def _scale(word, top, low_top, ODD: tl.constexpr, SCALES: tl.constexpr, CODEBOOK
     elif SCALES == 3:
         # As bits of the mantissa of 128; products of 8 bits and a half are exact.
         field = ((word >> 7 if ODD else word << 9) & 0x007F0000) | 0x43000000
-        unit = top / 128
+        unit = top * 0.0078125
         scale = tl.fma(field.to(tl.float32, bitcast=True), unit, unit * -128.0)
     elif SCALES == 4:
         scale = top * _number((word >> (12 * ODD)) & 63)
@@ -256,7 +256,7 @@ def scale_of(words, column, SCALES: tl.constexpr):
         return scale, scale
     top, low_top = _tops(words, SCALES)
     if SCALES == 3:
-        unit = top / 1024.0 * _number((word >> (16 * odd + 7)) & 127)
+        unit = top * 0.0009765625 * _number((word >> (16 * odd + 7)) & 127)
         return 8.0 * unit, unit * (128.0 - _number((word >> (16 * odd)) & 127))
     if SCALES == 4:
         return top * _number((word >> (12 * odd)) & 63), low_top * _number((word >> (12 * odd + 6)) & 63)
