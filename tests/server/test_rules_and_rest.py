@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 
 from bise.store.database import DatabaseDownError
@@ -113,3 +116,33 @@ def test_a_row_that_can_never_be_written_keeps_no_other_one_from_being_written(s
             site.gate.record(row, place, site.gate.begin_share())
     assert site.gate.write_late() == 0
     assert [row.key_id for row in site.store.ledger.rows()] == [None]
+
+
+def test_a_request_and_its_repetition_that_end_at_the_same_moment_are_one_row(site, monkeypatch):
+    info, _ = site.key()
+    both = threading.Barrier(2, timeout=0.3)
+    look = site.store.ledger._is_repeated
+
+    def look_together(*rest):
+        found = look(*rest)
+        with contextlib.suppress(
+            threading.BrokenBarrierError
+        ):  # the second waits for the first, as it should
+            both.wait()
+        return found
+
+    monkeypatch.setattr(site.store.ledger, "_is_repeated", look_together)
+    row = LedgerRow(
+        request_id="r", key_id=info.id, owner=info.owner, endpoint="/", model="m", idempotency_key="same"
+    )
+    places = [site.store.limits.reserve(info) for _ in range(2)]
+    ends = [
+        threading.Thread(target=site.gate.record, args=(row, place, site.gate.begin_share()))
+        for place in places
+    ]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
+    assert len(site.store.ledger.rows()) == 1
+    assert site.store.limits.used(info)["concurrency"] == 0

@@ -358,6 +358,9 @@ class StoreGate:
             cost = Decimal(0) if row.is_free else self.cost(row.model, *used, session)
             house_cost = self.store.prices.rates(session).of(entry.machine_s, row.energy_j)
             row = replace(row, cost=cost, house_cost=house_cost)
+            if entry.reservation is not None and row.idempotency_key is not None:
+                # Whoever repeats it may end now, too, and must find the row that is written here.
+                self.store.limits.hold(entry.reservation, session)
             is_new = self.store.ledger.record(row, session, entry.at)
             if entry.reservation is not None:
                 self.store.limits.settle(

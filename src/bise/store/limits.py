@@ -208,6 +208,10 @@ class Limits:
                 first = {"key_id": reservation.key_id, "period": period, "requests": 1}
                 connection.execute(_SPEND_FIRST, {**first, "tokens": tokens, "cost": cost})
 
+    def hold(self, reservation: Reservation, session: Session) -> None:
+        """Let no other transaction settle or reserve for the same key until the caller's has ended."""
+        _lock(session, reservation.key_id)
+
     def renew(self, reservation_ids: Sequence[str]) -> None:
         """Say that this process is still at work on these, and forget what no limit counts any more; call it
         every LEASE_S / 3.
