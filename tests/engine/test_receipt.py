@@ -269,6 +269,8 @@ def test_a_request_whose_prompt_the_engine_shortens_gets_no_receipt(loaded, made
         ({"params": {"warmth": 2}}, "knows no parameter 'warmth'"),
         ({"params": {"temperature": 99}}, "params: temperature must be a number"),
         ({"params": {"logit_bias": 3}}, "params: "),
+        ({"params": {"stop": "abc"}}, "params: stop must be a list"),
+        ({"params": {"stop": [5]}}, "params: stop must hold strings"),
         ({"model": {"name": "x"}}, "a receipt needs 'weights_sha256'"),
     ],
 )

@@ -43,6 +43,8 @@ from bise.errors import RequestError
         ("min_tokens", -1),
         ("stop", ("",)),
         ("stop", "text"),
+        ("stop", (5,)),
+        ("ignore_eos", "no"),
         ("stop_token_ids", (-1,)),
         ("logprobs", 21),
         ("logprobs", -1),

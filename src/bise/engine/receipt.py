@@ -358,7 +358,7 @@ def _params(path: Path, value: dict[str, Any]) -> SamplingParams:
             "logit_bias": {
                 int(token_id): number for token_id, number in cast("dict[str, float]", bias).items()
             },
-            "stop": tuple(value.get("stop", ())),
+            "stop": stop if isinstance(stop := value.get("stop", ()), str) else tuple(stop),
             "stop_token_ids": tuple(value.get("stop_token_ids", ())),
         }
         return SamplingParams(**value | changes)

@@ -99,8 +99,14 @@ class SamplingParams:
             _check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
         if isinstance(self.stop, str):
             raise RequestError("stop must be a list of strings, got a single string", field="stop")
-        if any(not text for text in self.stop):
-            raise RequestError(f"stop strings must not be empty, got {list(self.stop)!r}", field="stop")
+        if not all(map(_is_text, self.stop)):
+            raise RequestError(
+                f"stop must hold strings, none of them empty, got {list(self.stop)!r}", field="stop"
+            )
+        if type(self.ignore_eos) is not bool:
+            raise RequestError(
+                f"ignore_eos must be true or false, got {self.ignore_eos!r}", field="ignore_eos"
+            )
         for token_id in self.stop_token_ids:
             _check_integer("stop_token_ids", token_id, 0)
 
