@@ -21,8 +21,8 @@ test-slow: .venv/.dev ## Run the tests that take long, too
 	@$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 1800 $(ARGS)
 
 test-gpu: .venv/.dev ## Run the Triton backend's tests on this machine's CUDA device: kernels, identities, a table of errors
-	@$(BIN)/python -m pytest -q -s -m "not slow" tests/kernels/triton tests/equivalence/test_triton_logits.py
-	@if [ -e /dev/nvidia0 ]; then $(BIN)/python -m pytest -q -m "not slow" -k triton tests/equivalence/test_identities.py \
+	@$(BIN)/python -m pytest -q -s -m "not slow" --timeout 600 tests/kernels/triton tests/equivalence/test_triton_logits.py
+	@if [ -e /dev/nvidia0 ]; then $(BIN)/python -m pytest -q -m "not slow" --timeout 600 -k triton tests/equivalence/test_identities.py \
 	tests/equivalence/test_matrix.py; else echo "no CUDA device here: identities on one wait; the kernels ran in Triton's interpreter"; fi
 
 bench-gpu: .venv/.dev ## Measure everything that issue 8 names on this machine's CUDA device (ARGS="--toy" anywhere)

@@ -21,8 +21,8 @@ mode=$1
 shift
 # Kernels take longer to compile than to run: by as many processes as there are cores, where pytest can.
 many=$(python3 -c 'import os, xdist; print("-n", min(os.cpu_count(), 12))' 2>/dev/null || true)
-# Other versions of packages may warn of what does not matter here.
-pytest="python3 -m pytest -q -W default -p no:cacheprovider"
+# Other versions of packages may warn of what does not matter here; a test may wait for dozens of kernels.
+pytest="python3 -m pytest -q -W default -p no:cacheprovider --timeout 500"
 case $mode in
 kernels) # ends with the table of errors, whose kernels are compiled by then, also where a test failed
     status=0

@@ -190,7 +190,9 @@ def measure_rates(placement: Placement, threads: int) -> Rates:
 
     where = torch.device(placement.device)
     pinned = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
-    there, other = (torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=where) for _ in range(2))
+    # More than a cache of 60 MB holds, where there is room for it.
+    size = _PROBE_BYTES * (8 if torch.cuda.mem_get_info(where)[0] > 4 << 30 else 1)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=where) for _ in range(2))
 
     def seconds(copy: Callable[[], object], count: int) -> float:
         copy()
@@ -201,8 +203,8 @@ def measure_rates(placement: Placement, threads: int) -> Rates:
         torch.cuda.synchronize(where)
         return (time.perf_counter() - began) / count
 
-    bus = _PROBE_BYTES / seconds(lambda: there.copy_(pinned, non_blocking=True), 4)
-    own = 2 * _PROBE_BYTES / seconds(lambda: other.copy_(there), 32)
+    bus = _PROBE_BYTES / seconds(lambda: source[:_PROBE_BYTES].copy_(pinned, non_blocking=True), 4)
+    own = 2 * size / seconds(lambda: target.copy_(source), 32)
     return Rates(own, bus, host)
 
 
