@@ -148,6 +148,10 @@ def bf16(monkeypatch):
         wide = from_bf16(a.data).astype(np.float64) * from_bf16(b.data) + from_bf16(c.data)
         return interpreter.TensorHandle(to_bf16(wide), tl.bfloat16)
 
+    def get_bf16(self, value):  # Triton 3.7 has none
+        return interpreter.TensorHandle(to_bf16(np.array([value])), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "get_bf16", get_bf16, raising=False)
     monkeypatch.setattr(builder, "create_fadd", create_fadd)
     monkeypatch.setattr(builder, "create_fma", create_fma)
     monkeypatch.setattr(builder, "cast_impl", cast_impl)

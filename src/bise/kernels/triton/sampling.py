@@ -26,7 +26,9 @@ SURE, UNSURE, BROKEN = 0, 1, 2
 """What became of a row: a token was chosen; rounding might change it; its logits are not finite."""
 
 _MARGIN = tl.constexpr(1e-9)
-"""Of the sum of all weights. 2^18 weights, added in any order, differ by less than 1e-10 of their sum."""
+"""Of the sum of all weights. 2^18 weights, added in any order, differ by less than 1e-10 of their sum. It
+stands behind what it is multiplied with: before it, Triton 3.7's interpreter takes no tensor.
+"""
 
 _PARAMETERS = 5
 """Temperature, top_k, top_p, min_p, random number."""
@@ -235,16 +237,16 @@ def _choose(
     if top_p < 1.0:
         before = total
         total, away = _cut_top_p(logits, mask, weights, vocab, top_p * total, HAS_MASK, BLOCK)
-        state = tl.where(away < _MARGIN * before, 1, state)
+        state = tl.where(away < before * _MARGIN, 1, state)
     if min_p > 0.0:
         total, near = _cut_min_p(weights, vocab, min_p, BLOCK)
         # The best weight is 1 in both computations.
-        state = tl.where((near < _MARGIN * min_p) & (min_p < 1.0), 1, state)
+        state = tl.where((near < min_p * _MARGIN) & (min_p < 1.0), 1, state)
     if by_score:
         token, away = _draw_by_score(logits, mask, weights, vocab, share * total, HAS_MASK, BLOCK)
     else:
         token, away = _draw_by_id(weights, vocab, share * total, BLOCK)
-    return token, tl.where((away < _MARGIN * total) | (token >= vocab), 1, state)
+    return token, tl.where((away < total * _MARGIN) | (token >= vocab), 1, state)
 
 
 @triton.jit(do_not_specialize=["tokens", "status"])
