@@ -1,12 +1,15 @@
 """Opening files that strangers made: regular files only, inside the model's directory, up to a limit.
 
 A FIFO, device or directory in place of a file is an error and never a hang; so is a symlink that leaves the
-directory (the hub cache's links into its own `blobs` folder excepted).
+directory (the hub cache's links into its own `blobs` folder excepted). And names for files of our own that
+appear whole or not at all.
 """
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -120,6 +123,25 @@ def require_inside(directory: Path, names: Iterable[str]) -> None:
     for name in names:
         if os.path.lexists(directory / name):
             resolve_inside(directory, name)
+
+
+def draft_of(path: Path) -> Path:
+    """Return a name beside `path` that nobody else uses, for what is renamed to `path` once it is whole.
+
+    Drafts that ended processes left are removed: each may be as large as what it was to become. Raises
+    OSError.
+    """
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = abandoned.name.split(".")[-2]
+        if not pid.isdecimal():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            abandoned.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue  # another user's process, alive; or no process id at all
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
 
 
 def _require_regular(path: Path, mode: int) -> None:

@@ -128,6 +128,15 @@ def test_the_order_of_use_survives(saved):
         assert keys_a == [second.prefix.node_of(group, block).key for block in pool_b.cached]
 
 
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(saved):
+    (path,) = (saved / "kv").iterdir()
+    (saved / "kv" / f".{path.name}.00.{(1 << 31) - 1}.tmp").write_bytes(b"half")
+    machine = Machine()
+    machine.restore(saved)
+    machine.save(saved)
+    assert list((saved / "kv").iterdir()) == [path]
+
+
 def test_a_smaller_cache_takes_what_fits_and_stays_whole(saved):
     machine = Machine(num_blocks=4)
     assert machine.restore(saved) == 8

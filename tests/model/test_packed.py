@@ -14,7 +14,15 @@ from bise.kernels.cpu import CpuOps
 from bise.model import packed as packed_module
 from bise.model.checkpoint import open_model
 from bise.model.pack import pack_weights, plan_packing
-from bise.model.packed import PACKED_FILE, cache_path, load_packed, pack_model
+from bise.model.packed import (
+    PACKED_FILE,
+    cache_path,
+    load_packed,
+    open_packed,
+    pack_model,
+    read_packed,
+)
+from bise.model.packed_writer import PackedWriter
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 gguf = pytest.importorskip("gguf")
@@ -299,3 +307,19 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path
     assert path.exists()
     assert not abandoned.exists()
     assert in_use.exists()
+
+
+def test_two_that_write_one_model_at_once_never_share_a_file(tmp_path, home):
+    """The first is done while the second has written its header alone."""
+    source = open_model(write_model(tmp_path / "model"))
+    packed = pack_weights(source, "q8", CpuOps(1))
+    path = tmp_path / "packed" / PACKED_FILE
+    panels = [packed.memory[slot.offset :][: slot.size_bytes] for slot in packed.plan.slots]
+    with PackedWriter(path, source, packed.plan.slots) as first:
+        for part in panels:
+            first.write(part)
+        with PackedWriter(path, source, packed.plan.slots):
+            first.commit()
+            assert path.stat().st_size > packed.plan.size_bytes
+            assert np.array_equal(read_packed(open_packed(path.parent)).memory, packed.memory)
+    assert list(path.parent.iterdir()) == [path]

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 from array import array
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from bise.cache.pages import KVCache
 from bise.cache.pool import BlockPool
 from bise.cache.prefix import Node, PrefixCache
 from bise.cache.table import ABSENT
-from bise.diskfile import open_regular
+from bise.diskfile import draft_of, open_regular
 from bise.errors import ModelFileError
 from bise.kernels import BLOCK_SIZE
 
@@ -75,8 +74,8 @@ class PrefixFile:
         chosen = self._choose(prefix, pools, pages)
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=".kv-", suffix=".tmp")  # 0600
-            temporary = Path(name)
+            temporary = draft_of(self.path)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     self._write(file, chosen, pages)

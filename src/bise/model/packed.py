@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bise.config import ModelConfig, RopeScaling, bise_home, default_threads, state_directory
-from bise.diskfile import open_regular, read_at, resolve_inside
+from bise.diskfile import draft_of, open_regular, read_at, resolve_inside
 from bise.errors import BiseError, ConfigError, ModelFileError, UserError, quoted
 from bise.jsonfile import kind_of, parse_json, read_json_object
 from bise.kernels.cpu import PACKED_FORMATS, CpuOps, arena
@@ -330,7 +330,7 @@ def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
     found = digest.hexdigest()
     try:
         state_directory("cache", "hashes")
-        temporary = memo.with_name(f".{memo.name}.{os.getpid()}.tmp")
+        temporary = draft_of(memo)
         temporary.write_text(found, encoding="ascii")
         temporary.replace(memo)
     except OSError:

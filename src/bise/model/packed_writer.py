@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from bise.diskfile import draft_of
 from bise.kernels.cpu import Bytes
 from bise.model.pack import PackedWeights, Slot
 from bise.model.source import ModelSource
@@ -35,10 +35,9 @@ class PackedWriter:
 
     def __init__(self, path: Path, source: ModelSource, slots: Sequence[Slot]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
+        self._temporary = draft_of(path)
+        self._file = self._temporary.open("xb")
         header = _header(source, slots)
         try:
             self._file.write(len(header).to_bytes(8, "little") + header)
@@ -94,17 +93,3 @@ def _header(source: ModelSource, slots: Sequence[Slot]) -> bytes:
         offset += slot.size_bytes
     text = json.dumps(header).encode()
     return text + b" " * (-len(text) % 8)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files for `path` that killed processes left: each may be as large as a model."""
-    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = abandoned.name.split(".")[-2]
-        if not pid.isdecimal():
-            continue
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            abandoned.unlink(missing_ok=True)
-        except (PermissionError, OverflowError):
-            continue  # another user's process, alive; or no process id at all
