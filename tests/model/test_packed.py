@@ -1,5 +1,7 @@
 """Packing on load, the packed file, and its cache."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ from bise.model.pack import pack_weights, plan_packing
 from bise.model.packed import (
     PACKED_FILE,
     cache_path,
+    content_hash,
     load_packed,
     open_packed,
     pack_model,
@@ -323,3 +326,16 @@ def test_two_that_write_one_model_at_once_never_share_a_file(tmp_path, home):
             assert path.stat().st_size > packed.plan.size_bytes
             assert np.array_equal(read_packed(open_packed(path.parent)).memory, packed.memory)
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "names", [["m[Q8].gguf"], ["m[Q8]-00001-of-00002.gguf", "m[Q8]-00002-of-00002.gguf"]]
+)
+def test_a_name_with_brackets_is_hashed_like_any_other(tmp_path, home, names):
+    source = open_model(write_gguf(tmp_path / "plain.gguf", gguf.GGMLQuantizationType.Q8_0))
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(content := source.path.read_bytes() + bytes([number]))
+        digest.update(content)
+    found = dataclasses.replace(source, path=tmp_path / names[0])
+    assert content_hash(found) == digest.hexdigest()

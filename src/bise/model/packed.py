@@ -339,12 +339,16 @@ def content_hash(source: ModelSource, progress: Progress | None = None) -> str:
 
 
 def _weight_files(source: ModelSource) -> Iterator[Path]:
-    if source.path.is_file():
-        stem = source.path.name.rpartition("-00001-of-")
-        pattern = f"{stem[0]}-*-of-{stem[2]}" if stem[1] else source.path.name
-        yield from sorted(p for p in source.path.parent.iterdir() if p.match(pattern))
+    path = source.path
+    if not path.is_file():
+        yield from sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".gguf"))
         return
-    yield from sorted(p for p in source.path.iterdir() if p.suffix in (".safetensors", ".gguf"))
+    stem, is_split, rest = path.name.rpartition("-00001-of-")
+    if not is_split:
+        yield path
+        return
+    begin, end = f"{stem}-", f"-of-{rest}"
+    yield from sorted(p for p in path.parent.iterdir() if p.name.startswith(begin) and p.name.endswith(end))
 
 
 def _write_or_explain(path: Path, source: ModelSource, packed: PackedWeights) -> None:
