@@ -1,5 +1,5 @@
-"""Which device a thread launches on (Triton asks the thread, not the memory that it is given), and what recorded
-steps find there.
+"""Which device a thread launches on (Triton asks the thread, not the memory that it is given), and what
+recorded steps find there.
 """
 
 import weakref
