@@ -234,15 +234,13 @@ def test_what_is_no_json_is_refused_however_the_file_is_cut(monkeypatch, content
             list(entries(io.BytesIO(content)))
 
 
-def test_a_tree_of_librechat_that_is_deeper_than_pythons_parser_goes_is_taken_whole():
+def test_a_tree_of_librechat_that_is_deeper_than_a_parser_that_calls_itself_goes_is_taken_whole():
     turns = [
         json.dumps({"messageId": f"m{number}", "text": f"Turn {number}", "isCreatedByUser": number % 2 == 0})
         for number in range(2000)
     ]
     tree = "".join(turn[:-1] + ', "children": [' for turn in turns) + "]}" * len(turns)
     content = '{"conversationId": "x", "recursive": true, "messages": [' + tree + "]}"
-    with pytest.raises(RecursionError):
-        json.loads(content)
     storage = Memory()
     report = import_file(storage, "ana", io.BytesIO(content.encode()))
     (conversation,) = Conversations(storage).listing("ana")

@@ -99,7 +99,8 @@ def test_a_repeat_of_what_takes_long_is_told_to_come_back(site, monkeypatch):
         transport = httpx.ASGITransport(site.app, client=("127.0.0.1", 5))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             first = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers=AGAIN))
-            await asyncio.sleep(0.05)
+            while not site.engine.requests:
+                await asyncio.sleep(0.01)
             second = await client.post("/v1/chat/completions", json=body, headers=AGAIN)
             return await first, second
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -37,6 +38,7 @@ class Memory:
         self._engine = create_engine(
             "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
         )
+        self._close = weakref.finalize(self, self._engine.dispose)
         self._lock = threading.Lock()  # there is one connection, so one transaction at a time
         with self._engine.begin() as connection:
             connection.execute(text("PRAGMA foreign_keys=ON"))
@@ -59,8 +61,8 @@ class Memory:
             session.commit()
 
     def close(self) -> None:
-        """Forget everything."""
-        self._engine.dispose()
+        """Forget everything; so does who lets go of it."""
+        self._close()
 
 
 def new_id() -> str:
