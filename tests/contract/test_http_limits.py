@@ -245,6 +245,7 @@ def test_unknown_fields_are_logged_once_and_known_ones_never_ignored(live, caplo
         ("/v1/completions", {"prompt": "Hi", "response_format": {"type": "json_object"}}),
         ("/v1/fim/completions", {"prompt": "Hi", "n": 2}),
         ("/v1/responses", {"input": "Hi", "stop": ["x"]}),
+        ("/v1/responses", {"input": "Hi", "receipt": True}),
         ("/v1/embeddings", {"input": "Hi", "truncate_prompt_tokens": 3}),
     ],
 )

@@ -56,14 +56,16 @@ _ELSEWHERE = """
     temperature top_p top_k min_p typical_p presence_penalty frequency_penalty repetition_penalty logit_bias
     seed random_seed min_tokens max_tokens max_completion_tokens max_output_tokens ignore_eos logprobs
     top_logprobs prompt_logprobs response_format tools tool_choice functions function_call safe_prompt
-    guardrails adapter
+    guardrails adapter receipt
     truncate truncate_prompt_tokens truncation chat_template chat_template_kwargs documents prompt_embeds
     continue_final_message guided_json guided_regex guided_choice guided_grammar guided_decoding_backend
     structured_outputs grammar json_schema regex ebnf bad_words allowed_token_ids use_beam_search
     length_penalty mirostat mirostat_tau mirostat_eta dry_multiplier thinking_token_budget
 """
 ELSEWHERE = frozenset(_ELSEWHERE.split())
-"""Fields that change answers, here on another route or on other servers: never ignored."""
+"""Fields that change answers, or what comes with them, here on another route or on other servers: never
+ignored.
+"""
 
 
 async def read_json(request: Request, model: type[M]) -> M:
