@@ -164,3 +164,13 @@ def test_a_lark_grammar_whose_terminals_swallow_each_other_is_refused_or_still_e
     trap = """start: "y" | "x" (SHORT NAME | LONG)\nSHORT: ","\nNAME: "n1"\nLONG: ",name" """
     for text in outputs(GrammarSpec.lark(trap)).some(12, room=12):
         assert text == "y"
+
+
+def test_where_a_token_must_not_come_the_others_are_listed_once_for_all_outputs(vocabulary):
+    trigger = vocabulary.control("[TOOL_CALLS]", "tools")
+    compiled = compiler.compile_grammar(GrammarSpec.without("[TOOL_CALLS]"), vocabulary)
+    first, second = (Follower(compiled, vocabulary, trigger=trigger, forbids_trigger=True) for _ in range(2))
+    allowed = first.allowed(9)
+    assert allowed.tolist() == [token for token in range(vocabulary.size) if token != trigger]
+    assert first.allowed(8) is second.allowed(5) is allowed
+    assert not allowed.flags.writeable

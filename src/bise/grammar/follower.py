@@ -120,9 +120,8 @@ class Follower:
         if not self.is_started:
             if not self._forbids_trigger and self._fits_after_trigger(left):
                 return None
-            everything = np.arange(self._vocabulary.size, dtype=np.intp)
             assert self._trigger is not None, "without one the grammar holds from the start"
-            return np.delete(everything, self._trigger)
+            return self._vocabulary.all_but(self._trigger)
         if not self.gave_up:
             ids = self._masked()
             if ids.size:
