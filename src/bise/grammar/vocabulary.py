@@ -37,8 +37,8 @@ class Vocabulary:
         self._others: dict[int, npt.NDArray[np.intp]] = {}
 
     def all_but(self, token_id: int) -> npt.NDArray[np.intp]:
-        """Return every token but one, ascending: the same read-only array each time, because making it takes a
-        millisecond for 131,072 tokens.
+        """Return every token but one, ascending: the same read-only array each time, because to make it takes
+        a millisecond for 131,072 tokens.
         """
         others = self._others.get(token_id)
         if others is None:
