@@ -9,6 +9,9 @@ from bise.engine.sampling import largest, pick, truncate
 from bise.engine.speculation import Speculation
 from bise.errors import EngineError, NonFiniteError
 from bise.grammar.follower import Follower
+from bise.grammar.tools import tool_calls_spec
+from bise.text.messages import ToolSpec
+from bise.text.tool_calls import CallForm
 
 PLAIN = [
     {"temperature": 0},
@@ -93,6 +96,29 @@ def test_a_grammar_reaches_the_device_as_a_mask(run):
     got, want = run(requests, device), run(requests)
     assert [(done.token_ids, done.text) for done in got] == [(done.token_ids, done.text) for done in want]
     assert device.masked >= 10
+
+
+def test_before_its_trigger_a_grammar_leaves_the_choice_to_a_device_without_masks(run, byte_tokenizer):
+    class Calling(type(byte_tokenizer)):
+        stop_ids = frozenset()  # 257 begins a call
+
+        def control_id(self, name):
+            return 257 if name == "[TOOL_CALLS]" else None
+
+    tools = [ToolSpec(name="look", description="", parameters={"type": "object", "properties": {}})]
+    grammar = tool_calls_spec(CallForm.LIST, tools, parallel=False)
+    requests = [
+        ask(0, grammar, temperature=0, max_tokens=60),
+        ask(1, grammar, temperature=0.8, max_tokens=60),
+    ]
+    script = {**{byte: byte + 1 for byte in range(65, 70)}, 70: 257}
+    options = {"script": script, "tokenizer": Calling()}
+    device = Device()
+    got, want = run(requests, device, takes_masks=False, **options), run(requests, **options)
+    assert [(done.token_ids, done.text) for done in got] == [(done.token_ids, done.text) for done in want]
+    assert all(257 in done.token_ids for done in want)
+    assert device.rows == sum(done.token_ids.index(257) + 1 for done in want)
+    assert device.masked == 0
 
 
 def test_a_grammar_that_fails_ends_its_own_request_alone_on_a_device_too(hash_engine, monkeypatch):

@@ -85,13 +85,14 @@ def _draw(row: StepRow, index: int, takes_masks: bool) -> _Draw | None:
         return None
     allowed = None
     if grammar is not None:
-        if row.draft or not takes_masks:  # each guess changes what may follow
+        # Each guess changes what may follow. Before its trigger a grammar allows all that a token may be.
+        if row.draft or (grammar.is_started and not takes_masks):
             return None
         try:
             allowed = grammar.allowed(sequence.max_tokens - sequence.num_output)
         except Exception:  # met again where this sequence alone ends for it: `choice.choose`
             return None
-        if allowed is not None and not allowed.size:
+        if allowed is not None and not (allowed.size and takes_masks):
             return None
     number = uniform(sequence.sampler.seed, len(sequence.token_ids) + index) if params.temperature else 0.0
     return _Draw((params.temperature, params.top_k, params.top_p, params.min_p, number), allowed)
