@@ -61,6 +61,24 @@ def test_each_annotation_is_read_over(vocabulary, keyword):
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "/oneOf"),
         ({"oneOf": [{"type": "object"}, {"type": "object", "required": ["a"]}]}, "/oneOf"),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "/patternProperties/b$"),
+        (  # Python's readers count such names in, ECMAScript's do not, or the other way round
+            {
+                "type": "object",
+                "properties": {"\u2028": {}},
+                "patternProperties": {"\\W": {"type": "integer"}},
+            },
+            "/patternProperties/\\W",
+        ),
+        (
+            {"type": "object", "properties": {"é": {}}, "patternProperties": {"^\\w": {"type": "integer"}}},
+            "/patternProperties/^\\w",
+        ),
+        (
+            {"type": "object", "patternProperties": {"^é": {"type": "null"}, "^\\w": {"type": "integer"}}},
+            "/patternProperties/^\\w",
+        ),
+        ({"oneOf": [{"enum": ["é"]}, {"type": "string", "pattern": "^\\w$"}]}, "/oneOf"),
+        ({"oneOf": [{"const": "2024-02-29"}, {"type": "string", "format": "date"}]}, "/oneOf"),
         ({"type": "banana"}, "/type"),
         ({"minLength": -1}, "/minLength"),
         ({"minimum": "3"}, "/minimum"),

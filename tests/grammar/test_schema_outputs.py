@@ -196,6 +196,10 @@ WHOLES = {
         "maxLength": 2,
     },
     "constant": {"const": {"a": [1, "x"]}},
+    "values_that_only_some_readers_match": {
+        "enum": [{"k": "é"}, {"k": "b"}, {"k": "-"}],
+        "properties": {"k": {"oneOf": [{"pattern": "^\\w$"}, {"enum": ["é", "-"]}]}},
+    },
     "odd_characters": {"const": "".join(map(chr, (0, 9, 31, 34, 92, 127, 128, 0x2028, 0xFFFF, 0x10FFFF)))},
     "beside_ref": {"$defs": {"n": {"type": "integer"}}, "$ref": "#/$defs/n", "minimum": 990, "maximum": 1010},
     "annotated": {

@@ -186,9 +186,11 @@ class ObjectRules:
         """Return (pattern, terminal of the names that match it) for patterns that exclude one another."""
         owner, budget = self._owner, self._owner.document.budget
         machines = {source: owner.judge.pattern(source, place)[1] for source, place in patterns.items()}
-        for index, (source, automaton) in enumerate(machines.items()):
-            for other in list(machines)[:index]:
-                if not intersection(automaton, machines[other], budget).is_empty():
+        wide = {source: owner.judge.widely(source, place) for source, place in patterns.items()}
+        for index, source in enumerate(patterns):
+            for other in list(patterns)[:index]:
+                pairs = ((machines[source], wide[other]), (wide[source], machines[other]))
+                if not all(intersection(one, two, budget).is_empty() for one, two in pairs):
                     owner.document.refuse(
                         patterns[source],
                         "may match a name that another pattern matches too; make them exclude one another",

@@ -57,13 +57,16 @@ _NOT_NEWLINE = complement(ranges([(10, 10), (13, 13), (0x2028, 0x2029)]))
 _COUNTS = re.compile(r"\{(\d{1,9})(?:(,)(\d{1,9})?)?\}")
 
 
-def parse_pattern(pattern: str, place: str) -> Regex:
-    """Return the expression of a pattern, edges still in it; RequestError names `place`."""
+def parse_pattern(pattern: str, place: str, *, is_wide: bool = False) -> Regex:
+    """Return the expression of a pattern, edges still in it; RequestError names `place`.
+
+    It matches what every reader's pattern does, with `is_wide` what any reader's does.
+    """
     if len(pattern) > MAX_PATTERN:
         raise RequestError(
             f"{place} has {len(pattern)} characters; a pattern may have {MAX_PATTERN}", field=place
         )
-    node = _Parser(pattern, place).parse()
+    node = _Parser(pattern, place, is_wide=is_wide).parse()
     if (total := size(node)) > MAX_SIZE:
         raise RequestError(
             f"{place} {quoted(pattern)} grows to {total} characters with its repetitions written out; at "
@@ -76,8 +79,9 @@ def parse_pattern(pattern: str, place: str) -> Regex:
 class _Parser:
     """Recursive descent over one pattern."""
 
-    def __init__(self, pattern: str, place: str) -> None:
+    def __init__(self, pattern: str, place: str, *, is_wide: bool) -> None:
         self._text = pattern
+        self._is_wide = is_wide
         self._place = place
         self._at = 0
 
@@ -150,7 +154,7 @@ class _Parser:
         self._at += 1
         match letter:
             case ".":
-                return Chars(_NOT_NEWLINE)
+                return Chars(complement(_one(10)) if self._is_wide else _NOT_NEWLINE)
             case "^" | "$":
                 return Edge(letter == "^")
             case "[":
@@ -182,7 +186,8 @@ class _Parser:
         self._at += 1
         if letter in _CLASSES:
             # What is in a class by one of them alone must go as well where the rest is what counts.
-            return complement(_CLASSES[letter.swapcase()]) if is_negated else _CLASSES[letter]
+            is_rest = is_negated != self._is_wide
+            return complement(_CLASSES[letter.swapcase()]) if is_rest else _CLASSES[letter]
         if letter == "b" and in_class:
             return ((8, 8),)
         if letter == "0" and self._next().isdigit():

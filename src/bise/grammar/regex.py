@@ -274,16 +274,19 @@ def size(node: Regex) -> int:
             return 1
 
 
-def anchored(node: Regex) -> Regex | None:
+def anchored(node: Regex, *, is_wide: bool = False) -> Regex | None:
     """Return what must match the whole text so that `node` is found somewhere in it; None when that cannot
     be told: `^` and `$` count only at the edges of the pattern and of its outermost alternatives.
+
+    With `is_wide`, `$` stands before a last line end as well, as Python has it.
     """
+    end = (optional(char("\n")),) if is_wide else ()
     options: Sequence[Regex] = node.options if isinstance(node, Alt) else (node,)
     whole: list[Regex] = []
     for option in options:
         parts = list(option.parts) if isinstance(option, Seq) else [option]
         if len(parts) == 1 and isinstance(parts[0], Alt):
-            inner = anchored(parts[0])
+            inner = anchored(parts[0], is_wide=is_wide)
             if inner is None:
                 return None
             whole.append(inner)
@@ -293,7 +296,7 @@ def anchored(node: Regex) -> Regex | None:
         parts = parts[1 if starts else 0 : -1 if ends else None]
         if any(map(_has_edge, parts)):
             return None
-        whole.append(Seq((*(() if starts else (ANYTHING,)), *parts, *(() if ends else (ANYTHING,)))))
+        whole.append(Seq((*(() if starts else (ANYTHING,)), *parts, *(end if ends else (ANYTHING,)))))
     return alt(*whole)
 
 

@@ -32,6 +32,8 @@ class Judge:
         self._patterns: dict[str, tuple[Regex, Machine]] = {}
         self._asked: list[tuple[str, int]] = []
         """Which value is being judged by which place, from the outermost question in."""
+        self._is_generous = False
+        """Say of strings what any reader may find valid, not what each does."""
         self._keys: dict[str, frozenset[object]] = {}
 
     def pattern(self, source: str, place: str) -> tuple[Regex, Machine]:
@@ -43,6 +45,21 @@ class Judge:
                 self._document.refuse(place, "has ^ or $ in its middle, which cannot be enforced")
             found = self._patterns[source] = (whole, machine(whole, self._document.budget))
         return found
+
+    def widely(self, source: str, place: str) -> Machine:
+        """Return the automaton of what a pattern matches to any reader: classes differ between ECMAScript and
+        Python, and where a match brings conditions or must not be, too few are as wrong as too many.
+        """
+        key = f"\0wide {source}"
+        found = self._patterns.get(key)
+        if found is None:
+            field = f"{self._document.field}#{place}"
+            whole = anchored(parse_pattern(source, field, is_wide=True), is_wide=True)
+            narrow = self.pattern(source, place)
+            assert whole is not None, "the narrow one has its edges in the same places"
+            same = whole == narrow[0]
+            found = self._patterns[key] = narrow if same else (whole, machine(whole, self._document.budget))
+        return found[1]
 
     def string_format(self, schema: Mapping[str, object], pointer: str) -> tuple[Regex, Machine]:
         """Return the expression of the format that a place says of strings, and its automaton."""
@@ -143,9 +160,22 @@ class Judge:
                 continue
             count = len(cast(list[object], schema[keyword]))
             hits = sum(self._admits(below(pointer, keyword, index), value) for index in range(count))
-            if not {"allOf": hits == count, "anyOf": hits > 0, "oneOf": hits == 1}[keyword]:
+            if not {"allOf": hits == count, "anyOf": hits > 0, "oneOf": hits >= 1}[keyword]:
+                return False
+            if keyword == "oneOf" and self._count_rivals(pointer, count, value) > 1:
                 return False
         return True
+
+    def _count_rivals(self, pointer: str, count: int, value: object) -> int:
+        """Return how many options of a `oneOf` may match a value: those that do to every reader where the
+        question is what may be valid, those that do to any where it is what surely is.
+        """
+        self._is_generous = not self._is_generous
+        try:
+            places = [self._document.below(pointer, "oneOf", index) for index in range(count)]
+            return sum(self._admits(place, value) for place in places)
+        finally:
+            self._is_generous = not self._is_generous
 
     def _admits_string(self, schema: Mapping[str, object], pointer: str, value: str) -> bool:
         if (
@@ -155,12 +185,14 @@ class Judge:
         ):
             return False
         if "pattern" in schema:
-            automaton = self.pattern(cast(str, schema["pattern"]), f"{pointer}/pattern")[1]
+            source, place = cast(str, schema["pattern"]), f"{pointer}/pattern"
+            automaton = self.widely(source, place) if self._is_generous else self.pattern(source, place)[1]
             if not automaton.matches(value, self._document.budget):
                 return False
         if "format" not in schema or schema["format"] in INTEGER_FORMATS:
             return True
-        return self.string_format(schema, pointer)[1].matches(value, self._document.budget)
+        automaton = self.string_format(schema, pointer)[1]
+        return self._is_generous or automaton.matches(value, self._document.budget)
 
     def _admits_number(self, schema: Mapping[str, object], pointer: str, value: int | float) -> bool:
         number = decimal(value)
@@ -243,7 +275,10 @@ class Judge:
             found.append(below(pointer, "properties", name))
         for source in cast(dict[str, object], schema.get("patternProperties", {})):
             place = below(pointer, "patternProperties", source)
-            if self.pattern(source, place)[1].matches(name, self._document.budget):
+            is_match = self.pattern(source, place)[1].matches(name, self._document.budget)
+            if is_match != self.widely(source, place).matches(name, self._document.budget):
+                self._document.refuse(place, f"matches {quoted(name)} to some readers and not to others")
+            if is_match:
                 found.append(place)
         if not found and "additionalProperties" in schema:
             found.append(below(pointer, "additionalProperties"))
@@ -252,8 +287,13 @@ class Judge:
     # Whether anything is valid at all, for oneOf.
 
     def satisfiable(self, places: Places, depth: int = 0) -> bool:
-        """Say False only where no value is valid at all `places`."""
-        return depth > 6 or any(self._case_satisfiable(case, depth) for case in self._document.cases(places))
+        """Say False only where no value is valid at all `places`, to any reader."""
+        before, self._is_generous = self._is_generous, True
+        try:
+            cases = self._document.cases(places)
+            return depth > 6 or any(self._case_satisfiable(case, depth) for case in cases)
+        finally:
+            self._is_generous = before
 
     def _case_satisfiable(self, case: Places, depth: int) -> bool:
         self._document.budget.spend(10)
