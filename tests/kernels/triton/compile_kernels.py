@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bise.kernels.triton import EXACT, attention, fused, products, sampling, sorting
-from bise.kernels.triton.launches import Card, shape_of
+from bise.kernels.triton.launches import Card, least_rows_of, shape_of
 
 # Types of parameters by name; the same name means the same thing in every kernel.
 POINTERS = {
@@ -87,7 +87,8 @@ FORMS = {
 
 SMALL = Card(processors=84, shared_bytes=99 << 10)
 """A consumer's card."""
-CARDS = {80: Card(108, 163 << 10), 89: SMALL, 90: Card(), 120: SMALL}
+HOPPER = Card(least_rows=least_rows_of(9, triton.__version__))
+CARDS = {80: Card(108, 163 << 10), 89: SMALL, 90: HOPPER, 120: SMALL}
 
 
 def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given):
@@ -97,7 +98,8 @@ def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,
         "SQUARES": 64, "BITS": bits, "GROUP": group, "ZERO": zero, "HAS_MIN": has_min, "CODEBOOK": codebook,
-        "SCALES": scales, "EVEN": True, "ROWS": rows, "STAGES": launch.stages, "H": tl.bfloat16, "TO": to,
+        "SCALES": scales, "EVEN": True, "LEAST": card.least_rows, "ROWS": rows, "STAGES": launch.stages,
+        "H": tl.bfloat16, "TO": to,
     }  # fmt: skip
     constants |= given
     if slots == 1:

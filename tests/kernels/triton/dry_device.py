@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from gpu_models import Runs, shape_of, with_window
 
 from bise.kernels.triton import sampling
+from bise.kernels.triton.launches import Card, least_rows_of
 from bise.kernels.triton.ops import TritonOps
 
 HIGHEST_GRID = (2**31 - 1, 65535, 65535)
@@ -71,13 +73,18 @@ class Launches:
         return found
 
 
+def as_hopper(ops):
+    ops._matmul.card = Card(least_rows=least_rows_of(9, triton.__version__))
+    return ops
+
+
 def runs_of(bits, *, experts=0, kv="bf16", window=None, dtype=torch.bfloat16):
     few = {"num_experts": experts, "experts_per_token": 2} if experts else {}
     config = shape_of(
         "mixtral" if experts else "mistral", 1024, (8, 2, 128), 2048, vocab_size=512, num_layers=1,
         max_context=2048, **few,
     )  # fmt: skip
-    ops = TritonOps(dtype, "cpu")
+    ops = as_hopper(TritonOps(dtype, "cpu"))
     return Runs(with_window(config, window), bits, ops, rows=64, context=1024, kv=kv)
 
 

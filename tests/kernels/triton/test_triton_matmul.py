@@ -10,7 +10,7 @@ from bise.kernels.cpu import CpuOps, arena, packed_size  # noqa: E402
 from bise.kernels.grouped import Grouped, unpack_panels  # noqa: E402
 from bise.kernels.panels import PANEL_FORMATS  # noqa: E402
 from bise.kernels.triton.fused import add_rows, embed, norm  # noqa: E402
-from bise.kernels.triton.launches import Card, Launch, launch_of, shape_of  # noqa: E402
+from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of, shape_of  # noqa: E402
 from bise.kernels.triton.matmul import Chosen, Matmul, Normed  # noqa: E402
 from bise.kernels.triton.sorting import sorted_slots  # noqa: E402
 from bise.kernels.triton.tiles import chained, stacked, tile  # noqa: E402
@@ -82,6 +82,25 @@ def test_products_of_every_format_match_float64(packed_format, rows):
     assert got.shape == (rows, 70)
     assert got.dtype == torch.float32
     assert error(got, x, weight.values(torch.float64)) < 1e-6
+
+
+def test_products_of_few_rows_match_float64_where_tensor_cores_take_no_fewer_than_16():
+    assert [least_rows_of(major, "3.6.0") for major in (8, 9, 10, 12)] == [8, 16, 16, 8]
+    assert least_rows_of(9, "3.9.0+git1") == 8
+    matmul = Matmul(torch.float16, DEVICE)
+    matmul.card = Card(least_rows=16)
+    assert [shape_of(rows, bits, matmul.card).rows for bits in (0, 4, 8) for rows in (1, 8)] == [
+        8,
+        8,
+        1,
+        16,
+        16,
+        16,
+    ]
+    weight = random_grouped("z4", 70, 600)
+    x = torch.randn(3, 600, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    for rows in (x, x[:1]):
+        assert error(matmul(rows, tile(weight))[:, :70], rows, weight.values(torch.float64)) < 1e-6
 
 
 @pytest.mark.parametrize("packed_format", FOUR_BITS)

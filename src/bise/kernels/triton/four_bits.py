@@ -151,7 +151,9 @@ def _tops(words, SCALES: tl.constexpr):
 
 @triton.jit
 def _eight(values):
-    """Return the columns of values [M, 8] as eight of [M]."""
+    """Return the columns of values [M, 8], or every second one of [M, 16], as eight of [M]."""
+    if values.shape[1] == 16:
+        values, _ = tl.split(tl.reshape(values, (values.shape[0], 8, 2)))
     even, odd = tl.split(tl.reshape(values, (values.shape[0], 4, 2)))
     even, even2 = tl.split(tl.reshape(even, (values.shape[0], 2, 2)))
     odd, odd2 = tl.split(tl.reshape(odd, (values.shape[0], 2, 2)))
@@ -181,16 +183,16 @@ def _add_group(
 def add_step(
     acc, x_row, row_scales, norm_weight, codes, words, level_table, k0, valid, num_columns,
     ROWS: tl.constexpr, NORMED: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
-    CODEBOOK: tl.constexpr, EVEN: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    CODEBOOK: tl.constexpr, EVEN: tl.constexpr, LEAST: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Add the products of 256 columns to acc [M, ROWS]; `codes` and `words` [M] are where the words of each
     output lie.
 
-    The groups of one row stand side by side, eight columns of products whose other elements are zero: they
-    add up in place, and no row is computed that is not there.
+    The groups of one row stand side by side, in LEAST columns of products whose other elements are zero: they
+    add up in place.
     """
     HAS_MIN: tl.constexpr = SCALES == 2 or SCALES == 4
-    WIDTH: tl.constexpr = 8 if ROWS == 1 else ROWS
+    WIDTH: tl.constexpr = LEAST if ROWS == 1 else ROWS
     M: tl.constexpr = codes.shape[0]
     at = codes[:, None] + tl.arange(0, 16)[None, :]
     even, odd = tl.load(at), tl.load(at + 16)
@@ -206,7 +208,7 @@ def add_step(
         in_weight = None if EVEN else k < num_columns
         inside = in_weight
         if ROWS == 1:
-            inside = valid[None, :] & (column == group)
+            inside = valid[None, :] & (column == group * (WIDTH // 8))
             if not EVEN:
                 inside = inside & in_weight
             k = k + 0 * column

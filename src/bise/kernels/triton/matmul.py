@@ -16,7 +16,7 @@ from torch import Tensor
 from bise.kernels.dequant import IQ4_VALUES
 from bise.kernels.panels import SUPER_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from bise.kernels.triton import EXACT
-from bise.kernels.triton.launches import Card, Launch, launch_of
+from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of
 from bise.kernels.triton.products import matmul
 from bise.kernels.triton.tiles import Tiles
 
@@ -224,6 +224,7 @@ class Matmul:
             "HAS_MIN": weight.minimum is not None,
             "CODEBOOK": weight.codebook,
             "SCALES": int(weight.scales),
+            "LEAST": self.card.least_rows,
             "H": TYPES[self._dtype],
             "TO": tl.float32 if self._is_wide(weight) else TYPES[self._dtype],
         }
@@ -272,7 +273,8 @@ def _card_of(device: torch.device) -> Card:
         return Card()
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Card(properties.multi_processor_count, shared)
+    least = 8 if torch.version.hip is not None else least_rows_of(properties.major, triton.__version__)
+    return Card(properties.multi_processor_count, shared, least)
 
 
 def _count(x: Tensor | Normed) -> int:

@@ -160,8 +160,8 @@ def _sum_ranges(
     x_row, row_scales, norm_weight, codes, scales, minimums, level_table, valid, num_columns, steps,
     steps_per_split, low, high,
     NORMED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr,
-    CODEBOOK: tl.constexpr, SCALES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
+    CODEBOOK: tl.constexpr, SCALES: tl.constexpr, EVEN: tl.constexpr, LEAST: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Return the sums [M, ROWS] of ranges `low` to `high` of columns, each summed apart, of the M outputs
     whose first codes lie at `codes`.
@@ -177,7 +177,7 @@ def _sum_ranges(
                 acc = add_step(
                     acc, x_row, row_scales, norm_weight, codes + step * 2048, scales + step * words,
                     level_table, step * 256, valid, num_columns, ROWS, NORMED, SCALES, ZERO, CODEBOOK, EVEN,
-                    H, TO,
+                    LEAST, H, TO,
                 )  # fmt: skip
             else:
                 numbers = step * (4096 // GROUP)
@@ -242,8 +242,8 @@ def matmul(
     NUM_SPLITS: tl.constexpr, APART: tl.constexpr, SLOTS: tl.constexpr, AFTER: tl.constexpr,
     NORMED: tl.constexpr, TWO: tl.constexpr, TOP_K: tl.constexpr, SQUARES: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_MIN: tl.constexpr, CODEBOOK: tl.constexpr,
-    SCALES: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, H: tl.constexpr,
-    TO: tl.constexpr,
+    SCALES: tl.constexpr, EVEN: tl.constexpr, LEAST: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, TO: tl.constexpr,
 ):  # fmt: skip
     """Program (block of 64 outputs, part of the slots, range of columns): see the module, `Slots` and
     `After`.
@@ -279,7 +279,7 @@ def matmul(
     total = _sum_ranges(
         x + row.to(tl.int64) * x_stride, row_scales, norm_weight, codes + at, scale + at_scale,
         minimum + at_minimum, level_table, valid, num_columns, steps, steps_per_split, low, high,
-        NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, SCALES, EVEN, ROWS, STAGES, H, TO,
+        NORMED, BITS, GROUP, ZERO, HAS_MIN, CODEBOOK, SCALES, EVEN, LEAST, ROWS, STAGES, H, TO,
     )  # fmt: skip
     total2 = total
     if TWO:
