@@ -116,8 +116,7 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fail(self, data):
         text = data.draw(st.sampled_from(self.texts))
-        if text.tail is not None:
-            self.cache.disown(text.tail, text.num_kept, text.tables)
+        self.cache.disown(text.tables)
         text.leave()
         self.texts.remove(text)
 
@@ -237,7 +236,7 @@ def test_blocks_in_doubt_are_served_to_nobody():
     cache, pools = make()
     text = Text(cache, pools, (None,), list(range(100)))
     text.compute(100)
-    cache.disown(text.tail, text.num_kept, text.tables)
+    cache.disown(text.tables)
     text.leave()
     assert cache.match(SALT, list(range(100)), 99).num_tokens == 0
     assert pools[0].num_cached == 0

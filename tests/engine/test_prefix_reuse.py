@@ -12,7 +12,7 @@ from bise.cache.prefix_file import PrefixFile
 from bise.engine.blocks import BlockBook
 from bise.engine.request import Request, SamplingParams
 from bise.engine.sequence import Sequence
-from bise.errors import EngineError
+from bise.errors import EngineError, NonFiniteError
 
 WINDOWS = [(None,), (40,), (None, 40), (200, 16)]
 TEXT = bytes(random.Random(5).randrange(256) for _ in range(400))
@@ -77,6 +77,15 @@ def test_the_next_turn_of_a_conversation_finds_prompt_and_answer(hash_engine, wi
     assert second.usage.cached_tokens == 128  # of 139 tokens of the first turn
     assert len(model.batches[0].token_ids) == len(request.token_ids) - 128
     assert output(second) == output(hash_engine(*windows, prefix_cache=False)[0].submit(request).result())
+
+
+def test_nothing_of_a_broken_text_is_served_though_the_cache_had_no_room_for_all_of_it(hash_engine):
+    engine, _ = hash_engine(broken=[ord("X")])
+    engine._memory.prefix._max_nodes = 2
+    with pytest.raises(NonFiniteError):
+        engine.submit(Request(token_ids=(256, *bytes(140), ord("X")))).result()
+    assert engine.stats().num_cached_blocks == (0,)
+    engine._scheduler.check_integrity()
 
 
 def test_requests_that_run_at_the_same_time_share_what_is_computed_already(hash_engine):

@@ -174,19 +174,11 @@ class PrefixCache:
         tail.num_users -= 1
         self._prune(tail)
 
-    def disown(self, tail: Node, num_blocks: int, tables: Sequence[BlockTable]) -> None:
-        """Serve no block of `tables` any more, whose first `num_blocks` lead to `tail`: their content is in
-        doubt.
-        """
-        node: Node | None = tail
-        for index in range(num_blocks - 1, -1, -1):
-            assert node is not None
-            parent = node.parent
-            for group, table in enumerate(tables):
-                block = node.blocks[group]
-                if block != ABSENT and table.blocks[index] == block:
-                    self.drop(group, block)
-            node = parent
+    def disown(self, tables: Iterable[BlockTable]) -> None:
+        """Serve no block that `tables`, one per group, hold any more: their content is in doubt."""
+        for group, table in enumerate(tables):
+            for block in table.held:
+                self.drop(group, block)
 
     def drop(self, group: int, block: int) -> None:
         """Serve a block no more, if it is served at all."""

@@ -171,9 +171,8 @@ class BlockBook:
 
     def finish(self, sequence: Sequence, *, is_sound: bool) -> None:
         """Take all blocks back from a sequence that is over; unless `is_sound` nobody else is served them."""
-        if not is_sound and sequence.tail is not None:
-            assert self.prefix is not None
-            self.prefix.disown(sequence.tail, sequence.num_kept, sequence.tables)
+        if not is_sound and self.prefix is not None:
+            self.prefix.disown(sequence.tables)
         self.release(sequence)
         if self._swap is not None:
             self._swap.drop(sequence)
