@@ -331,20 +331,6 @@ def test_everyone_gets_what_they_would_get_alone_in_a_cache_that_is_too_small(
     assert free_blocks(shared)
 
 
-def test_an_engine_that_breaks_in_its_own_queue_tells_everyone_who_waits_in_it(hash_engine, monkeypatch):
-    engine, _ = hash_engine(threaded=True, max_sequences=1)
-
-    def fail(sequence):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(engine._scheduler.waiting, "turn", fail)
-    with engine._wake:  # so that all are there before it looks
-        handles = [engine.submit(ask()) for _ in range(3)]
-    for handle in handles:
-        with pytest.raises(EngineError, match="KeyError: 'a bug'"):
-            handle.result()
-
-
 def test_closing_aborts_what_runs_and_refuses_what_comes(hash_engine):
     engine, _ = hash_engine()
     handle = engine.submit(ask(max_tokens=100))

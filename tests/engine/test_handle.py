@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from bise.engine.handle import Bell, Bells, RequestHandle
-from bise.engine.request import Delta, FinishReason, Timings, Usage
+from bise.engine.request import Delta, FinishReason, Request, SamplingParams, Timings, Usage
 from bise.errors import EngineError
 
 END = Delta(
@@ -156,3 +156,19 @@ def test_a_closed_loop_cancels_the_request_of_a_listener():
     asyncio.run(listen())
     caller.handle.push(Delta(text="a"))
     assert caller.num_cancels == 1
+
+
+def test_an_engine_that_breaks_in_its_own_queue_tells_everyone_who_waits_in_it(hash_engine, monkeypatch):
+    engine, _ = hash_engine(threaded=True, max_sequences=1)
+
+    def fail(sequence):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(engine._scheduler.waiting, "turn", fail)
+    with engine._wake:  # so that all are there before it looks
+        handles = [
+            engine.submit(Request(token_ids=(256, 65), params=SamplingParams(max_tokens=8))) for _ in range(3)
+        ]
+    for handle in handles:
+        with pytest.raises(EngineError, match="KeyError: 'a bug'"):
+            handle.result()
