@@ -49,7 +49,8 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
     "exclusiveMaximum": (Treatment.ENFORCED, "also draft 4's boolean"),
     "multipleOf": (
         Treatment.ENFORCED,
-        "whole numbers from 1; fractions are refused: floating point cannot tell their multiples",
+        "whole numbers from 1; fractions are refused: floating point cannot tell their multiples. Small and "
+        "round ones without bounds (up to 15 digits), others where bounds leave at most 4,096 multiples",
     ),
     # Strings
     "minLength": (Treatment.ENFORCED, ""),
@@ -65,7 +66,11 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
     "contentSchema": (Treatment.ANNOTATION, ""),
     # Arrays
     "items": (Treatment.ENFORCED, "also draft 4's list"),
-    "prefixItems": (Treatment.ENFORCED, ""),
+    "prefixItems": (
+        Treatment.ENFORCED,
+        "refused where `$schema` names an older draft, in which it says nothing and `items` says something "
+        "else",
+    ),
     "additionalItems": (Treatment.ENFORCED, "after a list of `items`"),
     "minItems": (Treatment.ENFORCED, ""),
     "maxItems": (Treatment.ENFORCED, ""),
@@ -84,7 +89,11 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
         Treatment.ENFORCED,
         "after the named ones; beside `patternProperties` only those",
     ),
-    "patternProperties": (Treatment.ENFORCED, "where no name matches two of the patterns; else refused"),
+    "patternProperties": (
+        Treatment.ENFORCED,
+        "where no name matches two of the patterns, and every reader of a pattern agrees which of "
+        "`properties` it matches; else refused",
+    ),
     "propertyNames": (Treatment.ENFORCED, "string keywords and lists of names"),
     "minProperties": (Treatment.ENFORCED, "as far as named properties reach, and one more; else refused"),
     "maxProperties": (Treatment.ENFORCED, ""),
