@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bise.kernels.triton import EXACT, attention, fused, products, sampling, sorting
-from bise.kernels.triton.launches import Card, least_rows_of, shape_of
+from bise.kernels.triton.launches import Card, least_rows_of, shape_of, with_norm
 
 # Types of parameters by name; the same name means the same thing in every kernel.
 POINTERS = {
@@ -94,6 +94,8 @@ CARDS = {80: Card(108, 163 << 10), 89: SMALL, 90: HOPPER, 120: SMALL}
 def matmul_case(name, *, slots, form=Z4, to=tl.bfloat16, card=CARDS[90], **given):
     bits, group, zero, has_min, codebook, scales = form
     launch = shape_of(slots, bits, card, is_wide=to == tl.float32)
+    if given.get("NORMED"):
+        launch = with_norm(launch, card)
     rows = launch.rows
     constants = {
         "NUM_SPLITS": 4, "APART": rows <= 16, "SLOTS": 0, "AFTER": 0, "NORMED": False, "TWO": 0, "TOP_K": 1,

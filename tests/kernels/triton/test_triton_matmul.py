@@ -10,7 +10,7 @@ from bise.kernels.cpu import CpuOps, arena, packed_size  # noqa: E402
 from bise.kernels.grouped import Grouped, unpack_panels  # noqa: E402
 from bise.kernels.panels import PANEL_FORMATS  # noqa: E402
 from bise.kernels.triton.fused import add_rows, embed, norm  # noqa: E402
-from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of, shape_of  # noqa: E402
+from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of, shape_of, with_norm  # noqa: E402
 from bise.kernels.triton.matmul import Chosen, Matmul, Normed  # noqa: E402
 from bise.kernels.triton.sorting import sorted_slots  # noqa: E402
 from bise.kernels.triton.tiles import chained, stacked, tile  # noqa: E402
@@ -97,6 +97,8 @@ def test_products_of_few_rows_match_float64_where_tensor_cores_take_no_fewer_tha
         16,
         16,
     ]
+    assert [with_norm(shape_of(rows, 4, matmul.card), matmul.card).stages for rows in (1, 16)] == [2, 3]
+    assert with_norm(shape_of(1, 4, Card()), Card()).stages == 3
     weight = random_grouped("z4", 70, 600)
     x = torch.randn(3, 600, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     for rows in (x, x[:1]):

@@ -113,6 +113,13 @@ def shape_of(num_slots: int, bits: int, card: Card, *, is_wide: bool = False) ->
     return Launch(rows, warps, 2 if card.shared_bytes < _ROOMY else stages, apart=True, two_blocks=two)
 
 
+def with_norm(launch: Launch, card: Card) -> Launch:
+    """Return the launch for rows that the product norms. One row that stands in 16 columns takes so much room
+    with its norm that at three stages two programs fit a processor, at two stages four or five.
+    """
+    return replace(launch, stages=2) if launch.rows == 1 and card.least_rows > 8 else launch
+
+
 def launch_of(
     num_slots: int,
     weight: Tiles,

@@ -16,7 +16,7 @@ from torch import Tensor
 from bise.kernels.dequant import IQ4_VALUES
 from bise.kernels.panels import SUPER_COLUMNS, TILE_COLUMNS, TILE_ROWS
 from bise.kernels.triton import EXACT
-from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of
+from bise.kernels.triton.launches import Card, Launch, launch_of, least_rows_of, with_norm
 from bise.kernels.triton.products import matmul
 from bise.kernels.triton.tiles import Tiles
 
@@ -183,6 +183,8 @@ class Matmul:
 
     def _run(self, x: Tensor | Normed, weight: Tiles, task: _Task, launch: Launch | None = None) -> None:
         launch, slots, parts = self._shape(weight, task, launch)
+        if isinstance(x, Normed):
+            launch = with_norm(launch, self.card)
         splits, blocks = weight.num_splits, weight.num_blocks
         # Two blocks in one program only where nobody waits for anybody.
         apart = task.after is After.MIX or (splits > 1 and launch.apart)
