@@ -95,6 +95,29 @@ def test_each_annotation_is_read_over(vocabulary, keyword):
             {"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}], "items": {}},
             "/prefixItems",
         ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-04/schema#",
+                "oneOf": [{"const": 1}, {"type": "integer"}],
+            },
+            "/oneOf/0/const",
+        ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "items": {"$ref": "#/x-a", "minimum": 3},
+                "x-a": {},
+            },
+            "/items/minimum",
+        ),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-06/schema#",
+                "$ref": "#a",
+                "definitions": {"a": {"$anchor": "a"}},
+            },
+            "/$ref",
+        ),
     ],
 )
 def test_the_place_is_named(vocabulary, schema, pointer):

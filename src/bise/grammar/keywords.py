@@ -18,11 +18,12 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
     # Structure
     "$ref": (
         Treatment.ENFORCED,
-        "within the document: `#`, `#/a/b`, `#anchor`; other keywords beside it count",
+        "within the document: `#`, `#/a/b`, `#anchor`; other keywords beside it count, and are refused where "
+        "`$schema` names draft 4, 6 or 7, in which they do not",
     ),
     "$defs": (Treatment.ENFORCED, "holds what `$ref` names"),
     "definitions": (Treatment.ENFORCED, "as `$defs`"),
-    "$anchor": (Treatment.ENFORCED, "a name for `$ref`"),
+    "$anchor": (Treatment.ENFORCED, "a name for `$ref`; none where `$schema` names draft 4, 6 or 7"),
     "$schema": (Treatment.ENFORCED, "draft 4, 6, 7, 2019-09 and 2020-12; others are refused"),
     "$id": (Treatment.ANNOTATION, "at the root; refused below it, where it would move `$ref`"),
     "id": (Treatment.ANNOTATION, "as `$id` (draft 4)"),
@@ -34,7 +35,10 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
     # Any type
     "type": (Treatment.ENFORCED, "a name or a list of names"),
     "enum": (Treatment.ENFORCED, "together with all keywords beside it"),
-    "const": (Treatment.ENFORCED, "together with all keywords beside it"),
+    "const": (
+        Treatment.ENFORCED,
+        "together with all keywords beside it; refused where `$schema` names draft 4, which has it not",
+    ),
     "allOf": (Treatment.ENFORCED, ""),
     "anyOf": (Treatment.ENFORCED, ""),
     "oneOf": (Treatment.ENFORCED, "where the options provably exclude one another; else refused"),
@@ -94,7 +98,7 @@ KEYWORDS: dict[str, tuple[Treatment, str]] = {
         "where no name matches two of the patterns, and every reader of a pattern agrees which of "
         "`properties` it matches; else refused",
     ),
-    "propertyNames": (Treatment.ENFORCED, "string keywords and lists of names"),
+    "propertyNames": (Treatment.ENFORCED, "string keywords and lists of names; refused as `const` is"),
     "minProperties": (Treatment.ENFORCED, "as far as named properties reach, and one more; else refused"),
     "maxProperties": (Treatment.ENFORCED, ""),
     "unevaluatedProperties": (Treatment.REFUSED, "use `additionalProperties`"),

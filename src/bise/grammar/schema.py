@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from types import MappingProxyType
 from typing import NoReturn, cast
 from urllib.parse import unquote
 
@@ -34,6 +35,12 @@ _NUMBERS = ("minimum", "maximum", "multipleOf")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _VALUES = ("enum", "const", "default", "examples", "example")
 """Keywords that hold values, in which nothing is a schema."""
+_LATER: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"draft-04/schema": ("prefixItems", "const", "propertyNames"), "draft/2020-12/schema": ()}
+)
+"""Per draft what is enforced and not in it; for those between it is `prefixItems`."""
+_BESIDE_REF = ("$ref", "$schema", "$defs", "definitions", "$anchor")
+"""Keywords beside `$ref` that set no conditions."""
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 
@@ -52,16 +59,22 @@ class Document:
         self._places: dict[str, object] = {"": root}
         self._anchors: dict[str, str] = {}
         self._checked: set[str] = set()
-        self._is_old = False
-        """The schema says that it is of a draft before 2020-12."""
+        self._later: tuple[str, ...] = ()
+        """Keywords that the draft of the schema, as it says, does not know yet."""
+        self._is_oldest = False
+        """It says that it is of draft 4, 6 or 7: no anchors, and nothing counts beside `$ref`."""
         self._cases: dict[Places, list[Places]] = {}
-        self._find_anchors(root, "")
         if isinstance(root, dict):
-            draft = cast(dict[str, object], root).get("$schema")
+            root = cast(dict[str, object], root)
+            draft = root.get("$schema")
             known = _DRAFT.fullmatch(draft) if isinstance(draft, str) else None
-            self._is_old = known is not None and known[1] != "draft/2020-12/schema"
+            if known is not None:
+                self._later = _LATER.get(known[1], ("prefixItems",))
+                self._is_oldest = known[2] is None
             if draft is not None and known is None:
                 self.refuse("/$schema", f"is {quoted(draft)}; known: drafts 4, 6, 7, 2019-09 and 2020-12")
+        if not self._is_oldest:
+            self._find_anchors(root, "")
 
     def refuse(self, pointer: str, reason: str) -> NoReturn:
         """Raise the RequestError of one place of the schema."""
@@ -239,8 +252,11 @@ class Document:
                 self.refuse(place, f"cannot be enforced{'; ' if remark else ''}{remark}")
             if key in ("$id", "id") and pointer and isinstance(value, str):
                 self.refuse(place, "changes what $ref means; only the root may have one")
-            if key == "prefixItems" and self._is_old:
-                self.refuse(place, "is draft 2020-12's, and $schema names another; write a list of items")
+            if key in self._later:
+                self.refuse(place, "is of a later draft than $schema names, in which it says nothing")
+            is_beside = self._is_oldest and "$ref" in schema and key not in _BESIDE_REF
+            if is_beside and treatment is Treatment.ENFORCED:
+                self.refuse(place, "counts for nothing beside $ref in this draft; put both into allOf")
             self._check_form(key, value, place)
         if self.strict:
             self._check_strict(schema, pointer)
