@@ -201,6 +201,15 @@ def test_embeddings_are_unit_vectors_of_the_mean_or_of_the_last_token(client):
     assert ask(texts)[0] == mean
 
 
+@pytest.mark.parametrize("words", [700, 20_000])
+def test_a_text_too_long_to_embed_is_refused_as_the_input_with_both_numbers(client, words):
+    with pytest.raises(
+        openai.BadRequestError, match=r"\d{4,} tokens .*exceeds the context of 1024"
+    ) as caught:
+        client.embeddings.create(model="brise", input="a long word " * words)
+    assert caught.value.param == "input"
+
+
 @pytest.mark.parametrize("mode", ["oldest", "middle"])
 def test_a_text_of_several_contexts_is_shortened_on_request_and_refused_without(client, mode):
     ask = {"model": "brise", "prompt": "a long word and " * 2000, "max_tokens": 10}

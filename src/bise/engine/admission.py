@@ -116,6 +116,12 @@ class Admission:
         num_prompt, context = len(request.token_ids), self._context
         wanted = request.params.max_tokens
         # Without a limit there must be room for one token at least.
+        if request.pooling is not None and num_prompt > context:
+            raise ContextOverflowError(
+                f"a text of {num_prompt} tokens exceeds the context of {context} tokens; shorten it or embed "
+                "it in parts",
+                field="token_ids",
+            )
         if num_prompt + (1 if wanted is None else wanted) > context:
             asked = "at least 1 more token" if wanted is None else f"max_tokens {wanted}"
             raise ContextOverflowError(

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from bise.engine.request import Request as EngineRequest
 from bise.engine.request import SamplingParams
-from bise.errors import RequestError
+from bise.errors import ContextOverflowError, RequestError
 from bise.server.body import read_json
 from bise.server.hosted_embeddings import embed_elsewhere
 from bise.server.limits import MAX_SEQUENCES
@@ -62,6 +62,8 @@ async def create_embeddings(request: Request) -> Response:
         await job.finish("stop")
         return response
     except BaseException as error:
+        if isinstance(error, ContextOverflowError):
+            error.field = "input"  # the only thing here that can be too long
         await job.finish(None, error)
         raise
 
