@@ -324,6 +324,8 @@ void unpack(Context& c, const Packed& m, Out2 out) {
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of bise; see bise.kernels.cpu for the contracts.";
+  // A program may end without closing its engine, whose thread then holds what it computes with: no leak to tell of.
+  nb::set_leak_warnings(false);
   m.attr("formats") = [] {
     nb::list names;
     for (int format = 0; format < kFormats; ++format) names.append(kFormatInfo[format].name);

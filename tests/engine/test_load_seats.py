@@ -1,6 +1,9 @@
-"""How many requests a loaded model runs at once, and that one which is not loaded runs nothing."""
+"""How many requests a loaded model runs at once, that one which is not loaded runs nothing, and the end."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -28,3 +31,19 @@ def test_a_model_that_is_refused_leaves_no_engine_behind(tmp_path):
     with pytest.raises(ModelFileError, match="temperature must be a number"):
         load_model(model, context=64, threads=1)
     assert "bise-engine" not in {thread.name for thread in set(threading.enumerate()) - before}
+
+
+_NEVER_CLOSED = """
+from bise.engine.load import load_model
+from bise.engine.request import Request, SamplingParams
+from bise.hub.embedded import embedded_path
+loaded = load_model(embedded_path(), context=64, threads=1)
+loaded.engine.submit(Request(token_ids=(1, 300), params=SamplingParams(max_tokens=2))).result()
+"""
+
+
+def test_a_program_that_never_closes_its_model_ends_in_silence():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _NEVER_CLOSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
