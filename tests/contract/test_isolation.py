@@ -62,7 +62,7 @@ def test_no_answer_holds_the_secret_of_another_request(live):
 
 
 def test_what_is_too_much_is_429_within_100_ms_and_what_was_taken_is_answered_whole(live, monkeypatch):
-    live.engine.text, live.engine.token_s = "one two three", 0.02
+    live.engine.text, live.engine.token_s = "one two three", 0.05
     monkeypatch.setattr(live.engine, "max_queue", 4)
     with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=live.url, timeout=20) as client:
         for _ in range(3):

@@ -31,6 +31,7 @@ def tune(model: Path, data: Path, out: Path, *options: str, processes: int = 1) 
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("method", "more", "name"),
     [
