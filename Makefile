@@ -22,7 +22,7 @@ test-slow: .venv/.dev ## Run the tests that take long, too
 
 test-gpu: .venv/.dev ## Run the Triton backend's tests on this machine's CUDA device: kernels, identities, a table of errors
 	@$(BIN)/python -m pytest -q -s -m "not slow" --timeout 600 tests/kernels/triton tests/equivalence/test_triton_logits.py
-	@if [ -e /dev/nvidia0 ]; then $(BIN)/python -m pytest -q -m "not slow" --timeout 600 -k triton tests/equivalence/test_identities.py \
+	@if ls /dev/nvidia[0-9]* >/dev/null 2>&1; then $(BIN)/python -m pytest -q -m "not slow" --timeout 600 -k triton tests/equivalence/test_identities.py \
 	tests/equivalence/test_matrix.py; else echo "no CUDA device here: identities on one wait; the kernels ran in Triton's interpreter"; fi
 
 bench-gpu: .venv/.dev ## Measure everything that issue 8 names on this machine's CUDA device (ARGS="--toy" anywhere)

@@ -27,8 +27,9 @@ settings.load_profile("fixed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Without a GPU, kernels run in Triton's interpreter; it asks for that before anything imports triton.
-if not Path("/dev/nvidia0").exists():
+# Without a GPU, kernels run in Triton's interpreter; it asks for that before anything imports triton. A
+# container may have another GPU than the first one.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ["TRITON_INTERPRET"] = "1"
 
 
