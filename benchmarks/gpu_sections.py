@@ -247,7 +247,7 @@ def start(scale: Any, found: Record, arguments: Any) -> Record:
             write_model(scale.pick(MISTRAL, replace(TOY, vocab_size=4096)), model, torch.device(scale.device))
         command = [
             sys.executable, "-m", "bise", "generate", str(model), "-p", "Hello", "--max-tokens", "1",
-            "--ignore-eos", "--device", scale.device, "--dtype", scale.pick("bf16", "f32"),
+            "--ignore-eos", "--quant", "bf16", "--device", scale.device, "--dtype", scale.pick("bf16", "f32"),
         ]  # fmt: skip
         times: list[float] = []
         for _ in range(3):  # the first one fills the page cache and compiles the kernels
