@@ -194,13 +194,16 @@ def measure_rates(placement: Placement, threads: int) -> Rates:
     size = _PROBE_BYTES * (8 if torch.cuda.mem_get_info(where)[0] > 4 << 30 else 1)
     source, target = (torch.empty(size, dtype=torch.uint8, device=where) for _ in range(2))
 
+    # Not for the whole device: that breaks off what another model's thread may be recording.
+    stream = torch.cuda.current_stream(where)
+
     def seconds(copy: Callable[[], object], count: int) -> float:
         copy()
-        torch.cuda.synchronize(where)
+        stream.synchronize()
         began = time.perf_counter()
         for _ in range(count):
             copy()
-        torch.cuda.synchronize(where)
+        stream.synchronize()
         return (time.perf_counter() - began) / count
 
     bus = _PROBE_BYTES / seconds(lambda: source[:_PROBE_BYTES].copy_(pinned, non_blocking=True), 4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -44,6 +45,11 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs that share one pool of memory: only one of them runs at a time."""
 
+    _recording = Lock()
+    """Of the process: before a thread records PyTorch waits for the device, which breaks off what another one
+    records.
+    """
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
@@ -59,7 +65,7 @@ class CudaRecorder:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), recording:
+        with self._recording, torch.cuda.device(self._device), recording:
             found = run()
         return found, graph.replay
 

@@ -3,6 +3,9 @@ recorded steps find there.
 """
 
 import weakref
+from contextlib import contextmanager, nullcontext
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from bise.engine.graphs import CudaRecorder  # noqa: E402
 from bise.kernels.triton import compute_on  # noqa: E402
 from bise.kernels.triton.ops import TritonOps  # noqa: E402
 
@@ -44,3 +48,32 @@ def test_angles_that_recorded_steps_look_up_stay_when_longer_ones_come():
     assert recorded() is not None
     assert recorded() is not longer
     assert torch.equal(recorded(), longer[: len(recorded())])
+
+
+def test_one_thread_records_at_a_time(monkeypatch):
+    """PyTorch waits for the device before it records, which breaks off what another thread records."""
+    under_way, most, is_tried = [], [], Event()
+
+    @contextmanager
+    def recording(*_, **__):
+        under_way.append(None)
+        most.append(len(under_way))
+        yield
+        under_way.pop()
+
+    for name, value in {
+        "graph_pool_handle": lambda: (0, 1), "Stream": lambda device: None, "graph": recording,
+        "device": lambda device: nullcontext(), "CUDAGraph": lambda: SimpleNamespace(replay=None),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    first, second = (CudaRecorder(torch.device("cuda")) for _ in range(2))
+    other = Thread(target=lambda: second.record(is_tried.set))
+
+    def while_another_tries():
+        other.start()
+        is_tried.wait(0.1)
+
+    first.record(while_another_tries)
+    other.join()
+    assert is_tried.is_set()
+    assert most == [1, 1]
