@@ -223,7 +223,8 @@ def load_options(function: F) -> F:
     """Add the options that say how to load a model; `pop_load_options` gathers them."""
     decorators = [
         quant_option(
-            "Weights: auto keeps the stored width; none computes with the stored values in float32."
+            "Weights: auto keeps what a file has quantised and makes floats q8; none computes with the "
+            "stored values in float32."
         ),
         kv_option(),
         click.option(

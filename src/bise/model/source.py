@@ -60,4 +60,4 @@ class ModelSource:
     name: str = ""
     licence: str | None = None
     default_quant: str = "q8"
-    """What `--quant auto` means for this source: the stored width or the narrowest lossless one."""
+    """What `--quant auto` makes of this source's floats, and of blocks that no packed format keeps."""
