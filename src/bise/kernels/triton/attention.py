@@ -446,7 +446,7 @@ class Attention:
 
 def _half(head_dim: int) -> int:
     """Return the columns of half a head in a program: products take at least 16."""
-    return max(triton.next_power_of_2(head_dim // 2), 16)
+    return max(1 << (head_dim // 2 - 1).bit_length(), 16)
 
 
 def _most_splits(table_width: int, window: int | None) -> int:
