@@ -144,10 +144,10 @@ def follow(client, job_id):
         assert said == "data: [DONE]"
 
 
-def wait_for_a_step(client, job_id) -> int:
-    """Wait until a job has told the loss of a step; return its number."""
+def wait_for_a_step(client, job_id, after=0) -> int:
+    """Wait until a job has told the loss of a step beyond `after`; return its number."""
     for event in follow(client, job_id):
-        if "train_loss" in event["data"]:
+        if "train_loss" in event["data"] and event["data"]["step"] > after:
             return event["data"]["step"]
     raise AssertionError(f"the job ended before: {client.fine_tuning.jobs.retrieve(job_id)}")
 
@@ -259,10 +259,13 @@ def test_a_job_goes_on_after_a_restart_pauses_resumes_and_is_cancelled(server, t
     steps = [event.data["step"] for event in ann.fine_tuning.jobs.list_events(job.id, limit=100).data
              if event.type == "metrics"]  # fmt: skip
     assert steps == sorted(steps, reverse=True)
+    wait_for_a_step(ann, job.id, after=steps[0])
     assert ann.fine_tuning.jobs.pause(job.id).status == "running"
     assert wait(ann, job.id, "paused").finished_at is None
+    told = [event.data for event in ann.fine_tuning.jobs.list_events(job.id, limit=100).data]
+    step = max(data["step"] for data in told if data and "train_loss" in data)
     assert ann.fine_tuning.jobs.resume(job.id).status in ("queued", "validating_files", "running")
-    wait(ann, job.id, "running")
+    wait_for_a_step(ann, job.id, after=step)
     ann.fine_tuning.jobs.cancel(job.id)
     assert wait(ann, job.id, *OVER).status == "cancelled"
     rows = [row for row in again.store.ledger.rows() if row.request_id == job.id]
