@@ -26,7 +26,7 @@ from bise.server.hosted_chat import chat_elsewhere
 from bise.server.logprobs import chat_logprobs
 from bise.server.openapi import documented
 from bise.server.reading import Piece, Reading
-from bise.server.receipts import receipt_field
+from bise.server.receipts import late_receipt_field, receipt_field
 from bise.server.service import Job, Service
 from bise.server.sse import DONE, EventStream, event
 
@@ -169,10 +169,8 @@ class ChatAnswer:
                 yield data
             if delta.finish_reason is not None:
                 left -= 1
-                extra: dict[str, object] = {}
-                if generation.receipts is not None:
-                    extra = await self._job.service.offload(receipt_field, generation, index)
-                yield self._last_chunk(index, delta, extra, is_last=not left)
+                receipt = await late_receipt_field(self._job, index)
+                yield self._last_chunk(index, delta, receipt, is_last=not left)
         if self._options.usage_chunk:
             yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
         yield DONE

@@ -21,7 +21,7 @@ from bise.server.limits import MAX_SEQUENCES
 from bise.server.logprobs import FLOOR, plain_name
 from bise.server.openapi import documented
 from bise.server.prompts import Prompt, fim_prompt, prompts_of
-from bise.server.receipts import receipt_field
+from bise.server.receipts import late_receipt_field, receipt_field
 from bise.server.service import Job, Service
 from bise.server.sse import DONE, EventStream, event
 from bise.server.text_schema import CompletionRequest
@@ -160,11 +160,9 @@ class CompletionAnswer:
             reason = None if delta.finish_reason is None else _reason(delta)
             left -= reason is not None
             self._reason = reason or self._reason
-            extra: dict[str, object] = {}
-            if reason and generation.receipts is not None:
-                extra = await self._job.service.offload(receipt_field, generation, index)
+            receipt = await late_receipt_field(self._job, index) if reason else {}
             if text or reason or logprobs:
-                yield self._chunk(index, text, reason, {"logprobs": logprobs, **extra}, is_last=not left)
+                yield self._chunk(index, text, reason, {"logprobs": logprobs, **receipt}, is_last=not left)
         if self._body.wants_usage_chunk:
             yield event({**self._head(), "choices": [], "usage": usage_body(generation.usage())})
         yield DONE

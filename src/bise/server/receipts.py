@@ -13,6 +13,7 @@ from bise.errors import RequestError
 if TYPE_CHECKING:
     from bise.engine.load import LoadedModel
     from bise.server.generation import Generation
+    from bise.server.service import Job
 
 
 class Receipts:
@@ -60,8 +61,16 @@ class Receipts:
 def receipt_field(generation: Generation, index: int) -> dict[str, object]:
     """Return the field `receipt` of a sequence that has ended, and no field where none was asked for.
 
-    The first receipt of a model reads its files: call this in a thread where `generation.receipts` is set.
+    The first receipt of a model reads its files: on the event loop call `late_receipt_field`.
     """
     if generation.receipts is None:
         return {}
     return {"receipt": generation.receipts.body(index, generation.seeds[index])}
+
+
+async def late_receipt_field(job: Job, index: int) -> dict[str, object]:
+    """Return `receipt_field` of a job's sequence, made in a thread where there is one to make."""
+    generation = job.generation
+    if generation is None or generation.receipts is None:
+        return {}
+    return await job.service.offload(receipt_field, generation, index)

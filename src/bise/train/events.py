@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bise.diskfile import draft_of
 from bise.train.curve import draw_losses
 from bise.train.loop import Report
 
@@ -38,7 +39,7 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drop what a killed process did after its last checkpoint; it is done again."""
         self._events = [event for event in self._events if event.get("step", 0) <= step]
-        draft = self._path.with_name(f".{self._path.name}.tmp")
+        draft = draft_of(self._path)
         with draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(event) + "\n" for event in self._events)
             file.flush()
