@@ -87,15 +87,19 @@ def test_a_second_tab_follows_and_can_stop(site, visit, ask):
     assert len(texts) == 1
 
 
+def rename(page, title):
+    page.get_by_role("article").last.wait_for()  # before it has come there is nothing to rename
+    page.get_by_role("heading", level=1).dblclick()
+    page.get_by_role("textbox", name="Title").fill(title)
+    page.keyboard.press("Enter")
+
+
 def test_a_title_that_comes_takes_the_focus_from_nobody(site, visit, ask):
     first = visit(site.url)
     ask(first, "count 3")
     search = first.get_by_role("searchbox", name="Search")
     search.focus()
-    second = visit(first.url, same_browser_as=first)
-    second.get_by_role("heading", level=1).dblclick()
-    second.get_by_role("textbox", name="Title").fill("Small numbers")
-    second.keyboard.press("Enter")
+    rename(visit(first.url, same_browser_as=first), "Small numbers")
     first.get_by_role("heading", name="Small numbers").wait_for()
     expect(search).to_be_focused()
 
@@ -106,10 +110,7 @@ def test_a_title_that_comes_does_not_replace_the_one_that_is_being_typed(site, v
     first.get_by_role("heading", level=1).dblclick()
     field = first.get_by_role("textbox", name="Title")
     field.fill("My own words")
-    second = visit(first.url, same_browser_as=first)
-    second.get_by_role("heading", level=1).dblclick()
-    second.get_by_role("textbox", name="Title").fill("Small numbers")
-    second.keyboard.press("Enter")
+    rename(visit(first.url, same_browser_as=first), "Small numbers")
     first.get_by_role("list", name="Conversations").get_by_role("link", name="Small numbers").first.wait_for()
     expect(field).to_have_value("My own words")
     field.press("Enter")

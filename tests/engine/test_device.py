@@ -3,6 +3,7 @@
 The device is torch on the processor here: the code is the same, its memory is RAM.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -259,10 +260,15 @@ print(size, peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no record of the peak here")
 def test_weights_reach_a_device_without_a_second_copy_of_the_model_in_ram():
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=100)
+    # Every matrix in pages of its own, which go back when it does: the holes an allocator leaves between
+    # matrices, 7 to 66 MB from one run to the next, are no copy of ours.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=100, env=environment
+    )
     assert done.returncode == 0, done.stderr
     size, growth = map(int, done.stdout.split())
     assert size > 120 << 20
-    # The device is RAM here: the weights themselves, two on their way, and holes that the allocator leaves
-    # between them (79 MB of 254 were measured). A second copy would be as much again.
-    assert size <= growth < 1.5 * size
+    # The device is RAM here: the weights themselves, two matrices of 2 MiB on their way and what checks them
+    # (8 MB were measured). A second copy would be as much again.
+    assert size <= growth < size + (16 << 20)
