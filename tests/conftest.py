@@ -5,7 +5,9 @@ pages.
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +151,28 @@ def no_authorities():
         patch.delenv("SSL_CERT_FILE", raising=False)
         patch.setenv("SSL_CERT_DIR", os.fspath(Path(__file__).parent))
         yield
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """Return a function that finds a port nobody listens on, for a server that cannot say which it took.
+
+    It is none of those that outgoing connections get (from 32,768 on): one of them, from any test beside this
+    one, could have it before the server is there.
+    """
+    chance = random.SystemRandom()  # no seed: two workers look at the same time
+
+    def find() -> int:
+        while True:
+            port = chance.randrange(15_000, 32_000)
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+                return port
+
+    return find
 
 
 @pytest.fixture(scope="session")

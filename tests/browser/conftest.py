@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,18 +19,11 @@ STATIC = Path(bise.__file__).parent / "server" / "static"
 CHROMIUM = shutil.which("chromium")
 
 
-def free_port() -> int:
-    """Return a port that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Server:
     """The scripted site; it can be killed and started again over the same database."""
 
-    def __init__(self, folder: Path, pace_s: float = 0.004, piece: int = 4) -> None:
-        self.port = free_port()
+    def __init__(self, port: int, folder: Path, pace_s: float = 0.004, piece: int = 4) -> None:
+        self.port = port
         self.database = folder / "site.db"
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [str(SITE), str(self.port), str(self.database), str(pace_s), str(piece)]
@@ -39,9 +31,9 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def of_bise(cls, folder: Path, *options: str) -> Server:
+    def of_bise(cls, port: int, folder: Path, *options: str) -> Server:
         """Return `bise serve` itself on the embedded model, with everything of its own in `folder`."""
-        server = cls(folder)
+        server = cls(port, folder)
         place = ("--port", str(server.port), "--db", str(server.database), "--context", "1024")
         server._command = ["-m", "bise", "serve", *place, "--sequences", "2", *options]
         server._environment |= {"BISE_HOME": str(folder)}
@@ -60,6 +52,10 @@ class Server:
             else:
                 return self
         raise AssertionError("the site did not start in time")
+
+    def go(self) -> None:
+        """Let an answer that was asked to `hold` write the rest."""
+        urllib.request.urlopen(f"{self.url}/go", data=b"", timeout=60).close()
 
     def kill(self) -> None:
         if self.process is not None:
@@ -87,19 +83,19 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def site(chromium, tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("site")).start()
+def site(chromium, tmp_path_factory, free_port):
+    server = Server(free_port(), tmp_path_factory.mktemp("site")).start()
     yield server
     server.kill()
 
 
 @pytest.fixture
-def own_site(chromium, tmp_path):
+def own_site(chromium, tmp_path, free_port):
     """Make a server that a test may kill: `own_site(pace_s=..., piece=...)`."""
     made = []
 
     def make(**options):
-        made.append(Server(tmp_path, **options))
+        made.append(Server(free_port(), tmp_path, **options))
         return made[-1]
 
     yield make
@@ -108,12 +104,12 @@ def own_site(chromium, tmp_path):
 
 
 @pytest.fixture
-def served(chromium, tmp_path):
+def served(chromium, tmp_path, free_port):
     """Make `bise serve` on the embedded model: `served(*options)`."""
     made = []
 
     def make(*options):
-        made.append(Server.of_bise(tmp_path, *options))
+        made.append(Server.of_bise(free_port(), tmp_path, *options))
         return made[-1].start()
 
     yield make
@@ -155,11 +151,13 @@ def visit(chromium):
 @pytest.fixture
 def ask():
     """Send a question: `ask(page, text)`; with `wait` until the answer is there."""
+    last = "[...document.querySelectorAll('article[aria-label^=\"You\"]')].at(-1)?.dataset.id ?? null"
 
     def send(page, text, *, wait=True):
+        before = page.evaluate(last)
         page.get_by_role("textbox", name="Message").fill(text)
         page.get_by_role("button", name="Send").click()
-        page.get_by_role("article", name="You").last.wait_for()
+        page.wait_for_function(f"before => ![null, before].includes({last})", arg=before)
         if wait:
             page.get_by_role("button", name="Regenerate").wait_for()
 

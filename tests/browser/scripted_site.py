@@ -2,7 +2,8 @@
 
 The question chooses the answer: `slow` writes for a long time, `payload N` answers with an attack, `count N`
 with N numbered tokens, `think` thinks first (`think long`: for long), `cite` names two sources, anything
-else with a page of Markdown.
+else with a page of Markdown. `count N hold M` waits after the M-th until the test says `go`: the answer is
+still being written however long the test takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -88,15 +90,26 @@ def answer(question: str) -> str:
 class Thinkers(ScriptedModels):
     """Think aloud before they answer a question that begins with `think`; price every answer."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(answer, **options)
+        self.go = asyncio.Event()
+
     async def stream(self, job: Job) -> AsyncGenerator[Piece]:
         """Yield thoughts, then the prepared answer."""
         question = str(job.messages[-1]["content"])
+        asked, begun = (job.messages[-2]["content"], question) if job.continues else (question, "")
+        held = re.match(r"count \d+ hold (\d+)", asked)
+        left = 4 * int(held[1]) - len(begun) if held else None  # characters
         if question.startswith("think"):
             words = ["First", "the", "pressure,", "then", "the", "mountains."]
             for word in words * (4000 if question.startswith("think long") else 1):
                 yield Piece(thought=f"{word} ", tokens=1)
                 await asyncio.sleep(self.pace_s)
         async for piece in super().stream(job):
+            if left is not None and (left := left - len(piece.text)) < 0:
+                left = None
+                await self.go.wait()
+                self.go.clear()
             yield piece if piece.usage is None else replace(piece, cost="0.00042", currency="EUR")
 
 
@@ -106,7 +119,7 @@ def main() -> None:
     pace = float(sys.argv[3]) if len(sys.argv) > 3 else 0.004
     piece = int(sys.argv[4]) if len(sys.argv) > 4 else 4
     database = Database.open(path)
-    models = Thinkers(answer, pace_s=pace, piece=piece, delay_s=0.1)
+    models = Thinkers(pace_s=pace, piece=piece, delay_s=0.1)
     made: list[Assistant] = []
     app = FastAPI()
     app.add_exception_handler(BiseError, lambda request, error: error_response(error, path=""))
@@ -114,6 +127,11 @@ def main() -> None:
     people = Household(accounts)
     app.include_router(assistant_router(lambda: made[0], people))
     app.include_router(accounts_router(accounts, people, lambda: made[0]))
+
+    @app.post("/go")
+    async def go() -> None:
+        models.go.set()
+
     app.include_router(page_router(StaticPage()))
 
     async def serve() -> None:

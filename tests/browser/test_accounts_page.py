@@ -82,8 +82,9 @@ def test_an_admin_sets_roles_and_quotas_and_deletes_an_account(served, visit):
     make_first_account(page)
     add(page, "ben")
     row(page, "ben").get_by_text("Nothing used this month").wait_for()
-    row(page, "ben").get_by_role("combobox", name="Role of ben").select_option("admin")
-    row(page, "ben").get_by_role("combobox", name="Role of ben").select_option("user")
+    for role in ("admin", "user"):
+        with page.expect_response(lambda answer: answer.request.method == "PATCH" and answer.ok):
+            row(page, "ben").get_by_role("combobox", name="Role of ben").select_option(role)
     quota = page.get_by_role("spinbutton", name="Tokens per day for ben")
     money = page.get_by_role("spinbutton", name="Money per month for ana")
     for field, value in ((quota, "5"), (money, "2.50")):

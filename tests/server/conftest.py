@@ -105,7 +105,7 @@ class Site:
     def upload(self, key=None, content=b"{}\n", purpose="batch", name="in.jsonl"):
         return self.post("/v1/files", key, files={"file": (name, content)}, data={"purpose": purpose})
 
-    def work(self, until, timeout=20.0):
+    def work(self, until, timeout=100.0):
         """Run the batch worker until `until()` is true."""
 
         async def run():
@@ -119,7 +119,17 @@ class Site:
         self.loop.run_until_complete(run())
 
     def close(self):
-        self.loop.run_until_complete(self.gate.stop())
+        async def end():
+            # What goes on behind an answer (its title) must not be left to the garbage collector, whose
+            # complaint would be another test's.
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self.gate.stop()
+
+        self.loop.run_until_complete(end())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.app.service.close()
         self.store.close()
         self.loop.close()
@@ -131,8 +141,8 @@ def _loopback_alone(no_authorities):
 
 
 @pytest.fixture(scope="session")
-def postgres():
-    yield from load_test_module("store", "conftest").running_postgres()
+def postgres(free_port):
+    yield from load_test_module("store", "conftest").running_postgres(free_port())
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])

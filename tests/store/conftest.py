@@ -6,7 +6,6 @@ import itertools
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -39,12 +38,10 @@ def _postgres_bin() -> Path | None:
 class PostgresServer:
     """A PostgreSQL of our own in a temporary folder, listening on loopback only."""
 
-    def __init__(self, binaries: Path):
+    def __init__(self, binaries: Path, port: int):
         self.binaries = binaries
         self.folder = Path(tempfile.mkdtemp(prefix="bise-pg-"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = port
         self.user = None
         if os.geteuid() == 0:  # PostgreSQL does not run as root
             self.user = "postgres"
@@ -98,18 +95,18 @@ class PostgresServer:
 
 
 @pytest.fixture(scope="session")
-def postgres():
+def postgres(free_port):
     """A running PostgreSQL; skips where there is none."""
-    yield from running_postgres()
+    yield from running_postgres(free_port())
 
 
-def running_postgres():
+def running_postgres(port):
     """Yield a PostgreSQL that runs until the generator is closed; skips where there is none."""
     binaries = _postgres_bin()
     if binaries is None:
         pytest.skip("no PostgreSQL on this machine (apt-get install postgresql)")
     pytest.importorskip("psycopg", reason="the driver is missing (pip install 'bise[postgres]')")
-    server = PostgresServer(binaries)
+    server = PostgresServer(binaries, port)
     yield server
     server.stop()
     shutil.rmtree(server.folder, ignore_errors=True)
