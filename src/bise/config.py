@@ -224,15 +224,28 @@ class ModelConfig:
         return sum(per_layer * min(context, window or context) for window in self.windows)
 
 
+def user_path(path: str | Path) -> Path:
+    """Return a path as a person writes it, `~` and `~NAME` replaced. Raises ConfigError where nobody has that
+    home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: the system knows no such home directory; write the whole path, or set HOME",
+            field="path",
+        ) from error
+
+
 def bise_home() -> Path:
     """Directory of all state: `BISE_HOME`, else the platform's data directory for `bise`."""
     if path := os.environ.get("BISE_HOME"):
-        return Path(path).expanduser()
+        return user_path(path)
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "bise"
+        return user_path("~/Library/Application Support/bise")
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "bise"
-    return Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share")) / "bise"
+        return user_path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")) / "bise"
+    return user_path(os.environ.get("XDG_DATA_HOME", "~/.local/share")) / "bise"
 
 
 def state_directory(*parts: str) -> Path:

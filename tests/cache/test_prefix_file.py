@@ -194,6 +194,13 @@ def test_a_file_that_was_cut_is_ignored(saved, caplog):
         assert len(caplog.records) == 1
 
 
+def test_a_header_that_overruns_a_json_reader_is_ignored(saved):
+    machine = Machine()
+    deep = b"[" * 60000
+    machine.file(saved).path.write_bytes(prefix_file.MAGIC + len(deep).to_bytes(8, "little") + deep)
+    assert machine.restore(saved) == 0
+
+
 def test_a_directory_in_its_place_is_ignored(tmp_path, caplog):
     machine = Machine()
     machine.file(tmp_path).path.mkdir(parents=True)

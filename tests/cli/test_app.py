@@ -77,6 +77,11 @@ def test_no_arguments_show_the_help(cli):
         (["generate", "-p", "a", "--logprobs", "2"], "--logprobs needs --json (see `bise generate --help`)"),
         (["generate", "/no/such", "-p", "a"], "/no/such: no such file or directory"),
         (["inspect", "/no/such.gguf"], "/no/such.gguf: no such file or directory"),
+        (["inspect", "~nobody-here/x"],
+         "~nobody-here/x: the system knows no such home directory; write the whole path, or set HOME"),
+        (["serve", "--prefix-cache", "/dev/null/x"],
+         "--prefix-cache /dev/null/x: Not a directory; name a directory that you may write to "
+         "(see `bise serve --help`)"),
         (["chat", "mistral-7c"],
          "'mistral-7c' is not a file, a directory or a known alias; "
          "did you mean mistral-7b? `bise models` lists the aliases"),

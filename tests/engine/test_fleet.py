@@ -303,6 +303,11 @@ def test_names_that_clash_or_cannot_be_asked_for_are_refused(names):
         Fleet([ModelSpec(name=name, path=Path("x")) for name in names], 1)
 
 
+def test_two_adapters_of_one_name_are_refused_and_neither_is_dropped():
+    with pytest.raises(ConfigError, match="a has two adapters called 'x'; rename one"):
+        World(a=4).fleet(adapters=("x", "y", "x"))
+
+
 def test_an_adapter_is_loaded_with_its_first_use_and_told_in_the_lease():
     world = World(a=4)
     with world.fleet(adapters=("x", "y")) as fleet:

@@ -109,6 +109,10 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_read():
     ):
         require_weights(source, "q4", 3 << 30)
     require_weights(source, "q4", 5 << 30)
+    with pytest.raises(
+        MemoryPlanError, match=r"needs 4\.\d GiB for its weights, 10\.0 MiB of memory are free"
+    ):
+        require_weights(source, "q4", 10 << 20)
 
 
 def test_a_context_that_does_not_fit_is_refused_and_a_default_one_shortened():

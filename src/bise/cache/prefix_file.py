@@ -142,7 +142,7 @@ class PrefixFile:
         return chosen
 
     def _write(self, file: BinaryIO, chosen: Sequence[_Stored], pages: KVCache) -> None:
-        header = json.dumps({**self._identity, "block_bytes": self._block_bytes(pages)}).encode()
+        header = self._header(pages)
         digest = hashlib.sha256()
 
         def put(data: bytes) -> None:
@@ -215,14 +215,13 @@ class PrefixFile:
     def _check_header(self, reader: _Reader, pages: KVCache) -> None:
         if reader.take(len(MAGIC)) != MAGIC:
             raise _Broken("it does not begin as such a file does")
-        length = int.from_bytes(reader.take(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise _Broken(f"its header has {length} bytes")
-        if json.loads(reader.take(length)) != {**self._identity, "block_bytes": self._block_bytes(pages)}:
+        header = self._header(pages)
+        if reader.take(8 + len(header)) != len(header).to_bytes(8, "little") + header:
             raise _Broken("it belongs to another model, format or version")
 
-    def _block_bytes(self, pages: KVCache) -> list[int]:
-        return [pages.block_bytes(group) for group in range(len(pages.num_blocks))]
+    def _header(self, pages: KVCache) -> bytes:
+        block_bytes = [pages.block_bytes(group) for group in range(len(pages.num_blocks))]
+        return json.dumps({**self._identity, "block_bytes": block_bytes}).encode()
 
 
 class _Reader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,7 +63,7 @@ def command(
     stays in RAM, and how fast it can decode.
     """
     from bise.bench.limits import measure_limits
-    from bise.config import default_threads
+    from bise.config import default_threads, user_path
     from bise.engine.memory import available_memory
     from bise.errors import ConfigError
     from bise.model.lora import open_adapter
@@ -94,7 +93,7 @@ def command(
         context=context or source.config.max_context,
         sequences=sequences,
         memory=grant,
-        adapters=sum(open_adapter(Path(name).expanduser(), source.config).size_bytes for name in adapters),
+        adapters=sum(open_adapter(user_path(name), source.config).size_bytes for name in adapters),
         limits=limits,
     )
     if as_json:

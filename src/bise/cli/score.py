@@ -7,7 +7,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -16,6 +15,7 @@ from bise.cli.options import load_options, pop_load_options, text
 from bise.cli.output import ProgressBar, write_json, write_table
 from bise.cli.session import Message, chat_ids, open_model, plain_ids
 from bise.cli.transcript import check_messages
+from bise.config import user_path
 from bise.errors import RequestError, UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def read_rows(name: str) -> list[tuple[int, dict[str, Any]]]:
 def _lines(name: str) -> list[bytes]:
     if name == "-":
         return sys.stdin.buffer.read().split(b"\n")
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         # A pipe such as <(head rows.jsonl) is welcome; a device never ends.
         if path.exists() and not (path.is_file() or path.is_fifo()):

@@ -231,8 +231,6 @@ def _serve(
 
 def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[ModelSpec]:
     """Return what the fleet is to serve, in the order of the command line."""
-    from pathlib import Path
-
     from bise.engine.device import require_device
     from bise.engine.model_spec import ModelSpec
     from bise.hub.registry import resolve
@@ -246,7 +244,7 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
             raise click.UsageError(f"--alias needs ALIAS=MODEL, got '{entry}'")
         aliases.setdefault(model, []).append(alias)
     adapters, drafts = _adapters(values["adapters"]), _drafts(values["drafts"])
-    prefixes = None if values["prefix_cache"] is None else Path(values["prefix_cache"]).expanduser()
+    prefixes = None if values["prefix_cache"] is None else _writable(values["prefix_cache"])
     specs: list[ModelSpec] = []
     for model in models:
         path = resolve(model)
@@ -276,10 +274,28 @@ def _specs(models: tuple[str | None, ...], values: dict[str, Any]) -> list[Model
     return specs
 
 
+def _writable(name: str) -> Path:
+    """Return the directory of --prefix-cache, made if need be; refuses one in which nothing can be kept now
+    rather than when the server ends.
+    """
+    import os
+
+    from bise.config import user_path
+
+    path = user_path(name)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = None if os.access(path, os.R_OK | os.W_OK | os.X_OK) else "it is not yours to write to"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise click.UsageError(f"--prefix-cache {name}: {reason}; name a directory that you may write to")
+    return path
+
+
 def _adapters(entries: tuple[str, ...]) -> dict[str, list[AdapterSpec]]:
     """Return adapters by the model they are for; "" for the first one."""
-    from pathlib import Path
-
+    from bise.config import user_path
     from bise.engine.model_spec import AdapterSpec
 
     found: dict[str, list[AdapterSpec]] = {}
@@ -288,7 +304,7 @@ def _adapters(entries: tuple[str, ...]) -> dict[str, list[AdapterSpec]]:
         model, _, name = names.rpartition(":")
         if not sign or not name or not directory:
             raise click.UsageError(f"--adapter needs [MODEL:]NAME=DIR, got '{entry}'")
-        found.setdefault(model, []).append(AdapterSpec(name=name, path=Path(directory).expanduser()))
+        found.setdefault(model, []).append(AdapterSpec(name=name, path=user_path(directory)))
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bise.cli.output import ProgressBar, aside
+from bise.config import user_path
 from bise.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def open_model(name: str | None, options: LoadOptions) -> Generator[LoadedModel]
         )
     try:
         if options.adapter is not None and options.adapter_name is not None:
-            loaded.load_adapter(options.adapter_name, Path(options.adapter).expanduser())
+            loaded.load_adapter(options.adapter_name, user_path(options.adapter))
         # The embedded model's own line says that it runs in 8 bits; all else is noted.
         if name is not None or options.quant != "auto":
             for note in loaded.notes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from bise.config import bise_home, state_directory
+from bise.config import bise_home, state_directory, user_path
 from bise.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -74,7 +74,7 @@ def chat_path(name: str) -> Path:
         raise UserError("give a name or a path")
     if name.isascii() and name.replace("-", "").replace("_", "").isalnum():
         return bise_home() / "chats" / f"{name}.json"
-    return Path(name).expanduser().absolute()
+    return user_path(name).absolute()
 
 
 def read_messages(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 
 from bise.engine.load import LoadedModel
+from bise.engine.memory import amount
 from bise.engine.model_spec import AdapterCard, AdapterSpec, ModelCard, ModelPlan, ModelSpec
 from bise.errors import BiseError, EngineError
 
@@ -107,8 +108,8 @@ class Entry:
         """Return what to say when a fleet with so much memory cannot hold this model of `size` bytes."""
         context = "" if self.plan is None else f" at a context of {self.plan.context} tokens"
         return (
-            f"{self.spec.name} needs {size / 2**30:.2f} GiB{context}, adapters included, the fleet "
-            f"may take {memory_bytes / 2**30:.2f} GiB; give it a smaller context or a narrower quant, or the "
+            f"{self.spec.name} needs {amount(size)}{context}, adapters included, the fleet "
+            f"may take {amount(memory_bytes)}; give it a smaller context or a narrower quant, or the "
             "fleet more"
         )
 

@@ -194,7 +194,7 @@ def require_weights(source: ModelSource, quant: str, available: int | None) -> N
     needed = weight_bytes(source, quant) + loading_bytes(source, quant)
     if available is not None and needed > available:
         raise MemoryPlanError(
-            f"{source.path} needs {_gibibytes(needed)} GiB for its weights, {_gibibytes(available)} GiB "
+            f"{source.path} needs {amount(needed)} for its weights, {amount(available)} "
             "of memory are free; try --quant q4, close other programs, or take a smaller model",
             field="model",
         )
@@ -230,8 +230,8 @@ def planned_context(
         config.check_context(context)
         if available is not None and cost(context) > available:
             raise MemoryPlanError(
-                f"a context of {context} tokens needs {_gibibytes(cost(context))} GiB of KV cache and "
-                f"scratch memory, {_gibibytes(max(available, 0))} GiB are free beside the weights; "
+                f"a context of {context} tokens needs {amount(cost(context))} of KV cache and "
+                f"scratch memory, {amount(max(available, 0))} are free beside the weights; "
                 "ask for a smaller --context or --kv q8",
                 field="context",
             )
@@ -314,5 +314,6 @@ def _rounded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _gibibytes(size: int) -> str:
-    return f"{size / 2**30:.1f}"
+def amount(size: int) -> str:
+    """Return bytes for people: `4.1 GiB`, `96.0 MiB`."""
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"

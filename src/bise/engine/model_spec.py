@@ -81,6 +81,11 @@ class ModelSpec:
                 )
         if self.sequences < 1:
             raise ConfigError(f"sequences must be at least 1, got {self.sequences}", field="sequences")
+        names = [adapter.name for adapter in self.adapters]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"{self.name} has two adapters called '{twice[0]}'; rename one", field="adapters"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from bise.config import ModelConfig, bise_home
+from bise.config import ModelConfig, bise_home, user_path
 from bise.errors import ModelFileError, UserError
 from bise.hub.embedded import NAME as EMBEDDED
 from bise.hub.embedded import embedded_path
@@ -130,7 +130,7 @@ def resolve(name: str | None) -> Path:
         return embedded_path()
     if not name:
         raise UserError("MODEL is empty; leave it out for the embedded model")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if _exists(path):
         return path
     if "/" not in name and "\\" not in name:

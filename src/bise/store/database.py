@@ -25,7 +25,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from bise.config import state_directory
+from bise.config import state_directory, user_path
 from bise.errors import ConfigError, StoreError
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _parse(url: str | None) -> URL:
     if "://" not in url:
         if not url.strip():
             raise ConfigError("db is empty; give a path or a postgresql:// URL", field="db")
-        return URL.create("sqlite", database=str(Path(url).expanduser()))
+        return URL.create("sqlite", database=str(user_path(url)))
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError) as error:

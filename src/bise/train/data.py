@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from bise.config import user_path
 from bise.diskfile import read_bounded
 from bise.errors import BiseError, RequestError, UserError
 from bise.jsonfile import kind_of, parse_json
@@ -107,7 +108,7 @@ def read_data(
 
     Bad lines do not raise; they are in `DataFile.bad`. Raises UserError when the file itself cannot be read.
     """
-    content = read_bounded(path.expanduser(), MAX_DATA_BYTES)
+    content = read_bounded(user_path(path), MAX_DATA_BYTES)
     digest = hashlib.sha256(content).hexdigest()
     content = content.removeprefix(b"\xef\xbb\xbf")  # a mark that some editors put in front of UTF-8
     examples: list[Example] = []
