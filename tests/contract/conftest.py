@@ -126,4 +126,5 @@ def live(shared):
     engine.cached_tokens = 0
     engine.requests.clear()
     engine.aborted = 0
+    engine.go.set()
     return shared

@@ -78,6 +78,7 @@ class ScriptedEngine:
     token_s: float = 0.0
     """Pause before each token."""
     endless: bool = False
+    """Go on until aborted, whatever limit the request names."""
     cached_tokens: int = 0
     """What usage says of the cache."""
     fails_with: BiseError | None = None
@@ -86,10 +87,15 @@ class ScriptedEngine:
     requests: list[Request] = field(default_factory=list)
     running: int = 0
     aborted: int = 0
+    made: int = 0
+    """Tokens that were handed on."""
+    go: threading.Event = field(default_factory=threading.Event)
+    """Tokens come while it is set; without it requests stay where they are, until they are aborted."""
     max_queue: int = 10_000
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.go.set()
         self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size)
         """The engine's own, so that a grammar is refused here when it is refused there."""
 
@@ -128,12 +134,13 @@ class ScriptedEngine:
 
     def _run(self, request: Request, handle: RequestHandle, cancelled: threading.Event) -> None:
         try:
-            self._say(request, handle, cancelled)
+            last = self._say(request, handle, cancelled)
         finally:
             with self.lock:
                 self.running -= 1
+        handle.push(last)  # who has seen it finds the place free
 
-    def _say(self, request: Request, handle: RequestHandle, cancelled: threading.Event) -> None:
+    def _say(self, request: Request, handle: RequestHandle, cancelled: threading.Event) -> Delta:
         params = request.params
         text = self.text if self.script is None else self.script(request)
         ids = self.tokenizer.spell(text)
@@ -146,13 +153,15 @@ class ScriptedEngine:
         while not cancelled.is_set():
             if self.token_s:
                 time.sleep(self.token_s)
-            if request.deadline_s is not None and time.monotonic() - begun > request.deadline_s:
+            if not self.go.wait(0.01):
+                continue
+            if request.deadline_s is not None and made and time.monotonic() - begun > request.deadline_s:
                 reason = FinishReason.DEADLINE
                 break
             if made >= len(ids) and not self.endless:
                 reason = FinishReason.STOP
                 break
-            if made >= limit:
+            if made >= limit and not self.endless:
                 reason = FinishReason.LENGTH
                 break
             token = ids[made % len(ids)]
@@ -160,6 +169,8 @@ class ScriptedEngine:
             scores = () if params.logprobs is None else (self._score(token, params.logprobs),)
             piece = stream.push((token,))
             handle.push(Delta(token_ids=(token,), text=piece, logprobs=scores, prompt_logprobs=prompt))
+            with self.lock:
+                self.made += 1
             prompt = ()
             if stream.stopped is not None:
                 reason = FinishReason.STOP
@@ -173,23 +184,21 @@ class ScriptedEngine:
         tail = stream.finish()
         if stream.stopped is not None and reason is not FinishReason.ABORT:
             reason = FinishReason.STOP
-        handle.push(
-            Delta(
-                text=tail,
-                prompt_logprobs=prompt,
-                finish_reason=reason,
-                stop_match=stream.stopped,
-                error=self.fails_with if reason is FinishReason.ERROR else None,
-                usage=Usage(
-                    prompt_tokens=len(request.token_ids),
-                    cached_tokens=self.cached_tokens,
-                    completion_tokens=made,
-                    accepted_prediction_tokens=min(made, len(request.prediction)),
-                    rejected_prediction_tokens=max(0, len(request.prediction) - made),
-                ),
-                timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=0.2),
-                embedding=self._vector(request) if request.pooling else (),
-            )
+        return Delta(
+            text=tail,
+            prompt_logprobs=prompt,
+            finish_reason=reason,
+            stop_match=stream.stopped,
+            error=self.fails_with if reason is FinishReason.ERROR else None,
+            usage=Usage(
+                prompt_tokens=len(request.token_ids),
+                cached_tokens=self.cached_tokens,
+                completion_tokens=made,
+                accepted_prediction_tokens=min(made, len(request.prediction)),
+                rejected_prediction_tokens=max(0, len(request.prediction) - made),
+            ),
+            timings=Timings(queue_s=0.0, prefill_s=0.1, decode_s=0.2),
+            embedding=self._vector(request) if request.pooling else (),
         )
 
     def _score(self, token: int, top: int) -> TokenLogprob:

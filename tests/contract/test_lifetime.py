@@ -17,10 +17,11 @@ from bise.server.ticket import OpenGate, OpenTicket
 PATH = "/v1/chat/completions"
 
 
-def wait_for(condition, limit_s: float = 5.0) -> None:
+def wait_for(condition) -> None:
+    """Wait as long as it may take on any machine: what is lost does not come back later (`endless`)."""
     start = time.perf_counter()
     while not condition():
-        assert time.perf_counter() - start < limit_s, "the condition never held"
+        assert time.perf_counter() - start < 60, "the condition never held"
         threading.Event().wait(0.01)
 
 
@@ -40,7 +41,7 @@ def test_a_client_that_leaves_frees_its_slot(live, mode):
     # This one is accepted behind those who left: from now on what they sent is counted, and must go away.
     assert live.get("/health").status_code == 200
     idle = {"status": "ok", "running": 0, "waiting": 0, "requests": 0}
-    wait_for(lambda: live.get("/health").json() == idle and settled(live), 2.0)
+    wait_for(lambda: live.get("/health").json() == idle and settled(live))
 
 
 def test_a_storm_leaves_nothing_behind(live):
@@ -48,7 +49,7 @@ def test_a_storm_leaves_nothing_behind(live):
     before = storm.baseline(live.port, "stub")
     live.engine.endless, live.engine.token_s = True, 0.001
     storm.round_of(live.port, "stub", clients=56, seed=1)
-    assert storm.until_idle(live.port, 2.0) is not None
+    assert storm.until_idle(live.port, 60.0) is not None
     live.engine.endless, live.engine.token_s = False, 0.0
     assert storm.baseline(live.port, "stub") == before
     assert settled(live)
@@ -59,7 +60,7 @@ def test_three_storms_of_200_leave_nothing_behind(live):
     live.engine.endless, live.engine.token_s = True, 0.001
     for seed in range(3):
         storm.round_of(live.port, "stub", clients=200, seed=seed)
-        assert storm.until_idle(live.port, 2.0) is not None
+        assert storm.until_idle(live.port, 60.0) is not None
     assert settled(live)
 
 
@@ -90,13 +91,12 @@ def test_every_request_has_one_row_however_it_ends(serve):
     server.post(PATH, {**json.loads(CHAT), "max_tokens": 10**6})
     server.post("/v1/completions", {"model": "stub", "prompt": ["a", "b"], "n": 2})
     server.engine.endless, server.engine.token_s = True, 0.001
-    with Wire(server.port) as wire:
-        wire.send(post(PATH, STREAM))
-        wire.socket.recv(2000)
-    wait_for(lambda: len(gate.rows) == 6)
-    with Wire(server.port) as wire:
-        wire.send(post(PATH, CHAT))
-        wait_for(lambda: server.engine.running == 1)
+    for number, body in enumerate((STREAM, CHAT), 6):
+        made = server.engine.made
+        with Wire(server.port) as wire:
+            wire.send(post(PATH, body))
+            wait_for(lambda: server.engine.made > made)  # noqa: B023 - asked within the round
+        wait_for(lambda: len(gate.rows) == number)  # noqa: B023
     wait_for(lambda: len(gate.rows) == gate.admitted == 7)
     reasons = [(row["finish_reason"], row["error_code"], row["model"]) for row in gate.rows]
     assert reasons == [
@@ -126,21 +126,28 @@ def test_a_reader_that_stalls_is_given_up(serve):
     with Wire(server.port, receive_buffer=2048) as wire:
         wire.send(storm.body("stub", stream=True, tokens=1 << 19, logprobs=True, top_logprobs=20))
         wait_for(lambda: server.engine.running == 1)
-        wait_for(lambda: settled(server), 20.0)
+        wait_for(lambda: settled(server))
     assert server.engine.aborted == 1
 
 
 def test_a_silent_stream_is_kept_alive_by_comments(serve):
     server = serve(limits=HttpLimits(ping_s=0.05))
-    server.engine.token_s, server.engine.text = 0.2, "ab"
-    reply = ask(server.port, post(PATH, STREAM))
-    assert b": ping\n\n" in reply.body
-    assert reply.body.endswith(b"data: [DONE]\n\n")
+    server.engine.go.clear()
+    with Wire(server.port, timeout=60) as wire:
+        wire.send(post(PATH, STREAM))
+        said = b""
+        while b"data: [DONE]\n\n" not in said:
+            more = wire.socket.recv(2000)
+            assert more
+            said += more
+            if b": ping\n\n" in said:
+                server.engine.go.set()  # without a comment it would never end
 
 
 def test_a_stop_lets_streams_finish_and_refuses_new_requests(serve):
-    server = serve(grace_s=10.0)
-    server.engine.token_s, server.engine.text = 0.02, "x" * 30
+    server = serve(grace_s=60.0)
+    server.engine.text = "x" * 30
+    server.engine.go.clear()
     with Wire(server.port) as running, Wire(server.port) as idle:
         running.send(post(PATH, STREAM))
         wait_for(lambda: server.engine.running == 1)
@@ -152,11 +159,12 @@ def test_a_stop_lets_streams_finish_and_refuses_new_requests(serve):
         assert int(refused.headers["retry-after"]) > 0
         health = ask(server.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert (health.status, health.json["status"]) == (503, "stopping")
+        server.engine.go.set()
         reply = running.reply()
         assert reply.body.count(b"x") >= 30
         assert reply.body.endswith(b"data: [DONE]\n\n")
         assert b'"error"' not in reply.body
-    assert server.join(10)
+    assert server.join()
 
 
 def test_after_the_grace_time_streams_end_with_an_error_event(serve):
@@ -171,7 +179,7 @@ def test_after_the_grace_time_streams_end_with_an_error_event(serve):
         assert json.loads(events[-3].removeprefix(b"data: "))["error"]["code"] == "server_stopping"
         assert events[-2] == b"data: [DONE]"
         assert plain.reply().status == 503
-    assert server.join(10)
+    assert server.join()
 
 
 def test_a_dead_engine_is_visible_in_health_and_replaced(live):

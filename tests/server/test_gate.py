@@ -112,7 +112,7 @@ def test_a_key_whose_requests_wait_for_the_store_keeps_no_other_key_waiting(site
     def slowly(key):
         if key.id == large.id:
             waiting.append(key)
-            assert let_go.wait(20)
+            assert let_go.wait(100)
         return reserve(key)
 
     monkeypatch.setattr(site.store.limits, "reserve", slowly)
@@ -123,8 +123,9 @@ def test_a_key_whose_requests_wait_for_the_store_keeps_no_other_key_waiting(site
             return site.gate.admit_caller(caller, model=None, endpoint="/x", request_id="r")
 
         crowd = [asyncio.ensure_future(admit(large)) for _ in range(50)]
-        await asyncio.sleep(0)
-        ticket = await asyncio.wait_for(admit(small), 10)
+        while not waiting:
+            await asyncio.sleep(0.001)
+        ticket = await asyncio.wait_for(admit(small), 60)
         assert 0 < len(waiting) < 8  # of eight threads
         let_go.set()
         return ticket, await asyncio.gather(*crowd)

@@ -92,7 +92,7 @@ def test_a_repeat_of_what_takes_long_is_told_to_come_back(site, monkeypatch):
     from bise.server import replay
 
     monkeypatch.setattr(replay, "_WAIT_S", 0.1)
-    site.engine.token_s = 0.1
+    site.engine.go.clear()
     body = {"model": "stub", "messages": [{"role": "user", "content": "Hi"}]}
 
     async def both():
@@ -102,6 +102,7 @@ def test_a_repeat_of_what_takes_long_is_told_to_come_back(site, monkeypatch):
             while not site.engine.requests:
                 await asyncio.sleep(0.01)
             second = await client.post("/v1/chat/completions", json=body, headers=AGAIN)
+            site.engine.go.set()
             return await first, second
 
     first, second = site.loop.run_until_complete(both())
