@@ -19,7 +19,26 @@ ANSWER = (
 
 @pytest.fixture
 def run(run):
-    return lambda scenario: run(scenario, models=ScriptedModels(lambda _: ANSWER), people=OnePerson())
+    def outside(scenario, models=None):
+        run(scenario, models=models or ScriptedModels(lambda _: ANSWER), people=OnePerson())
+
+    return outside
+
+
+class Held(ScriptedModels):
+    """Wait within the answer after `most` pieces until `go` is set: what is asked meanwhile takes time."""
+
+    def __init__(self, most):
+        super().__init__(lambda _: ANSWER, pace_s=0.002)
+        self.most = most
+        self.go = asyncio.Event()
+
+    async def stream(self, job):
+        count = 0
+        async for piece in super().stream(job):
+            if piece.text and (count := count + 1) > self.most:
+                await self.go.wait()
+            yield piece
 
 
 def text_of(events):
@@ -54,17 +73,17 @@ def test_an_answer_streams_in_numbered_events_and_is_kept(run):
 @pytest.mark.parametrize("cut", [1, 3, 17])
 def test_a_reload_in_mid_stream_loses_and_doubles_nothing(cut, run):
     async def scenario(site):
-        site.models.pace_s = 0.002
         conversation, asked = await site.ask()
         run_id = asked["answer"]["run_id"]
         while site.assistant.runs.get(run_id).seq < cut:
             await asyncio.sleep(0)
         live = (await site.page(conversation))["messages"][1]
+        site.models.go.set()
         rest = await site.events(run_id, after=live["seq"])
         assert live["text"] + text_of(rest) == ANSWER
         assert len(live["text"]) < len(ANSWER)
 
-    run(scenario)
+    run(scenario, models=Held(60))
 
 
 def test_two_tabs_hear_the_same(run):
@@ -98,8 +117,7 @@ def test_leaving_the_stream_does_not_stop_the_answer(run):
 @pytest.mark.parametrize("when", ["at once", "before the first token", "in the middle"])
 def test_stop_keeps_what_was_written(when, run):
     async def scenario(site):
-        site.models.pace_s = 0.001
-        site.models.delay_s = 10.0 if when == "before the first token" else 0.0
+        site.models.delay_s = 100.0 if when == "before the first token" else 0.0
         conversation, asked = await site.ask()
         run_id = asked["answer"]["run_id"]
         running = site.assistant.runs.get(run_id)
@@ -114,7 +132,7 @@ def test_stop_keeps_what_was_written(when, run):
         assert len(answer["text"]) < len(ANSWER)
         assert (await site.events(run_id))[-1]["event"] == "end"
 
-    run(scenario)
+    run(scenario, models=Held(60))
 
 
 def test_continue_writes_on_where_the_answer_was_cut(run):
@@ -386,7 +404,7 @@ def test_what_was_deleted_long_enough_ago_goes_while_the_server_runs(run, monkey
         made = (await site.post("/api/v1/conversations", json={})).json()["id"]
         house = asyncio.create_task(site.assistant.keep_house())
         await site.delete(f"/api/v1/conversations/{made}")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await site.post(f"/api/v1/conversations/{made}/restore")).status_code == 200:
                 await site.delete(f"/api/v1/conversations/{made}")
                 await asyncio.sleep(0.02)

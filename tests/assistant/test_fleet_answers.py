@@ -40,7 +40,7 @@ def loaded_on_demand(told):
 
     def load(spec, plan, progress):
         progress("reading weights", 0.5)
-        assert told.wait(20)
+        assert told.wait(100)
         return load_planned(spec, plan, progress)
 
     return Fleet([ModelSpec(name="brise", path=resolve(None), context=256, sequences=1)], loader=load)
@@ -71,7 +71,7 @@ def test_a_model_whose_answer_was_stopped_while_it_was_read_has_no_user_left():
         assert (await anext(pieces)).loaded == 0.5
         await pieces.aclose()
         told.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             while fleet.card("brise").state != "ready" or fleet.card("brise").users:
                 await asyncio.sleep(0.01)
 

@@ -23,7 +23,7 @@ def on_a_terminal(*args: str, **env: str) -> str:
                 parts.append(part)
         except OSError:  # the other end is closed
             pass
-        child.wait(timeout=30)
+        child.wait(timeout=90)
     os.close(master)
     return b"".join(parts).decode()
 

@@ -48,12 +48,12 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 30, *, nudge: str = "") -> None:
-        """Read until `text` appears after what was matched before; type `nudge` after each silent second."""
+    def wait_for(self, text: str, seconds: float = 90, *, nudge: str = "") -> None:
+        """Read until `text` appears after what was matched before; type `nudge` after five silent seconds."""
         deadline = time.monotonic() + seconds
         while text not in self.screen:
             assert time.monotonic() < deadline, f"{text!r} did not appear: {self.screen!r}"
-            if not select.select([self.master], [], [], 1)[0]:
+            if not select.select([self.master], [], [], 5)[0]:
                 self.type(nudge)
                 continue
             try:
@@ -69,7 +69,7 @@ class Terminal:
         except OSError:
             pass
         os.close(self.master)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=90)
 
 
 @pytest.fixture

@@ -105,6 +105,7 @@ def test_check_reports_every_bad_line_and_refuses_nothing_else(cli, model, data,
     assert not (tmp_path / "a.run").exists()
 
 
+@pytest.mark.timeout(300)
 def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(home, model, data, tmp_path):
     out = tmp_path / "adapter"
     command = [
@@ -125,7 +126,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(home, model, data,
     assert complaint.strip() == (f"stopped; the same command with --resume goes on (checkpoint in {out}.run)")
     assert not out.exists()
     done = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=60, check=False
+        [*command, "--resume"], capture_output=True, text=True, env=environment, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 400

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -32,10 +33,14 @@ def test_chat_web_serves_the_assistant_on_a_free_port_and_opens_it(tmp_path):
             page = re.search(r"the assistant is at (http://127\.0\.0\.1:\d+/)", lines[1])[1]
             # A development install has no page unless `make web` was run; the server is there all the same.
             shown = page if (STATIC / "index.html").is_file() else page + "health"
-            assert urllib.request.urlopen(shown, timeout=20).status == 200
+            assert urllib.request.urlopen(shown, timeout=60).status == 200
+            until = time.monotonic() + 60
+            while not (opened.is_file() and opened.read_text()):
+                assert time.monotonic() < until, "no browser was opened"
+                time.sleep(0.02)
         finally:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert "leaked" not in process.stderr.read()
     assert opened.read_text() == page
 
