@@ -387,7 +387,8 @@ class TestThreaded:
         assert asyncio.run(main()) == ["werty"] * 5
 
     def test_leaving_an_async_iteration_aborts(self, hash_engine):
-        engine, _ = hash_engine(threaded=True)
+        engine, model = hash_engine(threaded=True)
+        model.slow_from = 50
         ended = threading.Event()
 
         async def main():
@@ -439,6 +440,7 @@ class TestThreaded:
 
     def test_a_cancelled_task_aborts(self, hash_engine):
         engine, model = hash_engine(threaded=True)
+        model.slow_from = 50
 
         async def main():
             handle = engine.submit(ask(max_tokens=500, ignore_eos=True))
@@ -481,7 +483,8 @@ class TestThreaded:
         assert isinstance(engine.failure, EngineError)
 
     def test_closing_wakes_whoever_waits(self, hash_engine):
-        engine, _ = hash_engine(threaded=True)
+        engine, model = hash_engine(threaded=True)
+        model.slow_from = 50
         handle = engine.submit(ask(max_tokens=400, ignore_eos=True))
         next(iter_once := iter(handle))
         engine.close()

@@ -176,7 +176,7 @@ def test_mutated_headers_never_crash_and_agree_with_the_reference_parser(tmp_pat
         os.pwrite(descriptor, content, 0)
         os.ftruncate(descriptor, len(content))
         expected = reference(content)
-        started = time.monotonic()
+        started = time.thread_time()
         try:
             found = ours(path)
         except ModelFileError as error:
@@ -194,7 +194,7 @@ def test_mutated_headers_never_crash_and_agree_with_the_reference_parser(tmp_pat
             assert expected is not None, content
             assert found == expected
             counts["both accept"] += 1
-        assert time.monotonic() - started < SECONDS_EACH
+        assert time.thread_time() - started < SECONDS_EACH
     os.close(descriptor)
     print(dict(counts))
     # The fuzzer is worth something only when both outcomes are common.

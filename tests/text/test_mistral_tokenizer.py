@@ -192,12 +192,10 @@ def spm_v1(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", "é", "e\u0301", "\u0301", "1", " ", "\n", "{", "漢"])
-def test_a_mebibyte_without_words_is_encoded_within_a_second(tekken, spm_v1, unit):
+def test_a_mebibyte_without_words_is_encoded_within_a_second(tekken, spm_v1, unit, quickest):
     text = unit * ((1 << 20) // len(unit.encode()))
     for tokenizer in (tekken, spm_v1):
-        start = time.process_time()
-        tokenizer.encode(text)
-        assert time.process_time() - start < 1.0
+        assert quickest(lambda: tokenizer.encode(text), 1.0, time.process_time) < 1.0  # noqa: B023
 
 
 def test_tekken_pattern_that_loses_text_is_an_error(tmp_path, tekken_document):

@@ -114,9 +114,9 @@ def test_a_hostile_mebibyte_takes_linear_time(form, part):
             data = (part * (length // len(part) + 1))[:length].encode()
             reader.push([256, 102, 258, *data[:4096]], "")
             reader._segments[-1].data += data
-            start = time.process_time()
+            start = time.thread_time()
             reader.finish()
-            best = min(best, time.process_time() - start)
+            best = min(best, time.thread_time() - start)
         return best
 
     small, large = cost(1 << 19), cost(1 << 20)

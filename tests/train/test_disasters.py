@@ -31,12 +31,14 @@ def kill_loop(*arguments: str, timeout: float) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["bad"] == 0
 
 
+@pytest.mark.timeout(400)
 def test_the_last_announced_checkpoint_loads_after_kill_9_at_50_moments():
-    kill_loop("checkpoints", "50", timeout=55)
+    kill_loop("checkpoints", "50", timeout=350)
 
 
+@pytest.mark.timeout(400)
 def test_runs_that_were_killed_and_resumed_have_the_bits_of_one_that_was_not(tiny_dir, data_path):
-    kill_loop("resume", "2", str(tiny_dir), str(data_path), timeout=55)
+    kill_loop("resume", "2", str(tiny_dir), str(data_path), timeout=350)
 
 
 @pytest.mark.slow
