@@ -204,7 +204,7 @@ def test_a_request_to_a_dead_engine_waits_for_the_new_one(live):
 def test_a_model_that_cannot_be_loaded_is_503_and_tells_no_path(live):
     from bise.errors import ModelFileError
 
-    live.fleet.fails_with = ModelFileError("/secret/place/model.safetensors: is cut off")
+    live.fleet.fails_with = ModelFileError("/secret/x.safetensors: is cut off", field="/secret/x.safetensors")
     try:
         reply = live.post(PATH, json.loads(CHAT))
     finally:

@@ -387,7 +387,7 @@ def test_an_adapter_that_is_wanted_at_once_is_loaded_with_its_model_or_was_never
             assert (model.adapters, fleet.card("a").adapters[0].users) == (["x"], 1)
 
 
-def test_a_bad_adapter_fails_its_own_callers_and_leaves_nothing_pinned():
+def test_a_bad_adapter_fails_its_own_callers_and_leaves_nothing_pinned(caplog):
     world = World(a=4)
     world.faults["torn"] = ModelFileError("torn: cut short")
     world.failures["bad"] = ModelFileError("bad: NaN")
@@ -397,6 +397,8 @@ def test_a_bad_adapter_fails_its_own_callers_and_leaves_nothing_pinned():
                 pass
         assert [card.fault for card in fleet.card("a").adapters] == ["torn: cut short", None]
         assert fleet.card("a").users == 0
+        assert "torn: cut short" in caplog.text  # callers over HTTP hear only that the log knows
+        assert "bad: NaN" in caplog.text
         with fleet.use("a") as model:
             assert model.is_open
 

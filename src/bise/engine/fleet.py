@@ -8,7 +8,6 @@ thread of whoever asked.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -25,8 +24,11 @@ from bise.engine.fleet_entry import (
     State,
     as_bise_error,
     choose_victims,
+    close_model,
     give_memory_back,
+    load_adapter,
     seconds_left,
+    tell_failure,
 )
 from bise.engine.load import LoadedModel, Progress
 from bise.engine.memory import available_memory
@@ -49,8 +51,6 @@ from bise.errors import (
     ModelBusyError,
     ModelNotFoundError,
 )
-
-logger = logging.getLogger(__name__)
 
 Planner = Callable[[ModelSpec, int | None], ModelPlan]
 Loader = Callable[[ModelSpec, ModelPlan, Progress], LoadedModel]
@@ -288,7 +288,7 @@ class Fleet:
         except BiseError as error:
             if entry.plan is None:
                 entry.fault = error
-            logger.warning("event=model_not_planned model=%s reason=%s", ascii(entry.spec.name), error.code)
+            tell_failure("model_not_planned", entry.spec.name, error)
 
     def _planned(self, entry: Entry) -> ModelPlan:
         """Return a model's plan; one that failed is tried again, its files may have been mended."""
@@ -309,7 +309,7 @@ class Fleet:
         try:
             return Attached(adapter, self._adapter_sizer(entry.spec, adapter.path))
         except BiseError as error:  # a bad adapter does not keep its model from being served
-            logger.warning("event=adapter_not_planned reason=%s", error.code)
+            tell_failure("adapter_not_planned", f"{entry.spec.name}:{adapter.name}", error)
             return Attached(adapter, 0, error)
 
     # Under the lock
@@ -441,7 +441,7 @@ class Fleet:
                 self._load_adapter(loaded, attached)
 
     def _load_adapter(self, loaded: LoadedModel, attached: Attached) -> None:
-        loaded.load_adapter(attached.spec.name, attached.spec.path)
+        load_adapter(loaded, attached.spec)
         with self._changed:
             attached.is_loaded = True
 
@@ -463,7 +463,7 @@ class Fleet:
             with self._changed:
                 entry.state, entry.load, load.error = State.COLD, None, failure
                 self._changed.notify_all()
-            logger.warning("event=model_load_failed reason=%s", failure.code)
+            tell_failure("model_load_failed", entry.spec.name, failure)
             if failure is error or not isinstance(error, Exception):
                 raise
             raise failure from error
@@ -476,11 +476,9 @@ class Fleet:
     def _unload(self, entries: Iterable[Entry]) -> None:
         """Close models in state CLOSING and count their memory as free."""
         for entry in entries:
+            assert entry.loaded is not None
             try:
-                assert entry.loaded is not None
-                entry.loaded.close()
-            except Exception:  # whatever goes wrong, the others must still be closed and counted
-                logger.exception("event=model_close_failed")
+                close_model(entry.loaded)
             finally:
                 with self._changed:
                     entry.loaded = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -11,6 +12,31 @@ from bise.engine.load import LoadedModel
 from bise.engine.memory import amount
 from bise.engine.model_spec import AdapterCard, AdapterSpec, ModelCard, ModelPlan, ModelSpec
 from bise.errors import BiseError, EngineError
+
+logger = logging.getLogger(__name__)
+
+
+def tell_failure(event: str, name: str, error: BiseError) -> None:
+    """Log why a model or an adapter cannot be had: callers hear no more than that the log knows."""
+    reason = ascii(str(error))[:400]
+    logger.warning("event=%s name=%s code=%s reason=%s", event, ascii(name), error.code, reason)
+
+
+def load_adapter(loaded: LoadedModel, spec: AdapterSpec) -> None:
+    """Load an adapter into a model; the log has what is raised."""
+    try:
+        loaded.load_adapter(spec.name, spec.path)
+    except BiseError as error:
+        tell_failure("adapter_load_failed", spec.name, error)
+        raise
+
+
+def close_model(loaded: LoadedModel) -> None:
+    """Close a model. Raises nothing: whatever goes wrong, others must still be closed and counted."""
+    try:
+        loaded.close()
+    except Exception:
+        logger.exception("event=model_close_failed")
 
 
 def give_memory_back() -> None:

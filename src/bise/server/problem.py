@@ -101,11 +101,12 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     for row in _TABLE:
         if isinstance(error, row.kind):
+            is_of_files = isinstance(error, ModelFileError)  # the way to them is the operator's business
             return ApiError(
                 row.status,
-                _message(error),
+                "the model cannot be loaded; the server's log tells why" if is_of_files else str(error),
                 code=row.code or error.code,
-                param=error.field,
+                param=None if is_of_files else error.field,
                 headers=_retry_headers(error, row.status),
             )
     return ApiError(
@@ -113,15 +114,6 @@ def as_api_error(error: BaseException) -> ApiError:
         "the server failed on this request; its log tells more",
         code="internal_error",
         headers={"x-should-retry": "false"},
-    )
-
-
-def _message(error: BiseError) -> str:
-    # The way to a model file is the operator's business; the log has it.
-    return (
-        "the model cannot be loaded; the server's log tells why"
-        if isinstance(error, ModelFileError)
-        else str(error)
     )
 
 
