@@ -54,23 +54,23 @@ class LiveServer:
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
-        assert ready.wait(20)
+        assert ready.wait(100)
 
     @property
     def engine(self):
         return self.fleet.engine
 
     def post(self, path: str, body, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=20, **options)
+        return httpx.post(f"{self.url}{path}", json=body, timeout=100, **options)
 
     def get(self, path: str, **options) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=20, **options)
+        return httpx.get(f"{self.url}{path}", timeout=100, **options)
 
     def stop(self) -> None:
         """Ask for a stop, as a signal would."""
         self.loop.call_soon_threadsafe(self.serving.stop)
 
-    def join(self, timeout: float = 20) -> bool:
+    def join(self, timeout: float = 100) -> bool:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

@@ -48,7 +48,7 @@ def test_shell_runs_as_written(live, page, code):
             ["bash", "-c", command],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=100,
             env={"PATH": "/usr/bin:/bin", "KEY": "none"},
         )
         assert done.returncode == 0, done.stderr

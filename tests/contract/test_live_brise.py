@@ -21,15 +21,26 @@ ASK = [{"role": "user", "content": "Name a river."}]
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    environment = os.environ | {"BISE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "bise", "serve", "--port", "0", "--grace", "5"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
-        line = process.stdout.readline()
-        process.url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
-        yield process
+def processes(tmp_path_factory):
+    """All that were started; the last one serves, unless a test has ended it."""
+    started = []
+    yield started
+    for process in started:
         process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def process(processes, tmp_path_factory):
+    if not processes or processes[-1].poll() is not None:  # in whichever order the tests come
+        home = tmp_path_factory.mktemp("home")
+        environment = os.environ | {"BISE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", "bise", "serve", "--port", "0", "--grace", "5"]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
+        line = processes[-1].stdout.readline()
+        processes[-1].url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+    return processes[-1]
 
 
 @pytest.fixture
@@ -240,4 +251,4 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(client):
 def test_a_signal_stops_the_process_with_exit_code_0(process, client):
     assert say(client)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(100) == 0

@@ -103,7 +103,7 @@ def resume(rounds: int, folder: Path, rng: random.Random, model: Path, data: Pat
         for tries in range(100):
             again = (folder / f"out{number}.run").exists()
             process, reading = start(lambda announce, out=out, again=again: train(out, announce, again=again))
-            # On a busy machine a run may not reach its next checkpoint in this time: then later ones get more.
+            # On a busy machine a run may not reach its next checkpoint in this time: later ones get more.
             _, is_over = kill_after(process, reading, rng.random() * 0.8 * max(1, tries / 10))
             if out.exists():
                 break
