@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from bise.config import ModelConfig
 from bise.kernels import BLOCK_SIZE
 from bise.model.batch import Batch
 
-# The same examples on every run: what CI sees is what everyone sees.
-settings.register_profile("fixed", derandomize=True, database=None)
+# The same examples on every run: what CI sees is what everyone sees. No clock judges them.
+settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("fixed")
 
 # A shell that starts this in the background ignores Ctrl-C for it and all it starts; programs under test must

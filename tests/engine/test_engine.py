@@ -296,7 +296,7 @@ def test_text_is_never_cut_inside_a_character(hash_engine):
     assert texts == ["", "é", "", "", "€"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     jobs=st.lists(
         st.tuples(

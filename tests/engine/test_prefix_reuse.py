@@ -157,7 +157,7 @@ def test_a_preempted_sequence_goes_on_from_its_own_cached_blocks(hash_engine):
     assert computed < sum(len(batch.token_ids) for batch in plain_model.batches)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     jobs=st.lists(
         st.tuples(

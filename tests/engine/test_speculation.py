@@ -118,7 +118,7 @@ def test_no_guess_good_or_bad_changes_what_a_request_returns(hash_engine, window
             assert_nothing_is_held(engine)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 1 << 20),
     budget=st.integers(4, 40),
