@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -101,14 +102,15 @@ def machine(torch: Any, on_gpu: bool) -> Record:
     """Return what the numbers depend on."""
     import triton
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    commit = ""
+    with suppress(OSError):  # a lent machine may have no git
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     found: Record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
     if on_gpu:
         properties = torch.cuda.get_device_properties(0)
