@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import httpx
@@ -50,6 +53,21 @@ def test_a_request_for_model_and_adapter_goes_through_the_adapter(live):
     assert complete(live, "a:none").status_code == 404
     assert complete(live, "a:gone").status_code == 503
     assert complete(live, "a").json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize("model", ["a", "a:x"])
+def test_a_model_that_answered_leaves_memory_when_it_is_unloaded(live, model):
+    assert complete(live, model).status_code == 200
+    lease = live.fleet.acquire("a")
+    loaded = weakref.ref(lease.loaded)
+    lease.release()
+    del lease
+    live.fleet.sleep("a", wait_s=20)
+    until = time.monotonic() + 20
+    while loaded() is not None:  # the last request lets go of it a moment after its answer
+        gc.collect()
+        assert time.monotonic() < until, "the server keeps an unloaded model: its budget counts it as free"
+    assert complete(live, model).status_code == 200
 
 
 def test_a_receipt_names_the_adapter_by_its_content(live):

@@ -64,7 +64,7 @@ PREFIX_FILE_BYTES = 1 << 30
 """Largest file of cached prefixes."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class LoadedModel:
     """A model that runs."""
 

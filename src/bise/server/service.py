@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from starlette.responses import JSONResponse, Response
 
@@ -110,7 +111,8 @@ class Service:
         self.jobs: set[Job | HostedJob] = set()
         self.is_draining = False
         self._noted: set[tuple[str, str]] = set()
-        self._engines: dict[str, LoadedModel] = {}
+        self._engines: WeakValueDictionary[str, LoadedModel] = WeakValueDictionary()
+        """Who ran last under each name; no hold on it, which would keep what the fleet unloads in memory."""
         self._traits: dict[str, Traits] = {}
         self._recoveries: dict[str, asyncio.Task[None]] = {}
 
@@ -229,8 +231,7 @@ class Service:
     def engines(self) -> dict[str, LoadedModel]:
         """Return the models that are loaded, by name, as far as this service has used them."""
         ready = {card.spec.name for card in self.models.cards() if card.state == "ready"}
-        self._engines = {name: loaded for name, loaded in self._engines.items() if name in ready}
-        return self._engines
+        return {name: loaded for name, loaded in self._engines.items() if name in ready}
 
     async def end_jobs(self) -> None:
         """Abort what still runs and let the answers out; for the end of the grace time."""
