@@ -14,7 +14,7 @@ from sqlalchemy import select, text
 import bise.store.chat_schema
 import bise.store.tuning  # noqa: F401
 from bise.errors import ConfigError, StoreError
-from bise.store.database import BUSY_TIMEOUT_S, Database, DatabaseDownError, migrate
+from bise.store.database import BUSY_TIMEOUT_S, Database, DatabaseDownError, _wal_mode, migrate
 from bise.store.schema import Record, SettingRecord
 
 
@@ -143,6 +143,26 @@ def test_two_processes_that_migrate_at_once_both_succeed(database_url):
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_who_switches_a_new_file_at_the_same_moment_is_waited_for(tmp_path):
+    """SQLite answers 1 in 1,000 of them with SQLITE_BUSY after no time, in spite of its timeout."""
+
+    class Met(sqlite3.Connection):
+        met = 0
+
+        def execute(self, statement):
+            if "journal_mode" in statement and self.met < 3:
+                self.met += 1
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+            return super().execute(statement)
+
+    connection = sqlite3.connect(tmp_path / "new.db", factory=Met)
+    assert _wal_mode(connection) == "wal"
+    assert connection.met == 3
+    connection.close()
 
 
 def test_a_migration_from_the_first_schema_keeps_its_rows(database_url, monkeypatch):

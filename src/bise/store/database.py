@@ -11,6 +11,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import resources
@@ -238,10 +239,26 @@ def _hasty(url: URL) -> Engine:
     return engine
 
 
+def _wal_mode(connection: sqlite3.Connection) -> str:
+    """Switch to WAL and return the mode that the file has now.
+
+    Where others switch a new file at the same moment, SQLite may give up at once whatever the connection's
+    timeout: so that wait is here.
+    """
+    until = time.monotonic() + connection.execute("PRAGMA busy_timeout").fetchone()[0] / 1000
+    while True:
+        try:
+            return connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
     # The driver must not open transactions on its own: it would leave DDL outside of them.
     connection.isolation_level = None
-    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+    mode = _wal_mode(connection)
     if mode != "wal":
         raise StoreError(
             f"the database's file system does not allow WAL mode (SQLite answered {mode}); "
