@@ -41,7 +41,7 @@ def make_ops(placement: Placement, split: Split | None = None, threads: int = 1)
     """Return the ops of a device that torch drives: Triton's kernels on a CUDA device, plain torch elsewhere;
     with a split that leaves something in RAM, joined by the processor's on `threads` threads.
 
-    Raises ConfigError when torch or the device is absent.
+    Raises ConfigError when torch, the device, or what Triton needs to start kernels is absent.
     """
     require_device(placement)
     from bise.kernels.grouped import FLOATS
@@ -54,8 +54,10 @@ def make_ops(placement: Placement, split: Split | None = None, threads: int = 1)
     if not placement.is_cuda or find_spec("triton") is None:
         plain = TorchOps(dtype, placement.device)
         return plain if split is None else SplitOps(CpuOps(threads), plain, split.host_layers)
+    from bise.kernels.triton import require_launcher
     from bise.kernels.triton.ops import TritonOps
 
+    require_launcher()
     device = TritonOps(dtype, placement.device)
     return device if split is None else ChoosingSplitOps(CpuOps(threads), device, split.host_layers)
 

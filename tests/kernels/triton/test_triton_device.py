@@ -13,7 +13,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from bise.engine.device import make_ops  # noqa: E402
 from bise.engine.graphs import CudaRecorder  # noqa: E402
+from bise.engine.placement import Placement  # noqa: E402
+from bise.errors import ConfigError  # noqa: E402
 from bise.kernels.triton import compute_on  # noqa: E402
 from bise.kernels.triton.ops import TritonOps  # noqa: E402
 
@@ -77,3 +80,19 @@ def test_one_thread_records_at_a_time(monkeypatch):
     other.join()
     assert is_tried.is_set()
     assert most == [1, 1]
+
+
+def test_what_triton_lacks_to_start_a_kernel_is_told_before_anything_is_read(monkeypatch):
+    class WithoutCompiler:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.\nSee elsewhere.")
+
+    monkeypatch.setattr("bise.engine.device.require_device", lambda placement: None)
+    monkeypatch.setattr("triton.runtime.driver", WithoutCompiler())
+    with pytest.raises(
+        ConfigError, match=r"here: Failed to find C compiler\.; it needs a C compiler"
+    ) as caught:
+        make_ops(Placement("cuda"))
+    assert caught.value.field == "device"
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,8 @@
 import torch
 from triton import knobs  # pyright: ignore[reportMissingTypeStubs]
 
+from bise.errors import ConfigError
+
 EXACT = {} if knobs.runtime.interpret else {"enable_fp_fusion": False}
 """Launch options of every kernel: products and sums are rounded one by one, so that a row has the same bits
 in two kernels that the compiler would fuse differently. (The interpreter knows no such option, and never
@@ -15,3 +17,21 @@ def compute_on(device: torch.device) -> None:
     is_named = device.index is not None  # pyright: ignore[reportUnnecessaryComparison]
     if device.type == "cuda" and is_named:
         torch.cuda.set_device(device)
+
+
+def require_launcher() -> None:
+    """Raise ConfigError where Triton cannot start a kernel: for its first one on a machine it compiles a
+    piece of C, which it keeps in its folder.
+    """
+    from triton import runtime  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        runtime.driver.active.get_current_device()  # pyright: ignore
+    except Exception as error:  # whatever a compiler, a linker or a disk may say
+        reason = str(error).partition("\n")[0][:200]
+        raise ConfigError(
+            f"Triton cannot start kernels here: {reason}; it needs a C compiler and Python's headers (on Debian "
+            "or Ubuntu apt-get install gcc python3-dev) and a folder to write to (~/.triton, else "
+            "TRITON_CACHE_DIR); or use --device cpu",
+            field="device",
+        ) from error
