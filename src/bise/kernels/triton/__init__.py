@@ -30,8 +30,8 @@ def require_launcher() -> None:
     except Exception as error:  # whatever a compiler, a linker or a disk may say
         reason = str(error).partition("\n")[0][:200]
         raise ConfigError(
-            f"Triton cannot start kernels here: {reason}; it needs a C compiler, Python's headers (on Debian: "
-            "apt-get install gcc python3-dev) and a folder to write to (~/.triton, else TRITON_CACHE_DIR); or "
+            f"Triton cannot start kernels here: {reason}; it needs a C compiler, Python's headers (Debian: "
+            "apt-get install gcc python3-dev) and a folder to write to (~/.triton or TRITON_CACHE_DIR); or "
             "use --device cpu",
             field="device",
         ) from error
