@@ -1,6 +1,7 @@
 """Fleet: budget, eviction, shared loads, idle models, over fake models."""
 
 import importlib
+import platform
 import random
 import sys
 import threading
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bise.engine.fleet import Fleet
+from bise.engine.fleet_entry import give_memory_back
 from bise.engine.model_spec import ModelPlan, ModelSpec
 from bise.errors import (
     ConfigError,
@@ -284,6 +286,20 @@ def test_closing_waits_for_users_only_when_it_drains():
     hasty.acquire("b")
     hasty.close()
     assert world.events == ["+a", "-a", "+b", "-b"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_memory_of_many_small_pieces_goes_back_to_the_system():
+    def resident_mib():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+    pieces = [bytes(10_000) for _ in range(10_000)]
+    last = bytes(10_000)  # the heap ends with it
+    full = resident_mib()
+    del pieces
+    give_memory_back()
+    assert resident_mib() < full - 60
+    assert last
 
 
 def test_an_alias_means_the_model_and_an_unknown_name_lists_what_is_served():

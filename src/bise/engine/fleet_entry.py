@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
 
 from bise.engine.load import LoadedModel
@@ -40,15 +42,17 @@ def close_model(loaded: LoadedModel) -> None:
 
 
 def give_memory_back() -> None:
-    """Free what nobody can reach any more, such as a model whose engine and requests know one another. A
-    serving process has put what it had at its start out of the collector's sight (`server/serving.py`): not
-    out of this one's.
+    """Free what nobody can reach any more, such as a model whose engine and requests know one another, and
+    give the system what the allocator keeps of it. A serving process has put what it had at its start out of
+    the collector's sight (`server/serving.py`): not out of this one's.
     """
     had_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
     if had_frozen:
         gc.freeze()
+    with suppress(AttributeError, OSError, TypeError):  # not every system's C library has it, nor need it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class State(StrEnum):
