@@ -162,3 +162,12 @@ def test_without_torch_the_way_out_is_named_and_export_works(cli, model, data, t
     assert refused.code == 2
     assert "pip install 'bise[torch]'" in refused.error_lines[0]
     assert cli("tune", "export", model, "--out", str(tmp_path / "m.gguf")).code == 0
+
+
+def test_a_run_that_another_of_its_processes_was_told_to_stop_says_how_to_go_on(
+    cli, model, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("bise.train.job.run_job", lambda *_, **__: None)  # no signal came here
+    ended = cli("tune", model, data, "--out", str(tmp_path / "adapter"))
+    assert ended.code == 128 + signal.SIGTERM
+    assert "the same command with --resume goes on" in ended.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bise.config import ModelConfig
     from bise.train.data import DataFile
     from bise.train.estimate import StepTimer
+    from bise.train.job import JobResult
     from bise.train.settings import JobSettings
 
 SHOWN_BAD = 100
@@ -104,8 +106,6 @@ def run(
 
     Ctrl-C saves a checkpoint; --resume goes on with the same bits.
     """
-    from dataclasses import asdict
-
     from bise.hub.registry import resolve
 
     _require_torch()
@@ -130,12 +130,19 @@ def run(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    ranks.close()
-    if result is None and not (ranks.is_first or stops):
-        return
-    if result is None:
-        aside(f"stopped; the same command with --resume goes on (checkpoint in {out}.run)")
-        raise click.exceptions.Exit(128 + stops[0])
+    code = 0
+    if result is not None:
+        _tell(result, f"bise chat {model} --adapter {out}" if settings.method != "full" else None, as_json)
+    elif ranks.is_first or stops:
+        code = 128 + (stops or [signal.SIGTERM])[0]  # without one of its own another process was stopped
+        if ranks.is_first:
+            aside(f"stopped; the same command with --resume goes on (checkpoint in {out}.run)")
+    ranks.close(code)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def _tell(result: JobResult, next_command: str | None, as_json: bool) -> None:
     if as_json:
         write_json({"event": "finished", **asdict(result), "path": str(result.path)})
         return
@@ -148,8 +155,8 @@ def run(
         ("parity", f"engine and trainer differ by {result.parity:.1e} nats at most"),
     ])  # fmt: skip
     aside(f"{result.steps} steps in {result.seconds:.0f} s")
-    if settings.method != "full":
-        aside(f"try: bise chat {model} --adapter {out}")
+    if next_command is not None:
+        aside(f"try: {next_command}")
 
 
 @command.command("check")

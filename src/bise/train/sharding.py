@@ -9,6 +9,7 @@ of one process never imports it, nor torch's sharded tensors, which add half to 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,10 +100,16 @@ class Ranks:
                 param.grad.mul_(bound / (norm + 1e-6))
         return norm
 
-    def close(self) -> None:
-        """Leave."""
-        if self.is_many:
-            distributed.destroy_process_group()
+    def close(self, code: int = 0) -> None:
+        """Leave, once all is said: ends this process with `code` when it is one of several."""
+        if not self.is_many:
+            return
+        distributed.destroy_process_group()
+        # PyTorch's threads for gloo, which nothing joins, may still hold a tensor of Python's; to let it go
+        # while the interpreter ends aborts the process, and torchrun then calls a finished run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _shard(tensor: Tensor) -> DTensor | None:
