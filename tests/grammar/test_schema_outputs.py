@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bise.errors import RequestError
+from bise.grammar.automaton import Budget, machine, span
+from bise.grammar.formats import format_expression
 from bise.grammar.spec import GrammarSpec
 
 OBJECTS = {
@@ -99,6 +101,8 @@ STRINGS = {
     "both": {"allOf": [{"type": "string", "pattern": "^[a-f]+$"}, {"pattern": "[d-z]$", "minLength": 3}]},
     "edges": {"type": "string", "pattern": "^ab|c$|^x$", "maxLength": 4},
     "controls": {"type": "string", "pattern": "^[\\x00-\\x1f]{1,3}$"},
+    "implied": {"type": "string", "pattern": "^[ab]{2,4}$", "minLength": 1, "maxLength": 100_000},
+    "link": {"type": "string", "format": "uri", "minLength": 1, "maxLength": 2083},
     **{
         name: {"type": "string", "format": name}
         for name in (
@@ -316,6 +320,14 @@ def check_schema(outputs, schema, seed):
         return
     for text in made.some(3, room=10):
         judged(schema, text)
+
+
+@pytest.mark.parametrize("most", [130, 551, 552, 2083, 10**6])
+def test_links_of_a_limited_length_have_no_more_characters_than_that(most):
+    budget = Budget("uri")
+    shortest, longest = span(machine(format_expression("uri", most), budget), budget)
+    assert shortest == 6
+    assert min(most, 2048) - 5 < longest <= most
 
 
 @given(schema=plain_schemas(), seed=st.integers(0, 1 << 16))

@@ -190,6 +190,35 @@ def intersection(left: Machine, right: Machine, budget: Budget) -> Machine:
     return built
 
 
+def span(source: Machine, budget: Budget) -> tuple[int, int | None]:
+    """Return how many characters the shortest and the longest text have; None: there is no longest."""
+    budget.spend(sum(map(len, source.edges)))
+    before: list[list[int]] = [[] for _ in source.edges]
+    for state, edges in enumerate(source.edges):
+        for members, target in edges:
+            if members:
+                before[target].append(state)
+    left = dict.fromkeys(source.final, 0)  # fewest characters from a state to the end of a text
+    queue = list(left)
+    for state in queue:
+        for earlier in before[state]:
+            if earlier not in left:
+                left[earlier] = left[state] + 1
+                queue.append(earlier)
+    if 0 not in left:
+        return 0, None
+    ahead = [sum(1 for members, to in edges if members and to in left) for edges in source.edges]
+    most = [0] * len(source.edges)
+    queue = [state for state in left if not ahead[state]]
+    for state in queue:  # whoever is never reached leads round in a circle, or into one
+        for earlier in before[state]:
+            most[earlier] = max(most[earlier], most[state] + 1)
+            ahead[earlier] -= 1
+            if not ahead[earlier]:
+                queue.append(earlier)
+    return left[0], None if ahead[0] else most[0]
+
+
 def other_than(texts: Iterable[str], budget: Budget) -> Machine:
     """Return the automaton of all texts but these."""
     built = Machine()

@@ -37,6 +37,9 @@ _PATTERNS = {
     rf"(/{_URI_CHARACTER}*)?(\?{_URI_CHARACTER}*)?(#{_URI_CHARACTER}*)?",
 }
 
+MAX_URI = 2_048
+"""Characters of a URI at most, where any number is limited."""
+
 STRING_FORMATS = frozenset(_PATTERNS)
 INTEGER_FORMATS: dict[str, tuple[int, int] | None] = {
     "int32": (-(1 << 31), (1 << 31) - 1),
@@ -47,8 +50,29 @@ INTEGER_FORMATS: dict[str, tuple[int, int] | None] = {
 """Formats of numbers with their bounds; None: no further bound."""
 
 
-def format_expression(name: str) -> Regex:
-    """Return the expression of a string format in `STRING_FORMATS`, for the whole text."""
-    whole = anchored(parse_pattern(f"^(?:{_PATTERNS[name]})$", name))
+def format_expression(name: str, most: int | None = None) -> Regex:
+    """Return the expression of a string format in `STRING_FORMATS`, for the whole text. Of URIs, which alone
+    have no longest one, those whose parts have so few characters that all have `most`, if there are any.
+    """
+    pattern = _PATTERNS[name] if name != "uri" or most is None else _uri_within(most)
+    whole = anchored(parse_pattern(f"^(?:{pattern})$", name))
     assert whole is not None
     return whole
+
+
+def _uri_within(most: int) -> str:
+    """Return the pattern of URIs of at most `most` characters; of any number where that leaves no path.
+
+    Counting the characters of all URIs would take a copy of their automaton for each number.
+    """
+    scheme, host, longest = ("{1,20}", rf"{_LABEL}(\.{_LABEL}){{0,3}}", 276)
+    if most < 2 * longest:
+        scheme, host, longest = ("{1,8}", rf"{_SHORT_LABEL}(\.{_SHORT_LABEL}){{0,2}}", 112)
+    units = (min(most, MAX_URI) - longest - len("/?#")) // len("%00")
+    if units < len("/?#"):
+        return _PATTERNS["uri"]
+    path, query = units - 2 * (units // 3), units // 3
+    return (
+        rf"[a-zA-Z][a-zA-Z0-9+.-]{scheme}://{host}(:[0-9]{{1,4}})?"
+        rf"(/{_URI_CHARACTER}{{0,{path}}})?(\?{_URI_CHARACTER}{{0,{query}}})?(#{_URI_CHARACTER}{{0,{query}}})?"
+    )

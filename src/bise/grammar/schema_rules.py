@@ -280,7 +280,8 @@ class SchemaRules:
             return [(self.builder.json_string(low, high),)]
         source, spellings, pointer = kept
         if low or high is not None:
-            source = limited(source, low, high, self.document, pointer)
+            source, low, high = limited(source, low, high, self.document, pointer)
+        if low or high is not None:
             spellings = [*spellings, spelled(in_json(Repeat(Chars(ANY), low, high)))]
         return [(self.json_pattern(source, spellings),)]
 
@@ -288,6 +289,7 @@ class SchemaRules:
         """Return the automaton, the spellings inside of quotes, and a place, of what patterns and formats
         leave; None where there are none.
         """
+        _, most = self.judge.lengths(case, "Length")
         machines: list[Machine] = []
         spellings: list[str] = []
         place = ""
@@ -298,7 +300,7 @@ class SchemaRules:
                 found.append(self.judge.pattern(cast(str, schema["pattern"]), place))
             if "format" in schema and schema["format"] not in INTEGER_FORMATS:
                 place = f"{pointer}/format"
-                found.append(self.judge.string_format(schema, pointer))
+                found.append(self.judge.string_format(schema, pointer, most))
             for node, automaton in found:
                 machines.append(automaton)
                 spellings.append(spelled(in_json(node)))
@@ -333,7 +335,8 @@ class SchemaRules:
         kept = self.string_language(case)
         source, spellings, _ = kept or (machine(Repeat(Chars(ANY), 0, None), self.document.budget), [], place)
         if low or high is not None:
-            source = limited(source, low, high, self.document, place)
+            source, low, high = limited(source, low, high, self.document, place)
+        if low or high is not None:
             spellings = [*spellings, spelled(in_json(Repeat(Chars(ANY), low, high)))]
         return source, spellings
 

@@ -11,7 +11,7 @@ from math import inf, nextafter
 from typing import TypeAlias, cast
 
 from bise.errors import quoted
-from bise.grammar.automaton import Machine, intersection, machine, of_length
+from bise.grammar.automaton import Machine, intersection, machine, of_length, span
 from bise.grammar.formats import INTEGER_FORMATS, STRING_FORMATS, format_expression
 from bise.grammar.pattern import parse_pattern
 from bise.grammar.regex import Regex, anchored
@@ -61,16 +61,20 @@ class Judge:
             found = self._patterns[key] = narrow if same else (whole, machine(whole, self._document.budget))
         return found[1]
 
-    def string_format(self, schema: Mapping[str, object], pointer: str) -> tuple[Regex, Machine]:
-        """Return the expression of the format that a place says of strings, and its automaton."""
+    def string_format(
+        self, schema: Mapping[str, object], pointer: str, most: int | None = None
+    ) -> tuple[Regex, Machine]:
+        """Return the expression of the format that a place says of strings, and its automaton; of a format
+        without a longest text that part whose texts have `most` characters, where it has one.
+        """
         name = cast(str, schema["format"])
         if name not in STRING_FORMATS:
             known = ", ".join(sorted(STRING_FORMATS))
             self._document.refuse(f"{pointer}/format", f"{quoted(name)} is not enforced; known: {known}")
-        key = f"\0{name}"
+        key = f"\0{name} {most}"
         found = self._patterns.get(key)
         if found is None:
-            whole = format_expression(name)
+            whole = format_expression(name, most)
             found = self._patterns[key] = (whole, machine(whole, self._document.budget))
         return found
 
@@ -345,13 +349,22 @@ class Judge:
         return low, high
 
 
-def limited(source: Machine, low: int, high: int | None, document: Document, place: str) -> Machine:
-    """Return the texts of `source` that have `low` to `high` characters."""
+def limited(
+    source: Machine, low: int, high: int | None, document: Document, place: str
+) -> tuple[Machine, int, int | None]:
+    """Return the texts of `source` that have `low` to `high` characters, and those bounds that `source` alone
+    does not keep: 0 and None where it keeps both.
+    """
+    shortest, longest = span(source, document.budget)
+    low = low if low > shortest else 0
+    high = None if high is None or (longest is not None and longest <= high) else high
+    if not low and high is None:
+        return source, 0, None
     if low > MAX_COUNTED or (high or 0) > MAX_COUNTED:
         document.refuse(
             place, f"and a pattern or format together are kept up to {MAX_COUNTED} characters only"
         )
-    return intersection(source, of_length(low, high, document.budget), document.budget)
+    return intersection(source, of_length(low, high, document.budget), document.budget), low, high
 
 
 def bounds(schema: Mapping[str, object]) -> Bounds:
