@@ -126,7 +126,7 @@ class Sizes:
         self.table = self.head = self.norm = _Bytes()
         self._largest = self._most_unpacked = 0
         for name, tensor in source.tensors.items():
-            size = self._size(name, tensor.shape)
+            size = self._size(name, tensor.shape, tensor.format)
             if name == "tok_embeddings":
                 self.table = size
             elif name == "output":
@@ -140,7 +140,7 @@ class Sizes:
                 # Those of a layer are put behind one another, a matrix of each at a time.
                 self._largest = max(self._largest, config.num_experts * size.device)
 
-    def _size(self, name: str, shape: tuple[int, ...]) -> _Bytes:
+    def _size(self, name: str, shape: tuple[int, ...], stored: str) -> _Bytes:
         if len(shape) == 1:
             width = 4 if self._placement.is_tiled else self._float_bytes
             return _Bytes(width * shape[0], 4 * shape[0])
@@ -149,10 +149,8 @@ class Sizes:
             packed_format, *shape, float_bytes=self._float_bytes, is_tiled=self._placement.is_tiled
         )
         own = sum(parts)
-        layout = PANEL_FORMATS.get(packed_format)
-        # Panels, codes in their new order, tiles; where codes are put together from planes, their parts too.
-        copies = 8 if layout is not None and layout.stored_bits == 8 and layout.low_bits < 8 else 4
-        self._largest = max(self._largest, copies * own)
+        is_kept = stored.lower() == packed_format and packed_format in ("f32", self._placement.compute_format)
+        self._largest = max(self._largest, copies_in_loading(packed_format, is_kept=is_kept) * own)
         if packed_format not in FLOAT_FORMATS:
             self._most_unpacked = max(self._most_unpacked, shape[0] * shape[1])
         host = -(-packed_size(packed_format, *shape) // _ALIGNMENT) * _ALIGNMENT
@@ -217,8 +215,9 @@ class Sizes:
         # Twice as many sequences have a seat; prompts are scored 64 rows at a time.
         logits = 2 * 4 * config.vocab_size * max(2 * sequences, 64)
         if self._placement.is_tiled:
-            # Each recorded step keeps its logits.
+            # Each recorded step keeps its logits; kernels look cosines and sines of all positions up.
             others = 4 * config.vocab_size * sum(recorded_rows(max(2 * sequences, 8)))
+            others += 4 * config.head_dim * (1 << (context - 1).bit_length())
         else:
             others = _PLAIN_VALUE_BYTES * self._most_unpacked
         return 2 * (step + logits) + others
@@ -449,6 +448,18 @@ class Chooser:
             f"{some} of {split.num_experts} experts of each layer on {where}, {how} "
             f"({gibibytes(need.host)} of RAM)"
         )
+
+
+def copies_in_loading(packed_format: str, *, is_kept: bool) -> int:
+    """Return how often a matrix is on the device at once, at most, while it is put into tiles there: as it
+    comes, its codes in their new order, padded, in tiles; floats that are not kept also in their own type.
+    """
+    layout = PANEL_FORMATS.get(packed_format)
+    if layout is None:
+        return 4 if is_kept else 6
+    if layout.stored_bits == 8 and layout.low_bits < 8:  # put together from planes
+        return 8
+    return 5 if layout.nested else 4
 
 
 def recorded_rows(most: int) -> list[int]:
