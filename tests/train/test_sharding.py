@@ -25,9 +25,14 @@ def tune(model: Path, data: Path, out: Path, *options: str, processes: int = 1) 
         sys.executable, *start, "tune", "run", str(model), str(data), "--out", str(out), "--json",
         "--batch", "3", "--pass-tokens", "40", *options,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+    # Where one of them dies by a signal, its stack says where: seen once, on a busy machine, and never since.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISTRIBUTED_DEBUG": "OFF",
+        "PYTHONFAULTHANDLER": "1",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
