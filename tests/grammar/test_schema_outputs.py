@@ -330,6 +330,14 @@ def test_links_of_a_limited_length_have_no_more_characters_than_that(most):
     assert min(most, 2048) - 5 < longest <= most
 
 
+def test_twenty_fields_of_one_format_cost_little_more_than_one(outputs):
+    fields = {f"link {n}": {"type": "string", "format": "uri", "maxLength": 2083} for n in range(20)}
+    schema = {"type": "object", "properties": fields, "required": list(fields)}
+    made = outputs(GrammarSpec.json_schema(schema, strict=False))
+    assert made.compiled.size_bytes < 16 << 20
+    judged(schema, made.one(made.shortest + 20))
+
+
 @given(schema=plain_schemas(), seed=st.integers(0, 1 << 16))
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 def test_generated_schemas_are_kept_or_allow_nothing(outputs, schema, seed):

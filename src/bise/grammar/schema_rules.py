@@ -52,6 +52,8 @@ class SchemaRules:
         self._depth = 0
         """Rules that are being made, each for another."""
         self._anything: dict[int, int] = {}
+        self._strings: dict[tuple[object, ...], Terminal] = {}
+        """Terminals of strings by spellings and lengths, which say the language: equal fields share one."""
         self._told_apart: set[str] = set()
         """Places of `oneOf` whose options exclude one another."""
         self._objects = ObjectRules(self)
@@ -279,11 +281,14 @@ class SchemaRules:
         if kept is None:
             return [(self.builder.json_string(low, high),)]
         source, spellings, pointer = kept
-        if low or high is not None:
-            source, low, high = limited(source, low, high, self.document, pointer)
-        if low or high is not None:
-            spellings = [*spellings, spelled(in_json(Repeat(Chars(ANY), low, high)))]
-        return [(self.json_pattern(source, spellings),)]
+        key = (*spellings, low, high)
+        if key not in self._strings:
+            if low or high is not None:
+                source, low, high = limited(source, low, high, self.document, pointer)
+            if low or high is not None:
+                spellings = [*spellings, spelled(in_json(Repeat(Chars(ANY), low, high)))]
+            self._strings[key] = self.json_pattern(source, spellings)
+        return [(self._strings[key],)]
 
     def string_language(self, case: Places) -> tuple[Machine, list[str], str] | None:
         """Return the automaton, the spellings inside of quotes, and a place, of what patterns and formats
