@@ -1,8 +1,8 @@
 """Compile every kernel to machine code for a GPU that need not be there: `compile_kernels.py [all]`.
 
 Prints one line per kernel and architecture: name, bytes of code, shared memory, the widest load of weights in
-bytes, how many neighbouring columns a thread takes into a product at once, and how many instructions of the
-loop that multiplies move registers to memory and back.
+bytes, how many neighbouring columns a thread takes into a product at once, which instruction multiplies, and
+how many instructions of the loop that multiplies move registers to memory and back.
 """
 
 import re
@@ -205,6 +205,11 @@ def widest_load(assembly):
     return max(sizes, default=0)
 
 
+def multiplies(assembly):
+    """Return the instruction that multiplies matrices: of warps together, of each warp, or of each thread."""
+    return next((name for name in ("wgmma", "tcgen05", "mma.sync") if f"{name}." in assembly), "fma")
+
+
 def machine_code(cubin):
     """Return the instructions of a compiled kernel as text."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -242,7 +247,7 @@ def main() -> None:
             print(
                 f"sm_{architecture} {name}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared, "
                 f"{widest_load(made.asm['ptx'])} bytes a load, {columns_at_once(made.asm['ttgir'])} columns, "
-                f"{loop['LDL'] + loop['STL']} spilled"
+                f"{multiplies(made.asm['ptx'])}, {loop['LDL'] + loop['STL']} spilled"
             )
 
 

@@ -102,6 +102,15 @@ def test_every_kernel_and_format_compiles_for_ampere_ada_hopper_and_blackwell(al
             assert len(of_form - {"-"}) == 1, (architecture, form)
 
 
+@pytest.mark.slow
+def test_products_of_16_bits_go_through_one_instruction_whatever_their_rows_are(all_kernels):
+    pattern = r"(sm_\d+) matmul (?!route|adapter|z4 f32)[^:]*: .* columns, (\S+), .*"
+    by_card = {}
+    for each in filter(None, (re.fullmatch(pattern, line) for line in all_kernels)):
+        by_card.setdefault(each[1], set()).add(each[2])
+    assert by_card == {card: {"wgmma" if card == "sm_90" else "mma.sync"} for card in SHARED}
+
+
 def test_a_step_of_another_number_of_rows_needs_no_kernel_of_its_own(tmp_path):
     """A compiler that runs while requests wait is a pause of seconds."""
     new = json.loads(run_compiler(tmp_path, "dry_device.py"))["new"]

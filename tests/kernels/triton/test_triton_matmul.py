@@ -90,13 +90,14 @@ def test_products_of_few_rows_match_float64_where_tensor_cores_take_no_fewer_tha
     matmul = Matmul(torch.float16, DEVICE)
     matmul.card = Card(least_rows=16)
     assert [shape_of(rows, bits, matmul.card).rows for bits in (0, 4, 8) for rows in (1, 8)] == [
-        8,
-        8,
+        16,
+        16,
         1,
         16,
         16,
         16,
     ]
+    assert shape_of(8, 0, matmul.card, is_wide=True).rows == 8  # no tensor core takes it
     assert [with_norm(shape_of(rows, 4, matmul.card), matmul.card).stages for rows in (1, 16)] == [2, 3]
     assert with_norm(shape_of(1, 4, Card()), Card()).stages == 3
     weight = random_grouped("z4", 70, 600)

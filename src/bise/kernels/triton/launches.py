@@ -37,7 +37,7 @@ class Card:
     shared_bytes: int = 227 << 10
     """What a program may keep on chip."""
     least_rows: int = 8
-    """Fewest rows of a product of codes; see `least_rows_of`."""
+    """Fewest rows of a product in 16 bits; see `least_rows_of`."""
 
     @property
     def is_large(self) -> bool:
@@ -53,11 +53,12 @@ class Card:
 
 
 def least_rows_of(major: int, triton_version: str) -> int:
-    """Return how few rows of a product of codes go through the tensor cores of a compute capability as many
+    """Return how few rows of a product in 16 bits go through the tensor cores of a compute capability as many
     rows do.
 
     Where warps multiply together (9.0, 10.0) Triton before 3.9 gives eight rows to the instruction of older
-    cards, which takes the columns of codes in another order: their sums would differ from those of 16.
+    cards. That takes the columns of codes in another order, so that their sums would differ from those of 16;
+    for floats it need not be shown that it rounds alike.
     """
     version = tuple(int(part) for part in triton_version.split(".")[:2])
     return 16 if major in (9, 10) and version < (3, 9) else 8
@@ -106,7 +107,7 @@ def shape_of(num_slots: int, bits: int, card: Card, *, is_wide: bool = False) ->
         table = _FOUR_BITS if card.is_large else _FOUR_BITS_OF_CONSUMERS
     if is_wide or card.shared_bytes < _ROOMY:
         num_slots = min(num_slots, _FEW)
-    least = card.least_rows if bits else 1
+    least = 1 if is_wide else card.least_rows
     _, rows, warps, stages, two = next(
         entry for entry in table if num_slots <= entry[0] and (entry[1] == 1 or entry[1] >= least)
     )
