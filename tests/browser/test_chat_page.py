@@ -170,6 +170,66 @@ def test_regenerate_and_edit_make_versions_to_step_through(site, visit, ask):
     assert counted(page) == [0, 1, 2]
 
 
+MESSAGES = re.compile(r"/conversations/[^/]+\?limit=\d\d")
+"""Where the page reads a conversation with its messages; with one alone it asks for the title."""
+
+
+def hold_first(page, path):
+    """Have the first answer to a GET of `path` wait; return the list that will hold what lets it go."""
+    held = []
+
+    def pass_on(route):
+        if held or route.request.method != "GET":
+            route.continue_()
+            return
+        answer = route.fetch()
+        held.append(lambda: route.fulfill(response=answer))
+
+    page.route(path, pass_on)
+    return held
+
+
+def test_an_old_state_of_a_conversation_that_comes_late_is_not_shown(site, visit, ask):
+    page = visit(site.url)
+    ask(page, "count 3")
+    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_text("2/2").wait_for()
+    page.get_by_role("button", name="Regenerate").wait_for()
+    held = hold_first(page, MESSAGES)
+    page.get_by_role("button", name="Previous version").first.click()
+    while not held:
+        page.wait_for_timeout(10)
+    page.get_by_role("button", name="Previous version").first.click()
+    page.get_by_text("1/2").wait_for()
+    page.get_by_role("button", name="Next version").first.click()
+    page.get_by_text("2/2").wait_for()
+    with page.expect_response(MESSAGES):
+        held[0]()
+    page.wait_for_timeout(100)  # nothing is to happen
+    assert page.get_by_text("2/2").count() == 1
+
+
+def test_the_conversation_that_was_clicked_last_is_shown_whichever_comes_first(own_site, visit, ask):
+    page = visit(own_site().start().url)
+    ask(page, "count 3")
+    page.get_by_role("button", name="New chat").click()
+    ask(page, "count 4")
+    page.get_by_role("button", name="New chat").click()
+    held = hold_first(page, MESSAGES)
+    newer, older = (
+        page.get_by_role("list", name="Conversations").get_by_role("listitem").nth(n) for n in (0, 1)
+    )
+    older.get_by_role("link").first.click()
+    while not held:
+        page.wait_for_timeout(10)
+    newer.get_by_role("link").first.click()
+    page.get_by_role("article", name="You: count 4").wait_for()
+    with page.expect_response(MESSAGES):
+        held[0]()
+    page.wait_for_timeout(100)  # nothing is to happen
+    assert page.get_by_role("article", name="You: count 4").count() == 1
+
+
 def test_conversations_are_searched_renamed_pinned_and_deleted_with_undo(own_site, visit, ask):
     page = visit(own_site().start().url)
     ask(page, "Où passer l'été ?")

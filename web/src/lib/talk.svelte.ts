@@ -32,6 +32,11 @@ class Talk {
 
   readonly drafts = new Drafts();
 
+  /** Conversations asked for, readings of the open one, and own changes to it: what comes late is told by them. */
+  #visits = 0;
+  #readings = 0;
+  #changes = 0;
+
   get model(): ModelFacts | undefined {
     return session.model(this.current?.model ?? this.chosenModel ?? this.chosenPersona?.model ?? session.settings.model);
   }
@@ -46,6 +51,8 @@ class Talk {
 
   /** Shows an empty conversation; it is made on the server with its first question. */
   fresh(isNew = true): void {
+    this.#visits += 1;
+    this.isOpening = false;
     this.#leave();
     this.current = null;
     this.messages = [];
@@ -59,10 +66,12 @@ class Talk {
   }
 
   async open(id: string, isNew = true): Promise<void> {
-    if (this.current?.id === id) return;
-    this.isOpening = true;
+    const visit = (this.#visits += 1);
+    this.isOpening = this.current?.id !== id;
+    if (!this.isOpening) return;
     try {
       const page = await get<Page>(`/conversations/${id}?limit=${PAGE}`);
+      if (visit !== this.#visits) return; // another one was asked for since
       this.#leave();
       this.messages = page.messages.map((message) => this.#view(message));
       this.#show(page);
@@ -70,12 +79,13 @@ class Talk {
       if (isNew) history.pushState(null, '', `/c/${id}`);
       this.jumps += 1;
     } catch (error) {
+      if (visit !== this.#visits) return;
       if (error instanceof Refusal && error.status === 404) {
         this.fresh(true);
         notices.toast(t('gone'));
       } else notices.fail(error);
     } finally {
-      this.isOpening = false;
+      if (visit === this.#visits) this.isOpening = false;
     }
   }
 
@@ -102,9 +112,12 @@ class Talk {
   async refresh(): Promise<void> {
     if (!this.current) return;
     const id = this.current.id;
+    const reading = (this.#readings += 1);
+    const changes = this.#changes;
     const limit = Math.min(MOST, Math.max(PAGE, this.messages.length + 2));
     const page = await get<Page>(`/conversations/${id}?limit=${limit}`);
-    if (this.current?.id !== id) return;
+    if (this.current?.id !== id || reading !== this.#readings) return; // a later one brings newer news
+    if (changes !== this.#changes) return this.refresh(); // it may not know what was asked since
     const known = new Map(this.messages.map((view) => [view.id, view]));
     this.messages = page.messages.map((message) => {
       const view = known.get(message.id);
@@ -153,6 +166,7 @@ class Talk {
       const at = parentId === null ? 0 : this.messages.findIndex((view) => view.id === parentId) + 1;
       for (const view of this.messages.slice(at)) view.close();
       this.messages = [...this.messages.slice(0, at), this.#view(asked.message), this.#view(asked.answer)];
+      this.#changes += 1;
       library.mark(conversation.id, asked.answer.run_id);
       if (this.draft === text) this.saveDraft(''); // else the next question is being typed already
       this.jumps += 1;
@@ -219,6 +233,7 @@ class Talk {
       const at = this.messages.indexOf(view);
       for (const old of this.messages.slice(at)) old.close();
       this.messages = [...this.messages.slice(0, at), this.#view(answer)];
+      this.#changes += 1;
       library.mark(answer.conversation_id, answer.run_id);
       this.jumps += 1;
     });
@@ -229,6 +244,7 @@ class Talk {
       const answer = await notices.patiently(() => post<Message>(`/messages/${view.id}/continue`));
       if (!answer) return;
       view.take(answer);
+      this.#changes += 1;
       library.mark(answer.conversation_id, answer.run_id);
     });
   }
@@ -310,6 +326,7 @@ class Talk {
   /** Takes a newer record of a conversation if it is the open one. */
   renew(changed: Conversation): void {
     if (this.current?.id !== changed.id) return;
+    this.#changes += 1;
     this.current = { ...this.current, ...changed };
     document.title = changed.title ? `${changed.title} · bise` : 'bise';
   }
