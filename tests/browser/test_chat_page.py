@@ -152,11 +152,15 @@ def test_a_killed_server_leaves_the_text_marked_and_continuable(own_site, visit,
     assert counted(page) == list(range(900))
 
 
-def test_regenerate_and_edit_make_versions_to_step_through(site, visit, ask):
-    page = visit(site.url)
+def answer_twice(page, ask):
     ask(page, "count 3")
     page.get_by_role("button", name="Regenerate").click()
     page.get_by_text("2/2").wait_for()
+
+
+def test_regenerate_and_edit_make_versions_to_step_through(site, visit, ask):
+    page = visit(site.url)
+    answer_twice(page, ask)
     page.get_by_role("article", name="You").hover()
     page.get_by_role("button", name="Edit", exact=True).click()
     page.get_by_role("textbox", name="Edit text").fill("count 5")
@@ -191,9 +195,7 @@ def hold_first(page, path):
 
 def test_an_old_state_of_a_conversation_that_comes_late_is_not_shown(site, visit, ask):
     page = visit(site.url)
-    ask(page, "count 3")
-    page.get_by_role("button", name="Regenerate").click()
-    page.get_by_text("2/2").wait_for()
+    answer_twice(page, ask)
     page.get_by_role("button", name="Regenerate").wait_for()
     held = hold_first(page, MESSAGES)
     page.get_by_role("button", name="Previous version").first.click()

@@ -91,12 +91,16 @@ def test_every_request_has_one_row_however_it_ends(serve):
     server.post(PATH, {**json.loads(CHAT), "max_tokens": 10**6})
     server.post("/v1/completions", {"model": "stub", "prompt": ["a", "b"], "n": 2})
     server.engine.endless, server.engine.token_s = True, 0.001
-    for number, body in enumerate((STREAM, CHAT), 6):
+
+    def leave(body, number):
         made = server.engine.made
         with Wire(server.port) as wire:
             wire.send(post(PATH, body))
-            wait_for(lambda: server.engine.made > made)  # noqa: B023 - asked within the round
-        wait_for(lambda: len(gate.rows) == number)  # noqa: B023
+            wait_for(lambda: server.engine.made > made)
+        wait_for(lambda: len(gate.rows) == number)
+
+    leave(STREAM, 6)
+    leave(CHAT, 7)
     wait_for(lambda: len(gate.rows) == gate.admitted == 7)
     reasons = [(row["finish_reason"], row["error_code"], row["model"]) for row in gate.rows]
     assert reasons == [

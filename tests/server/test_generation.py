@@ -10,8 +10,13 @@ LONG = "x" * 1000
 """A hundred of these are more than may wait for a reader."""
 
 
-def handle_of(cancelled: list[bool]) -> RequestHandle:
-    return RequestHandle(seed=1, cancel=lambda: cancelled.append(True), advance=None)
+def begun(count: int = 1) -> tuple[list[RequestHandle], list[bool], Generation]:
+    """Return handles, what has been cancelled of them, and the generation that listens to them."""
+    cancelled: list[bool] = []
+    handles = [
+        RequestHandle(seed=1, cancel=lambda: cancelled.append(True), advance=None) for _ in range(count)
+    ]
+    return handles, cancelled, Generation(handles)
 
 
 def say(handle: RequestHandle, count: int, *, ends: bool = True) -> None:
@@ -23,9 +28,7 @@ def say(handle: RequestHandle, count: int, *, ends: bool = True) -> None:
 
 def test_a_whole_answer_that_comes_faster_than_it_is_read_is_not_given_up():
     async def scenario():
-        cancelled = []
-        handles = [handle_of(cancelled), handle_of(cancelled)]
-        generation = Generation(handles)
+        handles, cancelled, generation = begun(2)
         answer = asyncio.ensure_future(generation.collect())
         await asyncio.sleep(0)
         for handle in handles:
@@ -42,9 +45,7 @@ def test_a_whole_answer_that_comes_faster_than_it_is_read_is_not_given_up():
 
 def test_what_came_before_an_answer_was_collected_is_part_of_it():
     async def scenario():
-        cancelled = []
-        handle = handle_of(cancelled)
-        generation = Generation([handle])
+        (handle,), cancelled, generation = begun()
         await asyncio.to_thread(say, handle, 40)
         await asyncio.sleep(0.01)
         (answer,) = await generation.collect()
@@ -56,9 +57,7 @@ def test_what_came_before_an_answer_was_collected_is_part_of_it():
 
 def test_a_stream_that_nobody_reads_is_given_up_before_it_fills_the_memory():
     async def scenario():
-        cancelled = []
-        handle = handle_of(cancelled)
-        generation = Generation([handle])
+        (handle,), cancelled, generation = begun()
         await asyncio.to_thread(say, handle, 100, ends=False)
         while not cancelled:
             await asyncio.sleep(0.001)

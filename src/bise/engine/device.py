@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from bise.engine.memory import available_memory
+from bise.engine.memory import available_memory, gibibytes
 from bise.engine.placement import Placement
-from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, gibibytes, with_longer_context
+from bise.engine.split import Choice, Chooser, Rates, Sizes, Split, with_longer_context
 from bise.errors import ConfigError
 from bise.kernels import Array, Weight
 from bise.kernels.cpu import Bytes, CpuOps, arena, read_rate

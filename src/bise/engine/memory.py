@@ -316,4 +316,9 @@ def _rounded(size: int, unit: int) -> int:
 
 def amount(size: int) -> str:
     """Return bytes for people: `4.1 GiB`, `96.0 MiB`."""
-    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+    return gibibytes(size) if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def gibibytes(size: int) -> str:
+    """Return bytes for people, in one unit whatever they are: `0.1 GiB`."""
+    return f"{size / 2**30:.1f} GiB"

@@ -12,7 +12,7 @@ from typing import Literal
 
 from bise.cache.pages import kv_block_bytes
 from bise.cache.table import blocks_needed
-from bise.engine.memory import DEFAULT_CONTEXT, STEP_TOKENS, packed_formats, scratch_bytes
+from bise.engine.memory import DEFAULT_CONTEXT, STEP_TOKENS, gibibytes, packed_formats, scratch_bytes
 from bise.engine.placement import Placement
 from bise.errors import ConfigError, MemoryPlanError
 from bise.kernels import SPLIT_SIZE
@@ -466,11 +466,6 @@ def recorded_rows(most: int) -> list[int]:
     """Return the numbers of rows for which decode steps of at most `most` rows are recorded."""
     most = min(most, RECORDED_ROWS[-1])
     return [rows for rows in RECORDED_ROWS if rows < most] + [most]
-
-
-def gibibytes(size: int) -> str:
-    """Return bytes for people."""
-    return f"{size / 2**30:.1f} GiB"
 
 
 def with_longer_context(chooser: Chooser, choice: Choice) -> Choice:
